@@ -1,0 +1,43 @@
+# make demo [VIDEO=clip.mp4]   names what the camera does in a video (without VIDEO, in a clip it makes)
+# make test [ARGS="-k name"]   runs the tests; ARGS goes to pytest
+# make lint                    checks style and format
+# Each makes .venv on first use, with PYTHON=... if given, else the first Python >= 3.10 it finds.
+
+.PHONY: demo test lint
+.DELETE_ON_ERROR:
+
+export VIDEO
+venv := .venv/bin/python
+pythons := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11 python3.10 python)
+
+demo: .venv/demo-installed
+	@$(venv) examples/classify_video.py $${VIDEO:+"$$VIDEO"}
+
+test: .venv/test-installed
+	$(venv) -m pytest $(ARGS)
+
+lint: .venv/test-installed
+	$(venv) -m ruff check .
+	$(venv) -m ruff format --check .
+
+$(venv):
+	@for python in $(pythons); do \
+		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then \
+			echo "Making .venv with $$("$$python" --version)"; \
+			"$$python" -m venv .venv && exit; \
+			rm -rf .venv; \
+			echo "$$python cannot make a virtual environment: see above" >&2; \
+			exit 1; \
+		fi; \
+	done; \
+	echo "No Python 3.10 or later among: $(pythons). Name one with PYTHON=..." >&2; \
+	exit 1
+
+# A changed pyproject.toml installs again. The two stamps follow one another, so that never two pips run at once.
+.venv/demo-installed: pyproject.toml | $(venv)
+	$(venv) -m pip install --editable .
+	@touch $@
+
+.venv/test-installed: .venv/demo-installed
+	$(venv) -m pip install --editable '.[test]'
+	@touch $@

@@ -1,0 +1,43 @@
+"""VideoMamba for transformers: importing this package registers it with the Auto classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForVideoClassification,
+    AutoVideoProcessor,
+)
+
+from .configuration_videomamba import VideoMambaConfig, count_parameters_and_macs
+from .image_processing_videomamba import VideoMambaImageProcessor
+from .modeling_videomamba import VideoMambaForVideoClassification, VideoMambaModel, VideoMambaPreTrainedModel
+from .selective_scan import use_scan_backend
+from .video_processing_videomamba import VideoMambaVideoProcessor
+
+
+AutoConfig.register(VideoMambaConfig.model_type, VideoMambaConfig, exist_ok=True)
+AutoModel.register(VideoMambaConfig, VideoMambaModel, exist_ok=True)
+AutoModelForVideoClassification.register(VideoMambaConfig, VideoMambaForVideoClassification, exist_ok=True)
+AutoImageProcessor.register(
+    VideoMambaConfig, image_processor_classes={"torchvision": VideoMambaImageProcessor}, exist_ok=True
+)
+AutoVideoProcessor.register(VideoMambaConfig, VideoMambaVideoProcessor, exist_ok=True)
+
+# `save_pretrained` and `push_to_hub` then put this code beside the weights, for `trust_remote_code=True`.
+VideoMambaConfig.register_for_auto_class()
+VideoMambaModel.register_for_auto_class("AutoModel")
+VideoMambaForVideoClassification.register_for_auto_class("AutoModelForVideoClassification")
+VideoMambaImageProcessor.register_for_auto_class("AutoImageProcessor")
+VideoMambaVideoProcessor.register_for_auto_class("AutoVideoProcessor")
+
+
+__all__ = [
+    "VideoMambaConfig",
+    "VideoMambaForVideoClassification",
+    "VideoMambaImageProcessor",
+    "VideoMambaModel",
+    "VideoMambaPreTrainedModel",
+    "VideoMambaVideoProcessor",
+    "count_parameters_and_macs",
+    "use_scan_backend",
+]

@@ -1,0 +1,234 @@
+"""VideoMamba model configuration."""
+
+import math
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+
+POSITION_EMBEDDING_TYPES = ("learned", "sinusoidal", "none")
+CLASS_TOKEN_POSITIONS = ("first", "middle", "none")
+BACKWARD_SCANS = ("spatiotemporal", "spatial", "temporal")
+
+
+@strict
+class VideoMambaConfig(PreTrainedConfig):
+    r"""
+    Configuration of a VideoMamba model ([paper](https://arxiv.org/abs/2407.08476)). The defaults give the paper's
+    model: 24 layers of width 384 on 16 frames of 224 × 224 pixels. `VideoMambaConfig.light()` gives its small one.
+
+    Args:
+        image_size (`int` or `list[int]`, *optional*, defaults to 224):
+            Height and width of a frame in pixels; two numbers if they differ.
+        patch_size (`int` or `list[int]`, *optional*, defaults to 16):
+            Height and width of a tubelet in pixels.
+        num_channels (`int`, *optional*, defaults to 3):
+            Colour channels of a frame.
+        num_frames (`int`, *optional*, defaults to 16):
+            Frames of a clip.
+        tubelet_size (`int`, *optional*, defaults to 2):
+            Frames of a tubelet.
+        hidden_size (`int`, *optional*, defaults to 384):
+            Width of the residual stream, D.
+        num_hidden_layers (`int`, *optional*, defaults to 24):
+            Number of blocks.
+        state_size (`int`, *optional*, defaults to 16):
+            States of each inner channel, N.
+        conv_kernel (`int`, *optional*, defaults to 4):
+            Taps of the causal convolution.
+        expand (`int`, *optional*, defaults to 2):
+            Inner channels for each hidden one: E = expand · D.
+        time_step_rank (`int` or `str`, *optional*, defaults to `"auto"`):
+            Rank R of the projection that gives the step size Δ; `"auto"` is ⌈D / 16⌉.
+        time_step_min (`float`, *optional*, defaults to 0.001), time_step_max (`float`, *optional*, defaults to 0.1):
+            At initialisation the step sizes are spread between these, evenly in their logarithm.
+        time_step_floor (`float`, *optional*, defaults to 0.0001):
+            Smallest step size at initialisation.
+        layer_norm_epsilon (`float`, *optional*, defaults to 1e-5):
+            Added to the mean square in the RMS norms.
+        position_embedding_type (`str`, *optional*, defaults to `"learned"`):
+            `"learned"`, `"sinusoidal"` or `"none"` (paper, section 4.2).
+        class_token_position (`str`, *optional*, defaults to `"first"`):
+            `"first"` as in the paper, `"middle"` as in Vision Mamba, or `"none"`: the mean over all tokens is
+            classified instead.
+        backward_scan (`str`, *optional*, defaults to `"spatiotemporal"`):
+            What the backward direction reverses (paper, section 4.4): all tokens (`"spatiotemporal"`), the tokens
+            within each frame (`"spatial"`), or the frames (`"temporal"`).
+        drop_path_rate (`float`, *optional*, defaults to 0.0):
+            Stochastic depth: probability to skip the last block in training; it grows linearly from 0 at the first.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the initial class token, position embeddings, tubelet convolution and classifier.
+        scan_backend (`str`, *optional*):
+            Force one implementation of the selective scan by name; the fastest usable one is taken by default.
+
+    Raises:
+        ValueError: for values that contradict each other, naming them.
+
+    Example:
+
+    ```python
+    >>> from modeling_videomamba import VideoMambaConfig, VideoMambaModel
+
+    >>> model = VideoMambaModel(VideoMambaConfig())  # the paper's model, random weights
+    >>> model.config.hidden_size
+    384
+    ```"""
+
+    model_type = "videomamba"
+
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int | list[int] | tuple[int, int] = 16
+    num_channels: int = 3
+    num_frames: int = 16
+    tubelet_size: int = 2
+    hidden_size: int = 384
+    num_hidden_layers: int = 24
+    state_size: int = 16
+    conv_kernel: int = 4
+    expand: int = 2
+    time_step_rank: int | str = "auto"
+    time_step_min: float = 0.001
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    layer_norm_epsilon: float = 1e-5
+    position_embedding_type: str = "learned"
+    class_token_position: str = "first"
+    backward_scan: str = "spatiotemporal"
+    drop_path_rate: float | int = 0.0
+    initializer_range: float = 0.02
+    scan_backend: str | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.time_step_rank == "auto":
+            self.time_step_rank = math.ceil(self.hidden_size / 16)
+        super().__post_init__(**kwargs)
+        self._check_values()
+
+    @classmethod
+    def light(cls, **kwargs):
+        """The paper's light model (table 6): 24 layers of width 192. `kwargs` override any other field."""
+        return cls(**{"hidden_size": 192, **kwargs})
+
+    @property
+    def intermediate_size(self):
+        """Inner channels E of a mixer."""
+        return self.expand * self.hidden_size
+
+    @property
+    def grid_size(self):
+        """Tubelets of a clip along time, height and width: (n_t, n_h, n_w) of section 4.1."""
+        return tubelet_grid(self, self.num_frames, *_pair(self.image_size))
+
+    def _check_values(self):
+        for name in (
+            "num_channels",
+            "num_frames",
+            "tubelet_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "state_size",
+            "conv_kernel",
+            "expand",
+            "time_step_rank",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                hint = ' or "auto"' if name == "time_step_rank" else ""
+                raise ValueError(f"`{name}` must be a positive integer{hint}, got {value!r}.")
+        for name in ("image_size", "patch_size"):
+            value = getattr(self, name)
+            sizes = [value] if isinstance(value, int) else list(value)
+            if len(sizes) not in (1, 2) or any(size < 1 for size in sizes):
+                raise ValueError(f"`{name}` must be one or two positive integers (height, width), got {value!r}.")
+        for name, allowed in (
+            ("position_embedding_type", POSITION_EMBEDDING_TYPES),
+            ("class_token_position", CLASS_TOKEN_POSITIONS),
+            ("backward_scan", BACKWARD_SCANS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+        if self.num_frames < self.tubelet_size:
+            raise ValueError(
+                f"A clip of `num_frames`={self.num_frames} is shorter than one tubelet of "
+                f"`tubelet_size`={self.tubelet_size} frames; lower `tubelet_size` or raise `num_frames`."
+            )
+        if 0 in self.grid_size:
+            raise ValueError(
+                f"A frame of `image_size`={self.image_size} is smaller than one patch of "
+                f"`patch_size`={self.patch_size}; lower `patch_size` or raise `image_size`."
+            )
+        if not 0 < self.time_step_floor <= self.time_step_max or not 0 < self.time_step_min <= self.time_step_max:
+            raise ValueError(
+                "Step sizes must satisfy 0 < `time_step_min` ≤ `time_step_max` and 0 < `time_step_floor` ≤ "
+                f"`time_step_max`, got {self.time_step_min}, {self.time_step_max} and {self.time_step_floor}."
+            )
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"`drop_path_rate` is a probability in [0, 1), got {self.drop_path_rate}.")
+
+
+def _pair(size):
+    """(height, width) of a size given as one number or two."""
+    if isinstance(size, int):
+        return size, size
+    return (size[0], size[0]) if len(size) == 1 else tuple(size)
+
+
+def tubelet_grid(config, num_frames, height, width):
+    """
+    Tubelets of a clip along time, height and width; what does not fill a tubelet is cut off (paper, section 4.1).
+
+    Args:
+        config (`VideoMambaConfig`): for the size of a tubelet.
+        num_frames, height, width (`int`): size of the clip in frames and pixels.
+
+    Returns:
+        `tuple[int, int, int]`: (n_t, n_h, n_w).
+    """
+    patch_height, patch_width = _pair(config.patch_size)
+    return num_frames // config.tubelet_size, height // patch_height, width // patch_width
+
+
+def count_parameters_and_macs(config):
+    """
+    Parameters of [`VideoMambaForVideoClassification`] and multiply-accumulates of one clip, counted from the config.
+
+    Args:
+        config (`VideoMambaConfig`): of any size.
+
+    Returns:
+        `dict[str, int]`:
+            - `parameters`;
+            - `paper_macs`: the count by the paper's rule, which has the tubelet convolution and the mixers' two outer
+              projections alone, because what happens inside the fused CUDA call is not seen by a counter;
+            - `macs`: all projections and convolutions, the classifier's too. The recurrence itself is in neither.
+    """
+    d, e, n, r, k = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.state_size,
+        config.time_step_rank,
+        config.conv_kernel,
+    )
+    patches = math.prod(config.grid_size)
+    tokens = patches + (config.class_token_position != "none")
+    tubelet = config.num_channels * config.tubelet_size * math.prod(_pair(config.patch_size))
+
+    outer = d * 2 * e + e * d
+    inner = 2 * (e * k + e * (r + 2 * n) + r * e)  # both directions: convolution, x_proj, dt_proj
+    direction_vectors = 2 * (e + e + e * n + e)  # both directions: biases of the convolution and of dt_proj, A, D
+    layer = outer + inner + direction_vectors + d  # and the norm
+
+    learned_positions = tokens * d if config.position_embedding_type == "learned" else 0
+    class_token = d if config.class_token_position != "none" else 0
+    embeddings = tubelet * d + d + class_token + learned_positions
+    classifier = (d + 1) * config.num_labels if config.num_labels > 0 else 0
+
+    paper_macs = patches * tubelet * d + config.num_hidden_layers * tokens * outer
+    return {
+        "parameters": embeddings + config.num_hidden_layers * layer + d + classifier,
+        "paper_macs": paper_macs,
+        "macs": paper_macs + config.num_hidden_layers * tokens * inner + d * config.num_labels,
+    }
+
+
+__all__ = ["VideoMambaConfig", "count_parameters_and_macs"]

@@ -1,0 +1,262 @@
+"""Image processor class for VideoMamba: decoded frames in, `pixel_values` out."""
+
+import numpy as np
+import PIL.Image
+import torch
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ChannelDimension, PILImageResampling
+from transformers.processing_utils import ImagesKwargs, Unpack
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+
+class VideoMambaImageProcessor(TorchvisionBackend):
+    r"""
+    Turns decoded frames into `pixel_values`: resize so that the shorter edge has `size["shortest_edge"]` pixels, crop
+    the centre, divide by 255, normalise with ImageNet's mean and standard deviation.
+
+    The shorter edge goes to 224 pixels, bilinear with antialiasing, of which 224 × 224 are kept, as VideoMAE does.
+    (Vision Mamba tests images at a bicubic 256-pixel edge: `size={"shortest_edge": 256}, resample=3` does that.)
+
+    The keyword arguments are those of every image processor of `transformers`
+    ([`~transformers.processing_utils.ImagesKwargs`]); each can be set here, and again in a call.
+    """
+
+    resample = PILImageResampling.BILINEAR
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    size = {"shortest_edge": 224}
+    default_to_square = False
+    crop_size = {"height": 224, "width": 224}
+    do_resize = True
+    do_center_crop = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+    model_input_names = ["pixel_values"]
+
+    def __init__(self, **kwargs: Unpack[ImagesKwargs]):
+        super().__init__(**kwargs)
+
+    def preprocess(self, videos, **kwargs: Unpack[ImagesKwargs]) -> BatchFeature:
+        r"""
+        Args:
+            videos:
+                One video or a batch. A video is a list of frames, each a `PIL.Image` or a numpy or torch array of
+                shape (H, W, C), (C, H, W) or (H, W); or one array of shape (T, H, W, C) or (T, C, H, W). A batch is a
+                list of videos, or one array with a leading batch axis. Values from 0 to 255; pass `do_rescale=False`
+                for values from 0 to 1. Grey frames (one channel or none) become RGB by repetition, and transparent
+                ones are laid on white, unless `do_convert_rgb=False`.
+            kwargs:
+                Overrides for this call; `return_tensors="pt"` stacks the batch.
+
+        Returns:
+            [`~transformers.BatchFeature`] with `pixel_values`, float32 (B, T, C, H, W): a tensor with
+            `return_tensors="pt"`, otherwise a list of B tensors.
+
+        Raises:
+            ValueError: an input that is no video, frames of different sizes, types or a wrong number of channels, or
+                videos of different lengths to be stacked. The message names the video and the frame.
+        """
+        return super().preprocess(videos, **kwargs)
+
+    def _prepare_image_like_inputs(
+        self, images, *args, do_convert_rgb=None, input_data_format=None, device=None, **kwargs
+    ) -> list[torch.Tensor]:
+        """Videos in any accepted form to a list of (T, C, H, W) tensors."""
+        videos = [
+            stack_frames(video, f"videos[{i}]", do_convert_rgb, input_data_format)
+            for i, video in enumerate(split_videos(images))
+        ]
+        return [video if device is None else video.to(device) for video in videos]
+
+    def _preprocess(
+        self,
+        videos: list[torch.Tensor],
+        do_resize: bool,
+        size,
+        resample,
+        do_center_crop: bool,
+        crop_size,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean,
+        image_std,
+        return_tensors=None,
+        **kwargs,
+    ) -> BatchFeature:
+        """(T, C, H, W) tensors to `pixel_values`. The video processor takes the same steps by this same function."""
+        pixel_values = []
+        for video in videos:
+            if do_rescale and video.is_floating_point() and video.numel() and 0 < video.max() <= 1:
+                logger.warning_once(
+                    "The frames are floating point numbers of at most 1 and would be divided by 255 once more. "
+                    "Pass `do_rescale=False` if they lie between 0 and 1."
+                )
+            if do_resize:
+                video = self.resize(video, size=size, resample=resample)
+            if do_center_crop:
+                video = self.center_crop(video, crop_size)
+            # Frames come as channels-last views, which torchvision resizes three times as fast; but the arithmetic
+            # below is four times as fast on contiguous planes.
+            video = self.rescale_and_normalize(
+                video.contiguous(), do_rescale, rescale_factor, do_normalize, image_mean, image_std
+            )
+            pixel_values.append(video)
+        shapes = {tuple(video.shape) for video in pixel_values}
+        if return_tensors is not None and len(shapes) > 1:
+            found = ", ".join(str(tuple(video.shape)) for video in pixel_values)
+            raise ValueError(
+                "The videos of a batch must have the same number of frames and the same size to be stacked, but their "
+                f"(T, C, H, W) are {found}. Sample the same number of frames from each (`num_frames`, with "
+                "`do_sample_frames=True` for frames that are already decoded), keep `do_center_crop`, or give the "
+                "videos one by one."
+            )
+        return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=return_tensors)
+
+
+def split_videos(videos) -> list:
+    """One video or a batch, in any form `VideoMambaImageProcessor` takes, to a list of videos."""
+    if isinstance(videos, PIL.Image.Image):
+        return [[videos]]
+    if isinstance(videos, np.ndarray | torch.Tensor):
+        if videos.ndim == 5:
+            return list(videos)
+        if videos.ndim == 4:
+            return [videos]
+        return [[videos]]
+    if not isinstance(videos, list | tuple):
+        raise ValueError(
+            f"`videos` is a {type(videos).__name__}, but decoded frames were expected: a list of PIL images or arrays "
+            f"or a (T, H, W, C) array.{_hint_for_files(videos)}"
+        )
+    if len(videos) == 0:
+        raise ValueError("`videos` is empty: give at least one frame.")
+    if all(_is_frame(frame) for frame in videos):
+        return [videos]
+    for i, video in enumerate(videos):
+        is_array = isinstance(video, np.ndarray | torch.Tensor) and video.ndim == 4
+        if not is_array and not isinstance(video, list | tuple):
+            raise ValueError(
+                f"videos[{i}] is {_describe(video)}, but every entry of a batch must be a video: a list of frames or "
+                f"a (T, H, W, C) array.{_hint_for_files(video)}"
+            )
+    return list(videos)
+
+
+def stack_frames(video, name: str, do_convert_rgb: bool = True, input_data_format=None) -> torch.Tensor:
+    """
+    The frames of one video as one tensor.
+
+    Args:
+        video: a list of frames, or a (T, H, W, C) or (T, C, H, W) array.
+        name: what error messages call the video.
+        do_convert_rgb: make grey and transparent frames RGB.
+        input_data_format: `"channels_first"` or `"channels_last"`; found from the shape if `None`.
+
+    Returns:
+        (T, C, H, W) tensor of the frames' own type.
+
+    Raises:
+        ValueError: naming the frame that is none, or that differs from the first in size or type.
+    """
+    if isinstance(video, np.ndarray | torch.Tensor):
+        if len(video) == 0:
+            raise ValueError(f"{name} has no frames: its shape is {tuple(video.shape)}.")
+        return _as_tensor(video, name, do_convert_rgb, input_data_format)
+    if len(video) == 0:
+        raise ValueError(f"{name} has no frames.")
+    frames = []
+    for i, frame in enumerate(video):
+        if not _is_frame(frame):
+            raise ValueError(
+                f"{name}[{i}] is {_describe(frame)}, but a frame must be a PIL image or an array of shape (H, W, C), "
+                f"(C, H, W) or (H, W).{_hint_for_files(frame)}"
+            )
+        frame = _as_tensor(frame, f"{name}[{i}]", do_convert_rgb, input_data_format)
+        first = frames[0] if frames else frame
+        if frame.shape != first.shape:
+            raise ValueError(
+                f"The frames of a video must share one size, but {name}[{i}] has (channels, height, width) "
+                f"{tuple(frame.shape)} and {name}[0] has {tuple(first.shape)}. Resize them, or give them as separate "
+                "videos."
+            )
+        if frame.dtype != first.dtype:
+            raise ValueError(
+                f"The frames of a video must share one type, but {name}[{i}] is {frame.dtype} and {name}[0] is "
+                f"{first.dtype}. Convert them, all 0 to 255 or all 0 to 1."
+            )
+        frames.append(frame)
+    return torch.stack(frames)
+
+
+def _is_frame(frame) -> bool:
+    return isinstance(frame, PIL.Image.Image) or (
+        isinstance(frame, np.ndarray | torch.Tensor) and frame.ndim in (2, 3)
+    )
+
+
+def _as_tensor(frame, name, do_convert_rgb, input_data_format) -> torch.Tensor:
+    """A frame, or an array of frames, to a (..., C, H, W) tensor. Arrays with the channels last become views."""
+    if isinstance(frame, PIL.Image.Image):
+        if do_convert_rgb and frame.mode != "RGB":
+            frame = frame.convert("RGBA" if frame.has_transparency_data else "RGB")
+        frame = np.array(frame)
+        input_data_format = ChannelDimension.LAST
+    if isinstance(frame, np.ndarray):
+        if frame.dtype.kind not in "uif":
+            raise ValueError(f"{name} has type {frame.dtype}, but pixels must be numbers: uint8 or float32, say.")
+        # torch takes neither read-only arrays (without a warning) nor negative strides, as those of a flipped array.
+        frame = torch.from_numpy(np.require(frame, requirements=["C", "W"]))
+    if frame.ndim == 2:
+        frame, input_data_format = frame[None], ChannelDimension.FIRST
+    if input_data_format is None:
+        channels = (1, 3, 4)
+        if frame.shape[-3] in channels:
+            input_data_format = ChannelDimension.FIRST
+        elif frame.shape[-1] in channels:
+            input_data_format = ChannelDimension.LAST
+        else:
+            raise ValueError(
+                f"{name} has shape {tuple(frame.shape)}, in which no axis can be that of the channels: there must be "
+                "3 (RGB), 1 (grey) or 4 (RGBA), before or after height and width."
+            )
+    if ChannelDimension(input_data_format) == ChannelDimension.LAST:
+        frame = frame.movedim(-1, -3)
+    return _to_rgb(frame, name) if do_convert_rgb else frame
+
+
+def _to_rgb(frame: torch.Tensor, name: str) -> torch.Tensor:
+    """(..., C, H, W) with 1, 3 or 4 channels to (..., 3, H, W)."""
+    channels = frame.shape[-3]
+    if channels == 3:
+        return frame
+    if channels == 1:
+        return frame.expand(*frame.shape[:-3], 3, *frame.shape[-2:])
+    if channels == 4 and frame.dtype == torch.uint8:
+        color, alpha = frame[..., :3, :, :].float(), frame[..., 3:, :, :].float() / 255
+        return (color * alpha + 255 * (1 - alpha)).round().to(torch.uint8)
+    found = f"4 channels of {frame.dtype}" if channels == 4 else f"{channels} channels"
+    raise ValueError(
+        f"{name} has {found} (shape {tuple(frame.shape)}, channels first), but RGB (3), grey (1) or, as uint8 only, "
+        "RGBA (4) was expected. Keep the three colour channels, or pass `do_convert_rgb=False`."
+    )
+
+
+def _describe(value) -> str:
+    if isinstance(value, np.ndarray | torch.Tensor):
+        return f"an array of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}" if not isinstance(value, str) else f"the string {value!r}"
+
+
+def _hint_for_files(value) -> str:
+    if isinstance(value, str | bytes) or hasattr(value, "__fspath__") or hasattr(value, "read"):
+        return " Files, URLs and bytes are for `VideoMambaVideoProcessor`."
+    return ""
+
+
+__all__ = ["VideoMambaImageProcessor"]

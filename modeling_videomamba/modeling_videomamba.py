@@ -1,0 +1,468 @@
+"""PyTorch VideoMamba model."""
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_videomamba import VideoMambaConfig, _pair, tubelet_grid
+from .selective_scan import bidirectional_selective_scan
+
+
+AUTO_MAP = {
+    "AutoModel": "modeling_videomamba.VideoMambaModel",
+    "AutoModelForVideoClassification": "modeling_videomamba.VideoMambaForVideoClassification",
+}
+
+
+class VideoMambaPatchEmbeddings(nn.Module):
+    """Clip (B, T, C, H, W) to tubelet tokens (B, n_t · n_h · n_w, D), frame by frame (paper, section 4.1)."""
+
+    def __init__(self, config):
+        super().__init__()
+        tubelet = (config.tubelet_size, *_pair(config.patch_size))
+        self.projection = nn.Conv3d(config.num_channels, config.hidden_size, kernel_size=tubelet, stride=tubelet)
+
+    def forward(self, pixel_values):
+        pixel_values = pixel_values.to(self.projection.weight.dtype).transpose(1, 2)
+        return self.projection(pixel_values).flatten(2).transpose(1, 2)
+
+
+class VideoMambaEmbeddings(nn.Module):
+    """
+    Tubelet tokens with their positions, and the class token in its place (paper, sections 4.1 to 4.3).
+
+    Learned positions are one table of (1, L, D); if there is a class token, its row is row 0 wherever the token stands
+    in the sequence, and the tubelets' rows follow in order.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.patch_embeddings = VideoMambaPatchEmbeddings(config)
+        self.has_class_token = config.class_token_position != "none"
+        num_patches = math.prod(config.grid_size)
+        if self.has_class_token:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        if config.position_embedding_type == "learned":
+            num_tokens = num_patches + self.has_class_token
+            self.position_embeddings = nn.Parameter(torch.zeros(1, num_tokens, config.hidden_size))
+
+    def forward(self, pixel_values, interpolate_pos_encoding=False):
+        grid = self._check_pixel_values(pixel_values, interpolate_pos_encoding)
+        tokens = self.patch_embeddings(pixel_values)
+        if self.config.position_embedding_type == "sinusoidal":
+            tokens = tokens + sinusoidal_positions(tokens.shape[1], tokens.shape[2], tokens.device).to(tokens.dtype)
+        elif self.config.position_embedding_type == "learned":
+            positions = self.position_embeddings[:, self.has_class_token :]
+            if grid != self.config.grid_size:
+                positions = interpolate_positions(positions, self.config.grid_size, grid)
+            tokens = tokens + positions
+        if not self.has_class_token:
+            return tokens
+        class_token = self.cls_token
+        if self.config.position_embedding_type == "learned":
+            class_token = class_token + self.position_embeddings[:, :1]
+        class_token = class_token.expand(tokens.shape[0], -1, -1)
+        place = class_token_index(self.config, tokens.shape[1])
+        return torch.cat([tokens[:, :place], class_token, tokens[:, place:]], dim=1)
+
+    def _check_pixel_values(self, pixel_values, interpolate_pos_encoding):
+        """Refuse what the model would not understand; returns the grid of tubelets (n_t, n_h, n_w)."""
+        config = self.config
+        if pixel_values.ndim != 5:
+            raise ValueError(
+                "`pixel_values` must have 5 axes (batch, frames, channels, height, width), got the shape "
+                f"{tuple(pixel_values.shape)}. A single clip needs a batch axis: `pixel_values[None]`."
+            )
+        _, num_frames, channels, height, width = pixel_values.shape
+        if channels != config.num_channels:
+            raise ValueError(
+                f"`pixel_values` of shape {tuple(pixel_values.shape)} has {channels} channels on axis 2, the model "
+                f"expects {config.num_channels}. The axes are (batch, frames, channels, height, width)."
+            )
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"`pixel_values` must be floating point and normalised, got {pixel_values.dtype}. Pass the frames "
+                "through the model's video or image processor first."
+            )
+        expected = (config.num_frames, *_pair(config.image_size))
+        grid = tubelet_grid(config, num_frames, height, width)
+        if (num_frames, height, width) != expected and not interpolate_pos_encoding:
+            raise ValueError(
+                f"The clip has {num_frames} frames of {height} × {width} pixels, but the model was made for "
+                f"{expected[0]} frames of {expected[1]} × {expected[2]}. Resample the clip, or pass "
+                "`interpolate_pos_encoding=True`."
+            )
+        if 0 in grid:
+            raise ValueError(
+                f"The clip has {num_frames} frames of {height} × {width} pixels, less than one tubelet of "
+                f"{config.tubelet_size} frames of {' × '.join(map(str, _pair(config.patch_size)))}."
+            )
+        # On a GPU this look would make the host wait for the device, and there NaN shows in the logits.
+        if pixel_values.device.type == "cpu" and not torch.compiler.is_compiling() and pixel_values.isnan().any():
+            raise ValueError(
+                "`pixel_values` contains NaN. Check the frames and the processor's `image_mean` and `image_std`."
+            )
+        return grid
+
+
+def class_token_index(config, num_patches):
+    """Where the class token stands among `num_patches` tubelet tokens: before the first, or before the middle one."""
+    return num_patches // 2 if config.class_token_position == "middle" else 0
+
+
+def sinusoidal_positions(num_positions, dim, device=None):
+    """
+    Sine and cosine of each position at `dim / 2` frequencies, interleaved ("Attention is all you need", section 3.5).
+
+    Returns:
+        `torch.FloatTensor` of shape `(1, num_positions, dim)`.
+    """
+    frequencies = 10000.0 ** (-torch.arange(0, dim, 2, device=device).double() / dim)
+    angles = torch.arange(num_positions, device=device).double()[:, None] * frequencies
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[None, :, :dim].float()
+
+
+def interpolate_positions(positions, grid, new_grid):
+    """
+    Learned position embeddings for another grid of tubelets: trilinear in time, height and width.
+
+    Args:
+        positions (`torch.Tensor` of shape `(1, n_t · n_h · n_w, D)`): of the tubelets alone, without a class token.
+        grid, new_grid (`tuple[int, int, int]`): (n_t, n_h, n_w), theirs and the wanted one.
+
+    Returns:
+        `torch.Tensor` of shape `(1, new n_t · n_h · n_w, D)` and the type of `positions`.
+    """
+    volume = positions.unflatten(1, grid).permute(0, 4, 1, 2, 3)
+    volume = F.interpolate(volume.float(), size=new_grid, mode="trilinear", align_corners=False)
+    return volume.flatten(2).transpose(1, 2).to(positions.dtype)
+
+
+def backward_order(config, grid, device=None):
+    """
+    Tokens in the order in which the backward direction visits them (paper, section 4.4 and figure 2 b).
+
+    A class token stands in the mirrored place of this order, so that a first token, which sees nothing on the way
+    forward, is visited last on the way back, whatever is reversed.
+
+    Args:
+        config (`VideoMambaConfig`).
+        grid (`tuple[int, int, int]`): (n_t, n_h, n_w).
+
+    Returns:
+        `torch.LongTensor` of shape `(L,)`, or None for the full reversal.
+    """
+    if config.backward_scan == "spatiotemporal":
+        return None
+    frames, *space = grid
+    tokens = torch.arange(math.prod(grid), device=device).view(frames, math.prod(space))
+    patches = tokens.flip(1 if config.backward_scan == "spatial" else 0).flatten()
+    if config.class_token_position == "none":
+        return patches
+    place = class_token_index(config, patches.numel())
+    mirrored = patches.numel() - place
+    patches = patches + (patches >= place)
+    class_token = torch.full((1,), place, device=device)
+    return torch.cat([patches[:mirrored], class_token, patches[mirrored:]])
+
+
+class VideoMambaRMSNorm(nn.Module):
+    """Root-mean-square norm of the float32 residual stream, computed in float32, out in the weights' type."""
+
+    def __init__(self, hidden_size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states):
+        normed = F.rms_norm(hidden_states.float(), self.weight.shape, self.weight.float(), self.eps)
+        return normed.to(self.weight.dtype)
+
+    def extra_repr(self):
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class VideoMambaMixer(nn.Module):
+    """
+    The spatio-temporal forward and backward SSM (paper, section 4.4 and figure 3).
+
+    `in_proj`, the gate and `out_proj` serve both directions; all else has a leading axis of 2, forward then backward.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.scan_backend = config.scan_backend
+        inner, states, rank = config.intermediate_size, config.state_size, config.time_step_rank
+        self.in_proj = nn.Linear(config.hidden_size, 2 * inner, bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(2, inner, config.conv_kernel))
+        self.conv_bias = nn.Parameter(torch.empty(2, inner))
+        self.x_proj_weight = nn.Parameter(torch.empty(2, rank + 2 * states, inner))
+        self.dt_proj_weight = nn.Parameter(torch.empty(2, inner, rank))
+        self.dt_proj_bias = nn.Parameter(torch.empty(2, inner))
+        self.A_log = nn.Parameter(torch.empty(2, inner, states))
+        self.D = nn.Parameter(torch.empty(2, inner))
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states, order=None):
+        scanned = bidirectional_selective_scan(
+            self.in_proj(hidden_states),
+            self.conv_weight,
+            self.conv_bias,
+            self.x_proj_weight,
+            self.dt_proj_weight,
+            self.dt_proj_bias,
+            self.A_log,
+            self.D,
+            order=order,
+            backend=self.scan_backend,
+        )
+        return self.out_proj(scanned)
+
+
+class VideoMambaLayer(GradientCheckpointingLayer):
+    """Pre-norm block: x + mixer(norm(x)), on a residual stream x (B, L, D) that stays in float32."""
+
+    def __init__(self, config, drop_path_rate):
+        super().__init__()
+        self.norm = VideoMambaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.mixer = VideoMambaMixer(config)
+        self.drop_path_rate = drop_path_rate
+
+    def forward(self, hidden_states, order=None, **kwargs: Unpack[TransformersKwargs]):
+        update = self.mixer(self.norm(hidden_states), order)
+        if self.training and self.drop_path_rate > 0:
+            keep = 1 - self.drop_path_rate
+            update = update * update.new_empty(update.shape[0], 1, 1).bernoulli_(keep).div_(keep)
+        return hidden_states + update
+
+
+class VideoMambaPreTrainedModel(PreTrainedModel):
+    """Weight initialisation, loading and saving for all VideoMamba models."""
+
+    config: VideoMambaConfig
+    base_model_prefix = "videomamba"
+    main_input_name = "pixel_values"
+    input_modalities = "video"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["VideoMambaEmbeddings", "VideoMambaLayer"]
+    _can_record_outputs = {"hidden_states": VideoMambaLayer}
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        # With its code beside it, a checkpoint loads as backbone and as classifier, whichever of the two it was.
+        if self._auto_class is not None:
+            self.config.auto_map = {**AUTO_MAP, **(getattr(self.config, "auto_map", None) or {})}
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    @torch.no_grad()
+    def resize_position_embeddings(self, num_frames=None, image_size=None):
+        """
+        Fit the model to clips of another length or frame size, for example to fine-tune a 16-frame model on 32 frames.
+
+        Learned position embeddings are interpolated in time and space, in place; the class token keeps its own. The
+        config follows; a processor has to be told by its `num_frames`, `size` and `crop_size`.
+
+        Args:
+            num_frames (`int`, *optional*):
+                Frames of a clip from now on; unchanged by default.
+            image_size (`int` or `list[int]`, *optional*):
+                Height and width of a frame in pixels from now on; unchanged by default.
+
+        Raises:
+            ValueError: if a clip of that size holds no tubelet. The model is then as it was.
+
+        Example:
+
+        ```python
+        >>> model = VideoMambaForVideoClassification.from_pretrained(
+        ...     "you/videomamba-k400", num_labels=51, ignore_mismatched_sizes=True
+        ... )
+        >>> model.resize_position_embeddings(num_frames=32)
+        ```"""
+        resized = copy.deepcopy(self.config)
+        resized.num_frames = self.config.num_frames if num_frames is None else num_frames
+        resized.image_size = self.config.image_size if image_size is None else image_size
+        resized._check_values()
+        if self.config.position_embedding_type == "learned":
+            embeddings = self.base_model.embeddings
+            table = embeddings.position_embeddings
+            class_token, tubelets = table.tensor_split([int(embeddings.has_class_token)], dim=1)
+            tubelets = interpolate_positions(tubelets, self.config.grid_size, resized.grid_size)
+            table = nn.Parameter(torch.cat([class_token, tubelets], dim=1), requires_grad=table.requires_grad)
+            embeddings.position_embeddings = table
+        self.config.num_frames, self.config.image_size = resized.num_frames, resized.image_size
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """As Mamba's code does it: S4D-real A, step sizes spread over a range, `out_proj` scaled by the depth."""
+        config = self.config
+        if isinstance(module, VideoMambaMixer):
+            for weight in (module.in_proj.weight, module.x_proj_weight[0], module.x_proj_weight[1]):
+                init.kaiming_uniform_(weight, a=math.sqrt(5))
+            bound = config.conv_kernel**-0.5
+            init.uniform_(module.conv_weight, -bound, bound)
+            init.uniform_(module.conv_bias, -bound, bound)
+            bound = config.time_step_rank**-0.5
+            init.uniform_(module.dt_proj_weight, -bound, bound)
+            # The bias is the inverse of the softplus at the wanted step size.
+            log_range = math.log(config.time_step_min), math.log(config.time_step_max)
+            step = torch.empty_like(module.dt_proj_bias, dtype=torch.float32).uniform_(*log_range).exp()
+            step = step.clamp(min=config.time_step_floor)
+            init.copy_(module.dt_proj_bias, step + torch.log(-torch.expm1(-step)))
+            states = torch.arange(1, config.state_size + 1, dtype=torch.float32, device=module.A_log.device)
+            init.copy_(module.A_log, states.log().expand_as(module.A_log))
+            init.ones_(module.D)
+            bound = (config.intermediate_size * config.num_hidden_layers) ** -0.5
+            init.uniform_(module.out_proj.weight, -bound, bound)
+        elif isinstance(module, VideoMambaRMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, VideoMambaEmbeddings):
+            if module.has_class_token:
+                init.trunc_normal_(module.cls_token, std=config.initializer_range)
+            if config.position_embedding_type == "learned":
+                init.trunc_normal_(module.position_embeddings, std=config.initializer_range)
+        elif isinstance(module, nn.Conv3d) or module is getattr(self, "classifier", None):
+            init.trunc_normal_(module.weight, std=config.initializer_range)
+            init.zeros_(module.bias)
+
+
+class VideoMambaModel(VideoMambaPreTrainedModel):
+    """
+    The bare VideoMamba encoder: tubelet tokens in, their final normed states out.
+
+    Args:
+        config (`VideoMambaConfig`).
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embeddings = VideoMambaEmbeddings(config)
+        depth = config.num_hidden_layers
+        self.layers = nn.ModuleList(
+            VideoMambaLayer(config, config.drop_path_rate * index / max(depth - 1, 1)) for index in range(depth)
+        )
+        self.norm = VideoMambaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embeddings.patch_embeddings
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, num_frames, num_channels, height, width)`):
+                Normalised frames, as a [`VideoMambaVideoProcessor`] or [`VideoMambaImageProcessor`] gives them.
+            interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
+                Take clips of another length or resolution than the config's; learned position embeddings are
+                interpolated in time and space.
+
+        Returns:
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `last_hidden_state` `(B, L, D)`, all tokens
+            in order, the class token among them; `pooler_output` `(B, D)`, the class token, or the mean over tokens
+            if there is none; `hidden_states` on request, the residual stream before the first and after each layer,
+            `(B, L, D)` in float32.
+
+        Raises:
+            ValueError: if `pixel_values` has another rank, size or type than the model takes, or contains NaN.
+        """
+        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding).float()
+        grid = tubelet_grid(self.config, pixel_values.shape[1], *pixel_values.shape[3:])
+        order = backward_order(self.config, grid, hidden_states.device)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, order, **kwargs)
+        last_hidden_state = self.norm(hidden_states)
+        if self.embeddings.has_class_token:
+            pooled = last_hidden_state[:, class_token_index(self.config, math.prod(grid))]
+        else:
+            pooled = last_hidden_state.mean(dim=1)
+        return BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=pooled)
+
+
+class VideoMambaForVideoClassification(VideoMambaPreTrainedModel):
+    """
+    VideoMamba with a linear classifier on the class token, or on the mean over tokens if the config has none.
+
+    Args:
+        config (`VideoMambaConfig`).
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.videomamba = VideoMambaModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ImageClassifierOutput:
+        r"""
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, num_frames, num_channels, height, width)`):
+                Normalised frames, as a [`VideoMambaVideoProcessor`] or [`VideoMambaImageProcessor`] gives them.
+            labels (`torch.LongTensor` of shape `(B,)`, *optional*):
+                Class of each clip in `[0, num_labels)`: cross-entropy. With `config.problem_type`
+                `"multi_label_classification"`, float `(B, num_labels)`: binary cross-entropy; with `"regression"`
+                or one label, float `(B, num_labels)` or `(B,)`: mean squared error.
+            interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
+                Take clips of another length or resolution than the config's.
+
+        Returns:
+            [`~transformers.modeling_outputs.ImageClassifierOutput`]: `loss` if `labels` are given, `logits`
+            `(B, num_labels)`, and `hidden_states` on request.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from transformers import AutoModelForVideoClassification, AutoVideoProcessor
+        >>> import modeling_videomamba
+
+        >>> folder = "model_cards/videomamba-tiny-camera-motion"
+        >>> processor = AutoVideoProcessor.from_pretrained(folder)
+        >>> model = AutoModelForVideoClassification.from_pretrained(folder)
+        >>> inputs = processor("clip.mp4", return_tensors="pt")
+        >>> with torch.no_grad():
+        ...     label = model(**inputs).logits.argmax(-1).item()
+        >>> print(model.config.id2label[label])
+        pan left
+        ```"""
+        outputs = self.videomamba(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        logits = self.classifier(outputs.pooler_output)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels, logits, self.config, **kwargs)
+        return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+# The pipeline asks this table of names, also for code that came with a checkpoint.
+MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES.setdefault(
+    VideoMambaConfig.model_type, VideoMambaForVideoClassification.__name__
+)
+
+
+__all__ = ["VideoMambaForVideoClassification", "VideoMambaModel", "VideoMambaPreTrainedModel"]

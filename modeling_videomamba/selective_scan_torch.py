@@ -1,0 +1,220 @@
+"""The scan in plain PyTorch, for every device: chunks of the length run side by side, and hand their states on.
+
+A Python loop over L tokens is slow because each step is a handful of tiny operations. Here the length is cut into
+chunks of `CHUNK` tokens and the loop runs over the `CHUNK` positions, all chunks at once, twice: first from a zero
+state, to learn what state each chunk ends with; then from the right state, which the chunks hand on in between (a
+chunk's whole decay is exp(A ΣΔ)). The states of all tokens, (B, L, E, N), never exist together: the chunks are worked
+off in tiles that fit the cache, and the backward pass recomputes them from the states at the chunk borders.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+CHUNK = 64  # tokens a chunk
+
+
+def unusable_reason(device, dtype):
+    """Why this backend cannot run on `device` with activations of `dtype`, or None: it always can."""
+    return None
+
+
+def bidirectional_selective_scan(
+    xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, order=None
+):
+    """See `selective_scan.bidirectional_selective_scan`. Both directions run as one batch with a leading axis of 2."""
+    x, z = xz.chunk(2, dim=-1)
+    # The directions differ from here on; the backward one sees its tokens in the order of its visits.
+    x = torch.stack([x, x.flip(1) if order is None else x[:, order]])
+    u = F.silu(_causal_conv(x, conv_weight.to(x.dtype), conv_bias.to(x.dtype)))
+    rank, state_size = dt_proj_weight.shape[2], A_log.shape[2]
+    projected = torch.matmul(u, x_proj_weight.to(u.dtype).transpose(1, 2)[:, None])
+    time_step, B, C = projected.split([rank, state_size, state_size], dim=-1)
+    delta = torch.matmul(time_step, dt_proj_weight.to(u.dtype).transpose(1, 2)[:, None])
+    delta = F.softplus(delta.float() + dt_proj_bias.float()[:, None, None])
+    y = selective_scan(u, delta, -torch.exp(A_log.float()), B, C)
+    y = y + u * D.to(u.dtype)[:, None, None]
+    backward = y[1].flip(1) if order is None else y[1][:, torch.argsort(order)]
+    return (y[0] + backward) * (F.silu(z) / 2)
+
+
+def _causal_conv(x, weight, bias):
+    """Depthwise causal convolution over L of x (2, B, L, E) with weight (2, E, K): K shifted multiply-adds, so that
+    the channels stay last."""
+    length, taps = x.shape[2], weight.shape[2]
+    padded = F.pad(x, (0, 0, taps - 1, 0))
+    out = bias[:, None, None]
+    for k in range(taps):
+        out = out + padded[:, :, k : k + length] * weight[:, None, None, :, k]
+    return out
+
+
+@torch.library.custom_op("videomamba::selective_scan", mutates_args=())
+def _scan_op(
+    u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    y, starts = _scan_forward(u, delta, A, B, C)
+    return y.to(u.dtype), starts
+
+
+def selective_scan(u, delta, A, B, C):
+    """
+    The recurrence h_k = exp(Δ_k A) h_{k-1} + Δ_k B_k u_k, y_k = C_k h_k in ascending order, for G groups at once.
+
+    Args:
+        u (`torch.Tensor` of shape `(G, B, L, E)`): input sequence.
+        delta (`torch.FloatTensor` of shape `(G, B, L, E)`): step size after the softplus.
+        A (`torch.FloatTensor` of shape `(G, E, N)`): state matrix, negative.
+        B, C (`torch.Tensor` of shape `(G, B, L, N)`): input and output matrices.
+
+    Returns:
+        `torch.Tensor` of shape `(G, B, L, E)` and the type of `u`.
+    """
+    return _scan_op(u, delta, A, B, C)[0]
+
+
+@_scan_op.register_fake
+def _(u, delta, A, B, C):
+    groups, batch, length, channels = u.shape
+    chunks = (length + CHUNK - 1) // CHUNK
+    return torch.empty_like(u, memory_format=torch.contiguous_format), u.new_empty(
+        (groups, batch * chunks, A.shape[2], channels), dtype=torch.float32
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _backward(ctx, grad_y, grad_starts):
+    return torch.ops.videomamba.selective_scan_backward(grad_y, *ctx.saved_tensors)
+
+
+_scan_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _tiles(count, channels, state_size, device):
+    """Slices of the chunks that are worked off together: as many as fit a core's cache, or many on a GPU, where each
+    operation costs a launch."""
+    budget = 2**25 if device.type == "cuda" else 2**19  # state elements of 4 bytes
+    size = max(1, budget // (channels * state_size))
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _chunked(x, length):
+    """(G, B, L, ...) to float32 (G, B * chunks, CHUNK, ...), padded with zeros: a step with Δ = 0 changes no state."""
+    groups, batch = x.shape[:2]
+    x = F.pad(x.float(), (0, 0, 0, -length % CHUNK))
+    return x.reshape(groups, -1, CHUNK, x.shape[-1])
+
+
+def _hand_on(ends, decay, batch, reverse=False):
+    """What each chunk starts from, (B * chunks, N, E), given what each ends with from zero and its whole decay."""
+    ends, decay = (t.unflatten(0, (batch, -1)) for t in (ends, decay))
+    starts = torch.zeros_like(ends)
+    order = range(ends.shape[1] - 1, 0, -1) if reverse else range(ends.shape[1] - 1)
+    for chunk in order:
+        following = chunk - 1 if reverse else chunk + 1
+        torch.addcmul(ends[:, chunk], decay[:, chunk], starts[:, chunk], out=starts[:, following])
+    return starts.flatten(0, 1)
+
+
+def _advance(state, decay, step, delta, input, A, B):
+    """One step of the recurrence, in place: state (T, N, E); `decay` is a buffer of the same shape."""
+    torch.mul(delta[:, step, None], A, out=decay).exp_()
+    return state.mul_(decay).addcmul_(input[:, step, None], B[:, step, :, None])
+
+
+def _scan_forward(u, delta, A, B, C):
+    batch, length, channels = u.shape[1:]
+    A = A.transpose(1, 2).contiguous()  # (G, N, E): the channels, which are many, are the vectorised axis
+    delta, B, C = (_chunked(t, length) for t in (delta, B, C))
+    input = _chunked(u, length) * delta
+    y = torch.empty_like(input)
+    ends = input.new_empty(*input.shape[:2], A.shape[1], channels)
+    starts = torch.zeros_like(ends)
+    tiles = _tiles(input.shape[1], channels, A.shape[1], u.device)
+    several = length > CHUNK
+    for g in range(u.shape[0]):
+        if several:
+            for tile in tiles:
+                state = ends[g, tile].zero_()
+                decay = torch.empty_like(state)
+                for step in range(CHUNK):
+                    _advance(state, decay, step, delta[g, tile], input[g, tile], A[g], B[g, tile])
+            starts[g] = _hand_on(ends[g], torch.exp(delta[g].sum(1)[:, None] * A[g]), batch)
+        for tile in tiles:
+            state = starts[g, tile].clone()
+            decay = torch.empty_like(state)
+            for step in range(CHUNK if several else length):
+                _advance(state, decay, step, delta[g, tile], input[g, tile], A[g], B[g, tile])
+                torch.bmm(C[g, tile, step, None], state, out=y[g, tile, step, None])
+    return y.reshape(u.shape[0], batch, -1, channels)[:, :, :length].contiguous(), starts
+
+
+@torch.library.custom_op("videomamba::selective_scan_backward", mutates_args=())
+def _scan_backward_op(
+    grad_y: torch.Tensor,
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    starts: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    groups, batch, length, channels = u.shape
+    A_t = A.transpose(1, 2).contiguous()
+    grad, u_c, delta_c, B_c, C_c = (_chunked(t, length) for t in (grad_y, u, delta, B, C))
+    input = u_c * delta_c
+    count, states = input.shape[1], A_t.shape[1]
+    d_input, d_delta, d_B, d_C = (torch.empty_like(t) for t in (input, delta_c, B_c, C_c))
+    d_A = torch.zeros_like(A_t)
+    steps = min(length, CHUNK)
+    # All states of a tile are alive at once here, so it is smaller than the forward's.
+    tiles = _tiles(count, channels, states * 4, u.device)
+    for g in range(groups):
+        # The adjoint of the state runs the other way: λ_k = exp(Δ_{k+1} A) λ_{k+1} + C_k ∂y_k. What is handed from a
+        # chunk to the one before it is exp(Δ_first A) λ_first; `passed` holds what each chunk receives.
+        passed = torch.zeros_like(starts[g])
+        if length > CHUNK:
+            ends = torch.empty_like(passed)
+            for tile in tiles:
+                adjoint = ends[tile].zero_()
+                decay = torch.empty_like(adjoint)
+                for step in reversed(range(steps)):
+                    adjoint.addcmul_(grad[g, tile, step, None], C_c[g, tile, step, :, None])
+                    torch.mul(delta_c[g, tile, step, None], A_t[g], out=decay).exp_()
+                    adjoint.mul_(decay)
+            passed = _hand_on(ends, torch.exp(delta_c[g].sum(1)[:, None] * A_t[g]), batch, reverse=True)
+        for tile in tiles:
+            history = input.new_empty(steps + 1, *starts[g, tile].shape)
+            history[0] = starts[g, tile]
+            decay = torch.empty_like(history[0])
+            for step in range(steps):
+                torch.mul(delta_c[g, tile, step, None], A_t[g], out=decay).exp_()
+                torch.mul(history[step], decay, out=history[step + 1])
+                history[step + 1].addcmul_(input[g, tile, step, None], B_c[g, tile, step, :, None])
+            adjoint = passed[tile].clone()
+            for step in reversed(range(steps)):
+                torch.bmm(history[step + 1], grad[g, tile, step, :, None], out=d_C[g, tile, step, :, None])
+                adjoint.addcmul_(grad[g, tile, step, None], C_c[g, tile, step, :, None])
+                torch.bmm(B_c[g, tile, step, None], adjoint, out=d_input[g, tile, step, None])
+                torch.bmm(adjoint, input[g, tile, step, :, None], out=d_B[g, tile, step, :, None])
+                torch.mul(delta_c[g, tile, step, None], A_t[g], out=decay).exp_()
+                adjoint.mul_(decay)
+                through_decay = torch.mul(history[step], adjoint, out=decay)  # ∂/∂(Δ A)
+                torch.sum(through_decay * A_t[g], dim=1, out=d_delta[g, tile, step])
+                d_A[g] += (through_decay * delta_c[g, tile, step, None]).sum(0)
+    d_delta[:, :, steps:] = 0
+    d_delta.addcmul_(d_input, u_c)
+    d_u = d_input.mul_(delta_c)
+
+    def unchunk(x, like):
+        return x.reshape(groups, batch, -1, x.shape[-1])[:, :, :length].to(like.dtype).contiguous()
+
+    return unchunk(d_u, u), unchunk(d_delta, delta), d_A.transpose(1, 2).contiguous(), unchunk(d_B, B), unchunk(d_C, C)
+
+
+@_scan_backward_op.register_fake
+def _(grad_y, u, delta, A, B, C, starts):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (u, delta, A, B, C))

@@ -1,0 +1,618 @@
+"""Video processor class for VideoMamba: a file, URL, bytes or frames in, `pixel_values` out."""
+
+import importlib
+import io
+import os
+import time
+from bisect import bisect_left
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+import torch
+from huggingface_hub.dataclasses import validate_typed_dict
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+from transformers.processing_utils import Unpack, VideosKwargs
+from transformers.video_processing_utils import BaseVideoProcessor
+from transformers.video_utils import VideoMetadata, make_batched_metadata
+
+from .image_processing_videomamba import VideoMambaImageProcessor, split_videos, stack_frames
+
+
+# Code that travels with a checkpoint must import inside `try` what may be absent.
+try:
+    import av
+except ImportError:
+    av = None
+try:
+    from huggingface_hub.utils import httpx
+except ImportError:
+    import httpx
+
+
+class VideoMambaVideoProcessorKwargs(VideosKwargs, total=False):
+    r"""
+    frame_stride (`int`, *optional*):
+        Distance between two sampled frames; `None` spreads the sampled frames over the whole clip.
+    decoder (`str`, *optional*):
+        `"pyav"`, `"torchcodec"` or `"decord"`; `None` takes the first that can be used, in this order.
+    """
+
+    frame_stride: int | None
+    decoder: str | None
+
+
+class VideoMambaVideoProcessor(BaseVideoProcessor):
+    r"""
+    Reads a video, samples frames from it and turns them into `pixel_values` as [`VideoMambaImageProcessor`] does. Of a
+    file it decodes only what the sampled frames need.
+
+    **Which frames.** `num_frames` frames at a distance of `frame_stride`, from the middle of the clip (the paper: 16
+    at stride 2, section 5.1). With `frame_stride=None` they are spread evenly over the whole clip, the first and the
+    last frame included: of n frames those at `round(i * (n - 1) / (num_frames - 1))`. A clip with fewer than
+    `(num_frames - 1) * frame_stride + 1` frames is sampled in this second way too, so one with fewer than `num_frames`
+    frames repeats frames, each about equally often. With `fps` the whole clip is sampled at that rate instead, and the
+    number of frames follows from its length.
+
+    **When.** `do_sample_frames=None`, the default, samples from files, URLs and bytes, and takes frames that are
+    already decoded as they are, as VideoMAE's processor does. `True` samples from both (of decoded frames there must
+    then be at least `num_frames`), `False` from neither.
+
+    Args:
+        num_frames (`int`, *optional*, defaults to 16):
+            Frames to sample. `None`, without `fps`: all of them.
+        frame_stride (`int`, *optional*, defaults to 2):
+            Distance between sampled frames, or `None`, as above. Frames are counted in the order in which they are
+            shown, whatever the time between them.
+        fps (`float`, *optional*):
+            Frames to sample a second. Excludes `num_frames`: what a call names goes before what is saved, and of the
+            saved two `fps`.
+        do_sample_frames (`bool`, *optional*):
+            As above.
+        decoder (`str`, *optional*):
+            `"pyav"`, `"torchcodec"` or `"decord"`; `None` takes the first that can be used, in this order.
+        kwargs:
+            Those of every video processor of `transformers` ([`~transformers.processing_utils.VideosKwargs`]), with
+            the defaults of [`VideoMambaImageProcessor`].
+    """
+
+    resample = PILImageResampling.BILINEAR
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    size = {"shortest_edge": 224}
+    default_to_square = False
+    crop_size = {"height": 224, "width": 224}
+    do_resize = True
+    do_center_crop = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+    do_sample_frames = None
+    num_frames = 16
+    frame_stride = 2
+    decoder = None
+    valid_kwargs = VideoMambaVideoProcessorKwargs
+    model_input_names = ["pixel_values"]
+
+    def __init__(self, **kwargs: Unpack[VideoMambaVideoProcessorKwargs]):
+        super().__init__(**kwargs)
+        _check_sampling(self.num_frames, self.frame_stride, self.decoder)
+
+    def preprocess(self, videos, **kwargs: Unpack[VideoMambaVideoProcessorKwargs]) -> BatchFeature:
+        r"""
+        Args:
+            videos:
+                One video or a list of them: a path, an `http(s)` URL, the bytes of a file or a file object opened in
+                binary mode; or decoded frames in any form that [`VideoMambaImageProcessor`] takes.
+            kwargs:
+                Overrides for this call. `return_tensors="pt"` stacks the batch; `return_metadata=True` adds
+                `video_metadata`, a list of [`~transformers.video_utils.VideoMetadata`] with the number of frames of
+                each clip, its frame rate (frames a second), the indices of the sampled frames and the decoder.
+
+        Returns:
+            [`~transformers.BatchFeature`] with `pixel_values`, float32 (B, T, C, H, W): a tensor with
+            `return_tensors="pt"`, otherwise a list of B tensors.
+
+        Raises:
+            FileNotFoundError, IsADirectoryError: there is no such file.
+            ConnectionError: a URL could not be downloaded.
+            ImportError: no decoder, or not the one asked for.
+            ValueError: a file that is no video or of which no frame can be decoded, or frames that do not go together.
+                The message names the file, or the video and the frame.
+        """
+        validate_typed_dict(self.valid_kwargs, kwargs)
+        decoder = kwargs.pop("decoder", self.decoder)
+        frame_stride = kwargs.pop("frame_stride", self.frame_stride)
+        num_frames, fps = kwargs.pop("num_frames", None), kwargs.pop("fps", None)
+        do_sample_frames = kwargs.pop("do_sample_frames", self.do_sample_frames)
+        _check_sampling(num_frames, frame_stride, decoder)
+        sample = partial(self.sample_frames, num_frames=num_frames, fps=fps, frame_stride=frame_stride)
+
+        files = _list_files(videos)
+        if files is not None:
+            frames, metadata = self.fetch_videos(files, None if do_sample_frames is False else sample, decoder)
+            frames = [video.permute(0, 3, 1, 2) for video in frames]
+        else:
+            do_convert_rgb = kwargs.get("do_convert_rgb", self.do_convert_rgb)
+            frames = [
+                stack_frames(video, f"videos[{i}]", do_convert_rgb, kwargs.get("input_data_format"))
+                for i, video in enumerate(split_videos(videos))
+            ]
+            metadata = make_batched_metadata(frames, kwargs.get("video_metadata"))
+            if len(metadata) != len(frames):
+                raise ValueError(
+                    f"`video_metadata` has {len(metadata)} entries for {len(frames)} videos: give one each."
+                )
+            if do_sample_frames:
+                frames = [_pick(video, metadata[i], sample, f"videos[{i}]") for i, video in enumerate(frames)]
+
+        # From here on the base class sees (T, C, H, W) tensors, sampled and in RGB.
+        kwargs.update(do_sample_frames=False, input_data_format="channels_first", video_metadata=metadata)
+        return super().preprocess(frames, **kwargs)
+
+    # The steps after decoding, in one place for both processors.
+    _preprocess = VideoMambaImageProcessor._preprocess
+
+    def sample_frames(
+        self, metadata: VideoMetadata, num_frames: int | None = None, fps: float | None = None, **kwargs
+    ) -> np.ndarray:
+        """
+        Which frames to take, by the rules in the description of the class.
+
+        Args:
+            metadata: `total_num_frames` and, for sampling by `fps`, `fps` of the clip.
+            num_frames, fps: at most one of them; the saved values if both are `None`.
+            frame_stride: the saved value if not given.
+
+        Returns:
+            (T,) int64 frame indices, ascending, in the order in which the frames are shown.
+        """
+        frame_stride = kwargs.get("frame_stride", self.frame_stride)
+        if num_frames is not None and fps is not None:
+            raise ValueError(f"`num_frames` ({num_frames}) and `fps` ({fps}) exclude each other: give only one.")
+        if num_frames is None and fps is None:
+            num_frames, fps = (None, self.fps) if self.fps is not None else (self.num_frames, None)
+        total = metadata.total_num_frames
+        if fps is not None:
+            if not metadata.fps:
+                raise ValueError(
+                    f"Sampling {fps} frames a second needs the frame rate of the clip, which is unknown. Give it in "
+                    "`video_metadata`, or use `num_frames` instead of `fps`."
+                )
+            num_frames, frame_stride = max(1, int(total / metadata.fps * fps)), None
+        elif num_frames is None:
+            return np.arange(total)
+        if frame_stride is not None:
+            span = (num_frames - 1) * frame_stride + 1
+            if span <= total:
+                return (total - span) // 2 + frame_stride * np.arange(num_frames)
+        return np.linspace(0, total - 1, num_frames).round().astype(np.int64)
+
+    def fetch_videos(self, video_url_or_urls, sample_indices_fn=None, decoder: str | None = None):
+        """
+        Decodes files.
+
+        Args:
+            video_url_or_urls: a path, an `http(s)` URL, the bytes of a file or a binary file object; or a list.
+            sample_indices_fn: called with `metadata=` a [`~transformers.video_utils.VideoMetadata`], returns the
+                indices of the frames to decode; all frames if `None`.
+            decoder: `"pyav"`, `"torchcodec"` or `"decord"`; the saved one if `None`.
+
+        Returns:
+            (T, H, W, 3) uint8 RGB tensor, upright, and its metadata; for a list, a list of the tensors and a list of
+            the metadata.
+        """
+        if isinstance(video_url_or_urls, list | tuple):
+            pairs = [self.fetch_videos(entry, sample_indices_fn, decoder) for entry in video_url_or_urls]
+            return [video for video, _ in pairs], [metadata for _, metadata in pairs]
+        frames, metadata = decode_video(video_url_or_urls, sample_indices_fn or _all_frames, decoder or self.decoder)
+        return torch.from_numpy(frames), metadata
+
+
+def _check_sampling(num_frames, frame_stride, decoder) -> None:
+    for name, value in (("num_frames", num_frames), ("frame_stride", frame_stride)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"`{name}` is {value!r}, but must be a whole number of at least 1, or None.")
+    if decoder is not None and decoder not in DECODERS:
+        raise ValueError(f"`decoder` is {decoder!r}, but must be one of {', '.join(DECODERS)}, or None.")
+
+
+def _is_file(value) -> bool:
+    return isinstance(value, str | os.PathLike | bytes | bytearray) or hasattr(value, "read")
+
+
+def _list_files(videos) -> list | None:
+    """The files in `videos`, if it is a file or a list of files; None if it holds frames."""
+    if _is_file(videos):
+        return [videos]
+    if not isinstance(videos, list | tuple):
+        return None
+    # Chat templates wrap each video in a list of its own.
+    videos = [video[0] if isinstance(video, list | tuple) and len(video) == 1 else video for video in videos]
+    are_files = [_is_file(video) for video in videos]
+    if not any(are_files):
+        return None
+    if not all(are_files):
+        i = are_files.index(False)
+        raise ValueError(
+            f"`videos` mixes files with other things: videos[{i}] is a {type(videos[i]).__name__}. Give either files, "
+            "URLs and bytes, or decoded frames."
+        )
+    return videos
+
+
+def _pick(frames: torch.Tensor, metadata: VideoMetadata, sample, name: str) -> torch.Tensor:
+    """Samples from frames that are already decoded, (T, C, H, W)."""
+    if metadata.total_num_frames != len(frames):
+        raise ValueError(
+            f"{name} has {len(frames)} frames, but its `video_metadata` says {metadata.total_num_frames}. Sampling "
+            "needs the whole clip; pass `do_sample_frames=False` if these frames have been sampled already."
+        )
+    indices = sample(metadata=metadata)
+    if len(indices) > len(frames):
+        raise ValueError(
+            f"{name} has {len(frames)} decoded frames, but {len(indices)} were to be sampled. Give more frames, a "
+            "smaller `num_frames` or `fps`, or `do_sample_frames=False` to take the frames as they are. (Only frames of "
+            "files are repeated.)"
+        )
+    metadata.frames_indices = indices
+    return frames[torch.from_numpy(indices)]
+
+
+def _all_frames(metadata: VideoMetadata) -> np.ndarray:
+    return np.arange(metadata.total_num_frames)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a file to frames
+# ---------------------------------------------------------------------------------------------------------------------
+
+DOWNLOAD_TIMEOUT = 30  # seconds without an answer or without a byte
+DOWNLOAD_LIMIT = 900  # seconds for the whole file
+DOWNLOAD_MAX_BYTES = 2**31
+
+
+def decode_video(file, sample, decoder: str | None = None) -> tuple[np.ndarray, VideoMetadata]:
+    """
+    Decodes the frames of a path, URL, bytes or file object that `sample(metadata=...)` asks for.
+
+    Returns:
+        (T, H, W, 3) uint8 RGB, turned upright as the file's rotation says, and the metadata, with `frames_indices`.
+        Frames are counted in the order in which they are shown.
+
+    Raises:
+        See [`VideoMambaVideoProcessor.preprocess`].
+    """
+    decoder = _choose_decoder([decoder] if decoder else DECODERS)
+    source, name = _open(file)
+    try:
+        frames, metadata = DECODERS[decoder](source, name, sample)
+    except _Unreliable as reason:
+        if av is None:
+            raise ValueError(
+                f"{name}: {decoder} misplaces the frames of {reason}. `pip install av` reads it."
+            ) from None
+        frames, metadata = _read_pyav(source, name, sample)
+    metadata.height, metadata.width = frames.shape[1:3]
+    return frames, metadata
+
+
+def _choose_decoder(names) -> str:
+    problems = {}
+    for name in names:
+        package = "av" if name == "pyav" else name
+        try:
+            module = importlib.import_module(package)
+            # torchcodec can be imported without FFmpeg's shared libraries, but decodes nothing then.
+            if getattr(module, "ffmpeg_major_version", "") is not None:
+                return name
+            problems[package] = "FFmpeg's shared libraries are not installed"
+        except Exception as error:  # that of a broken installation need not be an ImportError
+            problems[package] = _first_line(error)
+    found = "; ".join(f"{package}: {problem}" for package, problem in problems.items())
+    raise ImportError(
+        f"A video file needs a decoder, but of {', '.join(names)} none can be used ({found}). "
+        f"`pip install {next(iter(problems))}`, or give frames that are already decoded."
+    )
+
+
+def _open(file) -> tuple[str | bytes, str]:
+    """A path, or the bytes of a file; and its name for messages."""
+    if isinstance(file, bytes | bytearray):
+        source, name = bytes(file), f"<{len(file)} bytes>"
+    elif hasattr(file, "read"):
+        if file.seekable():
+            file.seek(0)
+        source, name = file.read(), str(getattr(file, "name", f"<{type(file).__name__}>"))
+        if not isinstance(source, bytes):
+            raise ValueError(f"{name} was opened in text mode; open it with mode 'rb'.")
+    elif isinstance(file, str) and file.lower().startswith(("http://", "https://")):
+        source, name = _download(file), file
+    else:
+        source = name = os.fspath(file)
+        if os.path.isdir(source):
+            raise IsADirectoryError(f"{name} is a folder, but a video file was expected.")
+        if not os.path.exists(source):
+            raise FileNotFoundError(f"There is no file {name} (looked in {os.getcwd()}).")
+        if not os.path.isfile(source):
+            raise ValueError(f"{name} is a device or a pipe, not a file. Copy the video to a file first.")
+    if (len(source) if isinstance(source, bytes) else os.path.getsize(source)) == 0:
+        raise ValueError(f"{name} is empty (0 bytes). Copy or download the video again.")
+    return source, name
+
+
+def _download(url: str) -> bytes:
+    end, data = time.monotonic() + DOWNLOAD_LIMIT, io.BytesIO()
+    try:
+        with httpx.stream("GET", url, follow_redirects=True, timeout=DOWNLOAD_TIMEOUT) as response:
+            response.raise_for_status()
+            for chunk in response.iter_bytes():
+                data.write(chunk)
+                if data.tell() > DOWNLOAD_MAX_BYTES or time.monotonic() > end:
+                    raise ConnectionError(
+                        f"{url} did not end within {DOWNLOAD_MAX_BYTES} bytes and {DOWNLOAD_LIMIT} seconds. If it is "
+                        "a live stream, save the part that you need and give the path."
+                    )
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        problem = f"{type(error).__name__}: {_first_line(error)}"
+        raise ConnectionError(f"{url} could not be downloaded ({problem}). Check address and network.") from error
+    return data.getvalue()
+
+
+def _first_line(error) -> str:
+    """What went wrong, in one line: libav's errors repeat a number and a name, torchcodec's have thirty lines."""
+    return (getattr(error, "strerror", None) or str(error)).strip().split("\n")[0]
+
+
+def _as_file(source: str | bytes):
+    return io.BytesIO(source) if isinstance(source, bytes) else io.FileIO(source)
+
+
+def _mp4_index(source: str | bytes) -> bytes | None:
+    """The index (the moov box) of an MP4 or MOV file that is whole and not fragmented; None of any other file."""
+    index, position = None, 0
+    with _as_file(source) as file:
+        size = file.seek(0, os.SEEK_END)
+        while position < size:
+            file.seek(position)
+            header = file.read(16)
+            length, box = int.from_bytes(header[:4], "big"), header[4:8]
+            length = {0: size - position, 1: int.from_bytes(header[8:], "big")}.get(length, length)
+            if length < 8 or position + length > size or box == b"moof" or (position == 0 and box != b"ftyp"):
+                return None
+            if box == b"moov":
+                file.seek(position)
+                index = file.read(length)
+            position += length
+    return index
+
+
+def _no_video(source: str | bytes, name: str, error) -> ValueError:
+    """The error for a file that cannot be decoded, with what the file looks like."""
+    with _as_file(source) as file:
+        start = file.read(48)
+    if start[4:8] == b"ftyp":
+        found = "an MP4 or MOV file"
+        if _mp4_index(source) is None:
+            found += " that lacks its index (moov) or its end, as if it had been cut short"
+    elif all(32 <= byte < 127 or byte in b"\t\r\n" for byte in start):
+        found = f"a file that begins with the text {start.decode()!r}"
+    else:
+        found = f"a file that begins with the bytes {start[:8].hex(' ')}"
+    return ValueError(
+        f"{name} cannot be read as a video ({_first_line(error)}). It is {found}. Copy, download or encode it anew."
+    )
+
+
+def _metadata(total: int, fps, decoder: str) -> VideoMetadata:
+    fps = float(fps) if fps else None
+    return VideoMetadata(total_num_frames=total, fps=fps, duration=total / fps if fps else None, video_backend=decoder)
+
+
+def _sample(sample, metadata: VideoMetadata, name: str) -> np.ndarray:
+    indices = np.asarray(sample(metadata=metadata), dtype=np.int64)
+    if indices.size == 0 or indices.min() < 0 or indices.max() >= metadata.total_num_frames:
+        raise ValueError(
+            f"The frames {indices.tolist()} of {name} were asked for, but it has {metadata.total_num_frames}."
+        )
+    metadata.frames_indices = indices
+    return indices
+
+
+def _read_pyav(source, name, sample):
+    try:
+        with _open_pyav(source, name) as (container, stream):
+            total, times, keys = _index_packets(container, stream)
+            if total == 0:
+                raise _no_video(source, name, "there is no frame in it")
+            metadata = _metadata(total, stream.average_rate, "pyav")
+            indices = _sample(sample, metadata, name)
+            frames = _decode_from_key(container, stream, times, keys, set(indices.tolist())) if times else None
+        while frames is None:
+            with _open_pyav(source, name) as (container, stream):
+                frames, total = _decode_from_start(container, stream, set(indices.tolist()))
+            if total == 0:
+                raise _no_video(source, name, "none of its frames can be decoded")
+            if total <= indices.max():  # fewer frames can be decoded than the file promised: sample from those
+                metadata = _metadata(total, metadata.fps, "pyav")
+                indices, frames = _sample(sample, metadata, name), None
+    except av.FFmpegError as error:
+        raise _no_video(source, name, error) from error
+
+    sizes = {(frame.height, frame.width) for frame in frames.values()}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{name} changes its frame size: (height, width) {sorted(sizes)}. Cut it, or encode it anew with one size."
+        )
+    matrix = frames[indices[0]].side_data.get("DISPLAYMATRIX")
+    pixels = {i: frame.to_ndarray(format="rgb24") for i, frame in frames.items()}
+    return _turn_upright(np.stack([pixels[i] for i in indices.tolist()]), matrix), metadata
+
+
+@contextmanager
+def _open_pyav(source, name):
+    with _as_file(source) as file:
+        # libav sees bytes alone: neither the file's name nor what stands in a playlist makes it open anything else.
+        file.name = "video"
+        with av.open(file, options={"protocol_whitelist": "none"}, metadata_errors="ignore") as container:
+            if container.format.name.endswith("_pipe"):
+                raise ValueError(
+                    f"{name} is a still image ({container.format.name}), but a video was expected. Open images with "
+                    "PIL, say, and give the frames of each video as a list."
+                )
+            attached_picture = av.stream.Disposition.attached_pic
+            streams = [s for s in container.streams.video if s.codec_context and not s.disposition & attached_picture]
+            if not streams:
+                found = ", ".join(f"{s.type} ({s.name})" for s in container.streams) or "nothing at all"
+                raise ValueError(f"{name} has no video stream that can be decoded, only {found}. Give one that has.")
+            streams[0].thread_type = "AUTO"
+            yield container, streams[0]
+
+
+def _index_packets(container, stream) -> tuple[int, list[int] | None, list[tuple[int, int]]]:
+    """
+    Reads through the file without decoding.
+
+    Returns:
+        The number of frames; their times of presentation, ascending, or `None` where the file does not say; and the
+        times of presentation and of decoding of the key frames.
+    """
+    times, keys = [], []
+    try:
+        for packet in container.demux(stream):
+            # Packets to be discarded are those before the start of an edit list: decoded, but not shown.
+            if packet.size and not packet.is_discard and not packet.is_corrupt:
+                times.append(packet.pts)
+                if packet.is_keyframe:
+                    keys.append((packet.pts, packet.dts))
+    except av.FFmpegError:
+        pass  # the rest is missing; what came before counts
+    # AVI stores no times of presentation: libav makes them up, and wrongly if there are B-frames.
+    made_up = container.format.name == "avi" and stream.codec_context.has_b_frames
+    if made_up or None in times or len(set(times)) < len(times):
+        return len(times), None, []
+    return len(times), sorted(times), keys
+
+
+def _decoded_frames(container, stream):
+    """The frames from where the container stands, in the order in which they are shown, without damaged packets."""
+    packets, packet = container.demux(stream), True
+    while packet is not None:
+        try:
+            packet = next(packets, None)
+        except av.FFmpegError:
+            packet = None
+        try:
+            frames = stream.decode(packet)  # None makes the decoder give out what it holds back
+        except av.FFmpegError:
+            continue
+        yield from frames
+
+
+def _decode_from_key(container, stream, times, keys, wanted: set[int]) -> dict | None:
+    """
+    Decodes from the last key frame before the first wanted frame. `None` if what comes is not, frame by frame, what
+    the times say: a seek that landed elsewhere, damage, or wrong times.
+    """
+    first, last = min(wanted), max(wanted)
+    position = bisect_left(times, max((pts for pts, _ in keys if pts <= times[first]), default=times[0]))
+    decode_times = [dts for pts, dts in keys if pts == times[position] and dts is not None]
+    container.seek(min(decode_times + [times[position]]), stream=stream)
+    frames = {}
+    started = False
+    for frame in _decoded_frames(container, stream):
+        if frame.pts is None:
+            return None
+        if not started and frame.pts < times[position]:
+            continue  # the seek landed earlier, or the frame needs one from before the key frame
+        started = True
+        if frame.pts != times[position] or frame.is_corrupt:
+            return None
+        if position in wanted:
+            frames[position] = frame
+        if position == last:
+            return frames
+        position += 1
+    return None
+
+
+def _decode_from_start(container, stream, wanted: set[int]) -> tuple[dict, int]:
+    """Decodes until the last wanted frame. Returns the frames and how many there were."""
+    frames, total = {}, 0
+    for frame in _decoded_frames(container, stream):
+        if frame.is_corrupt:
+            continue
+        if total in wanted:
+            frames[total] = frame
+        total += 1
+        if total > max(wanted):
+            break
+    return frames, total
+
+
+def _turn_upright(frames: np.ndarray, display_matrix) -> np.ndarray:
+    """Turns and mirrors (T, H, W, 3) as a display matrix says, to the nearest quarter turn."""
+    if display_matrix is None:
+        return frames
+    # A point (x, y) of the frame is shown at (a x + c y, b x + d y), with y downwards.
+    a, b, _, c, d = np.frombuffer(bytes(display_matrix), np.int32)[:5]
+    if abs(b) > abs(a):
+        frames, a, d = frames.transpose(0, 2, 1, 3), c, b
+    return np.ascontiguousarray(frames[:, :: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+
+
+class _Unreliable(Exception):
+    """Raised by a decoder for a kind of file of which it returns wrong frames, which the message names."""
+
+
+def _read_torchcodec(source, name, sample):
+    with _as_file(source) as file:
+        start = file.read(8)
+    # Of AVI, MPEG-PS and MPEG-TS files, torchcodec 0.17 returns other frames than those asked for, or none.
+    if start[4:] != b"ftyp" and start[:4] != b"\x1aE\xdf\xa3":
+        raise _Unreliable("files that are neither MP4 or MOV nor Matroska or WebM")
+    try:
+        # "exact" reads through the file first, as the other decoders do, so that indices are right.
+        decoder = importlib.import_module("torchcodec.decoders").VideoDecoder(
+            source, dimension_order="NHWC", seek_mode="exact", num_ffmpeg_threads=0
+        )
+        metadata = _metadata(decoder.metadata.num_frames, decoder.metadata.average_fps, "torchcodec")
+    except Exception as error:
+        raise _no_video(source, name, error) from error
+    indices = _sample(sample, metadata, name)
+    try:
+        return decoder.get_frames_at(indices=indices.tolist()).data.numpy(), metadata
+    except Exception as error:
+        raise _no_video(source, name, error) from error
+
+
+def _read_decord(source, name, sample):
+    # decord 0.6 returns wrong frames, without a word, from AVI, MPEG-PS, MPEG-TS and WMV files, from HEVC, and where
+    # an edit list cuts off the beginning; and it overlooks the rotation of Matroska files.
+    index = _mp4_index(source)
+    if index is None or (b"avc1" not in index and b"mp4v" not in index):
+        raise _Unreliable("files that are not whole MP4 or MOV files with H.264 or MPEG-4 video")
+    decord = importlib.import_module("decord")
+    decord.logging.set_level(decord.logging.QUIET)
+    try:
+        reader = decord.VideoReader(_as_file(source) if isinstance(source, bytes) else source, ctx=decord.cpu(0))
+        start = reader.get_frame_timestamp([0])[0, 0]
+    except Exception as error:
+        raise _no_video(source, name, error) from error
+    if start < 0:
+        raise _Unreliable("files with an edit list that cuts off the beginning")
+    metadata = _metadata(len(reader), reader.get_avg_fps(), "decord")
+    indices = _sample(sample, metadata, name)
+    try:
+        return reader.get_batch(indices).asnumpy(), metadata
+    except Exception as error:
+        raise _no_video(source, name, error) from error
+
+
+# In the order of preference. 16 frames at stride 2 from the middle of a clip, median of 9, 2 cores, milliseconds:
+#                                                       PyAV   torchcodec   decord
+DECODERS = {"pyav": _read_pyav, "torchcodec": _read_torchcodec, "decord": _read_decord}
+
+
+__all__ = ["VideoMambaVideoProcessor"]

@@ -1,0 +1,49 @@
+"""What all tests share: no network, two threads at most, the `gpu` marker, and the folder of real clips."""
+
+import os
+import socket
+from pathlib import Path
+
+
+# Before the first import of transformers or datasets, which read it once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+
+# The tensors of the tests are tiny: more threads make them slower on large machines.
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and PyTorch sees none here"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network():
+    """Whatever connects to another machine gets an error that says so; servers on this one may be asked."""
+
+    def connect(self, address):
+        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"a test tried to connect to {address}: tests must not need the network")
+        return original(self, address)
+
+    original = socket.socket.connect
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", connect)
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real video clips beside the project, which are not ours to distribute."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("needs the real clips in ../shared/data, which is not there")
+    return SHARED_DATA

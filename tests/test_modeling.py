@@ -1,0 +1,348 @@
+"""The model of the paper: its counts, tokens, positions, orders, losses, initialisation, and what it refuses."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from modeling_videomamba import (
+    VideoMambaConfig,
+    VideoMambaForVideoClassification,
+    VideoMambaModel,
+    count_parameters_and_macs,
+    use_scan_backend,
+)
+from modeling_videomamba.modeling_videomamba import (
+    VideoMambaEmbeddings,
+    backward_order,
+    interpolate_positions,
+    sinusoidal_positions,
+)
+
+
+def tiny_config(**kwargs):
+    defaults = {"hidden_size": 32, "num_hidden_layers": 2, "image_size": 32, "num_frames": 4, "num_labels": 3}
+    return VideoMambaConfig(**{**defaults, **kwargs})
+
+
+def tiny_model(**kwargs):
+    torch.manual_seed(0)
+    return VideoMambaForVideoClassification(tiny_config(**kwargs)).eval()
+
+
+def clip(batch=2, frames=4, size=32, seed=0):
+    return torch.randn(batch, frames, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- counts
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters", "paper_gmacs", "gmacs"),
+    [
+        ({"num_labels": 400}, 26_387_344, 34.24, 39.10),
+        ({"num_labels": 174}, 26_300_334, 34.24, 39.10),
+        ({"num_labels": 51}, 26_252_979, 34.24, 39.10),
+        ({"num_labels": 400, "num_frames": 32}, 26_989_456, 68.46, 78.17),
+        ({"num_labels": 51, "num_frames": 8}, 25_951_923, 17.13, 19.56),
+        ({"num_labels": 400, "hidden_size": 192}, 7_443_088, 8.79, 10.53),
+    ],
+)
+def test_counts_of_the_paper(config, parameters, paper_gmacs, gmacs):
+    """The figures of the paper's tables 5 to 9, from the config and from the model itself."""
+    config = VideoMambaConfig(**config)
+    counts = count_parameters_and_macs(config)
+    with torch.device("meta"):
+        model = VideoMambaForVideoClassification(config)
+    assert counts["parameters"] == parameters == sum(p.numel() for p in model.parameters())
+    assert round(counts["paper_macs"] / 1e9, 2) == paper_gmacs
+    assert round(counts["macs"] / 1e9, 2) == gmacs
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"position_embedding_type": "sinusoidal", "class_token_position": "none"},
+        {"position_embedding_type": "none", "patch_size": [8, 16], "image_size": [24, 40], "state_size": 5},
+        {"tubelet_size": 1, "expand": 3, "conv_kernel": 2, "time_step_rank": 7, "num_labels": 0},
+    ],
+)
+def test_counts_follow_every_option(options):
+    config = tiny_config(**options)
+    model = VideoMambaForVideoClassification(config)
+    assert count_parameters_and_macs(config)["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_macs_against_the_counter_of_pytorch():
+    """PyTorch counts the matrix products and the tubelet convolution it sees; two operations a multiply-accumulate."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = tiny_config(hidden_size=48, image_size=64)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), use_scan_backend("torch"):
+        VideoMambaForVideoClassification(config)(clip(batch=1, size=64))
+    taps = 2 * config.num_hidden_layers * 33 * config.intermediate_size * config.conv_kernel  # not a matrix product
+    assert counter.get_total_flops() / 2 == count_parameters_and_macs(config)["macs"] - taps
+
+
+def test_light_config():
+    config = VideoMambaConfig.light(num_labels=5)
+    assert (config.hidden_size, config.num_hidden_layers, config.num_labels) == (192, 24, 5)
+
+
+# ---- tokens and positions
+
+
+def test_tubelets_are_cut_frame_by_frame_and_remainders_dropped():
+    config = tiny_config(
+        num_frames=5, image_size=[35, 50], position_embedding_type="none", class_token_position="none"
+    )
+    assert config.grid_size == (2, 2, 3)
+    embeddings = VideoMambaEmbeddings(config)
+    pixels = torch.randn(1, 5, 3, 35, 50)
+    tokens = embeddings(pixels)
+    assert tokens.shape == (1, 12, 32)
+    # Token 7 is time 1, row 0, column 1.
+    tubelet = pixels[0, 2:4, :, 0:16, 16:32].transpose(0, 1)
+    projection = embeddings.patch_embeddings.projection
+    expected = (projection.weight * tubelet).flatten(1).sum(1) + projection.bias
+    torch.testing.assert_close(tokens[0, 7], expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("position", "index"), [("first", 0), ("middle", 4)])
+def test_class_token_stands_in_its_place(position, index):
+    embeddings = VideoMambaEmbeddings(tiny_config(class_token_position=position))
+    with torch.no_grad():
+        embeddings.cls_token.fill_(7.0)
+        embeddings.position_embeddings.copy_(torch.arange(9.0)[None, :, None].expand(1, 9, 32))
+        embeddings.patch_embeddings.projection.weight.zero_()
+        embeddings.patch_embeddings.projection.bias.zero_()
+    tokens = embeddings(clip())[0, :, 0].tolist()
+    patches = [float(i) for i in range(1, 9)]
+    assert tokens == patches[:index] + [7.0] + patches[index:]
+
+
+def test_pooled_output_is_the_class_token_or_the_mean():
+    for position, pick in (
+        ("first", lambda h: h[:, 0]),
+        ("middle", lambda h: h[:, 4]),
+        ("none", lambda h: h.mean(1)),
+    ):
+        output = tiny_model(class_token_position=position).videomamba(clip())
+        torch.testing.assert_close(output.pooler_output, pick(output.last_hidden_state))
+
+
+def test_sinusoidal_positions_by_formula():
+    table = sinusoidal_positions(50, 12)
+    assert table.shape == (1, 50, 12)
+    for position, channel in ((0, 0), (0, 1), (7, 4), (49, 11)):
+        angle = position / 10000 ** (2 * (channel // 2) / 12)
+        expected = math.sin(angle) if channel % 2 == 0 else math.cos(angle)
+        assert table[0, position, channel].item() == pytest.approx(expected, abs=1e-6)
+    assert sinusoidal_positions(3, 5).shape == (1, 3, 5)
+
+
+def test_interpolated_positions_are_linear_in_time_and_space():
+    """A table that is linear along one axis stays on the same line between its end points (half-pixel centres)."""
+    grid, new_grid = (2, 4, 4), (4, 8, 2)
+    time = torch.tensor([0.0, 4.0]).view(2, 1, 1).expand(grid)
+    rows = torch.arange(4.0).view(1, 4, 1).expand(grid)
+    positions = torch.stack([time, rows, torch.ones(grid)], dim=-1).view(1, 32, 3)
+    found = interpolate_positions(positions, grid, new_grid).view(*new_grid, 3)
+    assert found[:, 0, 0, 0].tolist() == [0.0, 1.0, 3.0, 4.0]
+    assert found[0, :, 0, 1].tolist() == [0.0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3.0]
+    assert (found[..., 2] == 1).all()
+    torch.testing.assert_close(interpolate_positions(positions, grid, grid), positions)
+
+
+@pytest.mark.parametrize("kind", ["learned", "sinusoidal", "none"])
+@pytest.mark.parametrize(("frames", "size"), [(8, 32), (4, 48), (2, 16)])
+def test_other_sizes_need_interpolation(kind, frames, size):
+    model = tiny_model(position_embedding_type=kind)
+    pixels = clip(frames=frames, size=size)
+    with pytest.raises(ValueError, match=rf"{frames} frames of {size} × {size}.*4 frames of 32 × 32"):
+        model(pixels)
+    assert model(pixels, interpolate_pos_encoding=True).logits.isfinite().all()
+
+
+def test_interpolation_changes_nothing_at_the_configured_size():
+    model = tiny_model()
+    torch.testing.assert_close(model(clip()).logits, model(clip(), interpolate_pos_encoding=True).logits)
+
+
+# ---- orders
+
+
+@pytest.mark.parametrize(
+    ("reversal", "class_token", "expected"),
+    [
+        # 3 frames of 1 × 2 patches: tokens 0 1 | 2 3 | 4 5
+        ("spatiotemporal", "none", None),
+        ("spatial", "none", [1, 0, 3, 2, 5, 4]),
+        ("temporal", "none", [4, 5, 2, 3, 0, 1]),
+        # with the class token first: 0 is the class token, 1 2 | 3 4 | 5 6; it is visited last
+        ("spatial", "first", [2, 1, 4, 3, 6, 5, 0]),
+        ("temporal", "first", [5, 6, 3, 4, 1, 2, 0]),
+        # in the middle: 0 1 | 2 (3) 4 | 5 6
+        ("spatial", "middle", [1, 0, 4, 3, 2, 6, 5]),
+        ("temporal", "middle", [5, 6, 2, 3, 4, 0, 1]),
+    ],
+)
+def test_backward_orders_by_hand(reversal, class_token, expected):
+    config = tiny_config(backward_scan=reversal, class_token_position=class_token)
+    order = backward_order(config, (3, 1, 2))
+    assert order is None if expected is None else order.tolist() == expected
+
+
+def test_class_token_sees_all_tokens_and_the_reversals_differ():
+    """Every patch changes the class token's logits under each reversal, and no two reversals give the same."""
+    logits = []
+    for reversal in ("spatiotemporal", "spatial", "temporal"):
+        model = tiny_model(backward_scan=reversal)
+        pixels = clip(batch=1).requires_grad_()
+        model(pixels).logits.sum().backward()
+        per_tubelet = pixels.grad.abs().view(2, 2, 3, 2, 16, 2, 16).sum(dim=(1, 2, 4, 6))
+        assert (per_tubelet > 0).all()
+        logits.append(model(pixels).logits)
+    assert not torch.allclose(logits[0], logits[1]) and not torch.allclose(logits[1], logits[2])
+    assert not torch.allclose(logits[0], logits[2])
+
+
+# ---- outputs, losses, training
+
+
+def test_hidden_states_are_the_float32_residual_stream():
+    model = tiny_model().to(torch.bfloat16)
+    outputs = model.videomamba(clip(), output_hidden_states=True)
+    assert len(outputs.hidden_states) == 3
+    assert all(h.dtype == torch.float32 and h.shape == (2, 9, 32) for h in outputs.hidden_states)
+    assert outputs.last_hidden_state.dtype == torch.bfloat16
+    torch.testing.assert_close(model.videomamba.norm(outputs.hidden_states[-1]), outputs.last_hidden_state)
+
+
+def test_losses():
+    logits = tiny_model()(clip()).logits.detach()
+    labels = torch.tensor([2, 0])
+    torch.testing.assert_close(tiny_model()(clip(), labels=labels).loss.detach(), F.cross_entropy(logits, labels))
+    labels = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    loss = tiny_model(problem_type="multi_label_classification")(clip(), labels=labels).loss
+    torch.testing.assert_close(loss.detach(), F.binary_cross_entropy_with_logits(logits, labels))
+    labels = torch.tensor([[0.3, -1.0, 2.0], [0.0, 0.5, 1.0]])
+    loss = tiny_model(problem_type="regression")(clip(), labels=labels).loss
+    torch.testing.assert_close(loss.detach(), F.mse_loss(logits, labels))
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    models = [tiny_model().train(), tiny_model().train()]
+    models[1].gradient_checkpointing_enable()
+    for model in models:
+        model(clip(), labels=torch.tensor([0, 1])).loss.backward()
+    for (name, plain), (_, checkpointed) in zip(*(m.named_parameters() for m in models), strict=True):
+        torch.testing.assert_close(plain.grad, checkpointed.grad, msg=name)
+
+
+def test_stochastic_depth_grows_with_depth_and_skips_whole_samples():
+    model = tiny_model(num_hidden_layers=3, drop_path_rate=0.5)
+    layers = model.videomamba.layers
+    assert [layer.drop_path_rate for layer in layers] == [0.0, 0.25, 0.5]
+    hidden = torch.randn(400, 3, 32)
+    kept = layers[2](hidden) - hidden
+    updates = layers[2].train()(hidden) - hidden
+    skipped = (updates == 0).flatten(1).all(1)
+    assert 140 <= skipped.sum() <= 260  # five standard deviations are 50
+    torch.testing.assert_close(updates[~skipped], 2 * kept[~skipped])
+    torch.testing.assert_close(layers[0].train()(hidden), layers[0].eval()(hidden))
+
+
+def test_initialisation_is_mambas():
+    torch.manual_seed(0)
+    model = VideoMambaModel(VideoMambaConfig(hidden_size=128, num_hidden_layers=9, image_size=32))
+    mixer = model.layers[3].mixer
+    torch.testing.assert_close(mixer.A_log.exp(), torch.arange(1.0, 17).expand(2, 256, 16))
+    steps = F.softplus(mixer.dt_proj_bias)
+    assert steps.min() >= 1e-3 * 0.999 and steps.max() <= 0.1 * 1.001
+    assert abs(steps.log().mean() - math.log(1e-2)) < 0.2  # even in the logarithm
+    assert (mixer.D == 1).all()
+    for weight, fan_in, depth in ((mixer.in_proj.weight, 128, 1), (mixer.out_proj.weight, 256, 9)):
+        # A uniform distribution on ±b has the standard deviation b / √3.
+        assert weight.std().item() == pytest.approx((fan_in * depth * 3) ** -0.5, rel=0.03)
+    assert model.embeddings.position_embeddings.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_training_from_scratch_learns():
+    """Sixteen random clips are learned by heart."""
+    torch.manual_seed(0)
+    model = tiny_model().train()
+    pixels, labels = clip(batch=16), torch.arange(16) % 3
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(40):
+        loss = model(pixels, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] > 0.9 and losses[-1] < 0.1
+
+
+def test_round_trip_through_a_folder(tmp_path):
+    model = tiny_model(class_token_position="middle", backward_scan="temporal")
+    model.save_pretrained(tmp_path)
+    again = VideoMambaForVideoClassification.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(clip()).logits, model(clip()).logits, rtol=0, atol=0)
+    assert again.config.backward_scan == "temporal"
+    backbone = VideoMambaModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(backbone(clip()).pooler_output, model.videomamba(clip()).pooler_output)
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (torch.zeros(4, 3, 32, 32), r"5 axes .*\(4, 3, 32, 32\)"),
+        (torch.zeros(1, 4, 1, 32, 32), "1 channels.*expects 3"),
+        (torch.zeros(1, 3, 4, 32, 32), "4 channels.*expects 3"),
+        (torch.zeros(1, 4, 3, 32, 32, dtype=torch.uint8), "floating point.*uint8"),
+        (torch.full((1, 4, 3, 32, 32), torch.nan), "NaN"),
+    ],
+)
+def test_pixel_values_that_are_refused(pixels, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model()(pixels)
+
+
+def test_clip_smaller_than_a_tubelet_is_refused():
+    with pytest.raises(ValueError, match="less than one tubelet of 2 frames of 16 × 16"):
+        tiny_model()(clip(frames=1), interpolate_pos_encoding=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_frames": 1}, "num_frames.*tubelet_size"),
+        ({"image_size": 8}, "image_size.*patch_size"),
+        ({"image_size": [32, 32, 32]}, "image_size"),
+        ({"class_token_position": "last"}, "class_token_position.*first, middle, none"),
+        ({"backward_scan": "diagonal"}, "backward_scan.*spatiotemporal"),
+        ({"position_embedding_type": "rope"}, "position_embedding_type.*learned"),
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"time_step_rank": "large"}, "time_step_rank.*auto"),
+        ({"time_step_min": 1.0, "time_step_max": 0.1}, "time_step_min"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate"),
+    ],
+)
+def test_configs_that_contradict_themselves(options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**options)
+
+
+def test_config_is_checked_again_when_it_is_loaded(tmp_path):
+    config = tiny_config()
+    config = copy.deepcopy(config)
+    config.num_frames = 1
+    config.to_json_file(tmp_path / "config.json")
+    with pytest.raises(ValueError, match="tubelet_size"):
+        VideoMambaConfig.from_pretrained(tmp_path)

@@ -1,0 +1,125 @@
+"""Small test videos, written with PyAV, in which every frame carries its own number.
+
+The number is drawn as ten black or white blocks over the full height of the frame, so that it survives lossy
+compression, odd sizes, chroma subsampling and grey formats: a test reads from the pixels alone which frame it got.
+"""
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+
+BITS = 10
+
+
+def numbered_frame(number: int, height: int = 64, width: int = 96) -> np.ndarray:
+    """(height, width, 3) uint8 RGB: bit k of `number` as the brightness of the k-th of ten vertical bars.
+
+    The upper left eighth is red and the lower left eighth blue, which tells every rotation and mirroring apart.
+    """
+    frame = np.empty((height, width, 3), np.uint8)
+    edges = np.linspace(width // 8, width, BITS + 1).astype(int)
+    for bit in range(BITS):
+        frame[:, edges[bit] : edges[bit + 1]] = 235 if number >> bit & 1 else 20
+    frame[:, : width // 8] = 128
+    frame[: height // 2, : width // 8] = (200, 30, 30)
+    frame[height // 2 :, : width // 8] = (30, 30, 200)
+    return frame
+
+
+def read_number(frame: np.ndarray) -> int:
+    """The number drawn into a (height, width, 3) frame by `numbered_frame`."""
+    width = frame.shape[1]
+    edges = np.linspace(width // 8, width, BITS + 1).astype(int)
+    grey = np.asarray(frame, np.float32).mean(axis=(0, 2))
+    return sum(1 << bit for bit in range(BITS) if grey[edges[bit] + 1 : edges[bit + 1] - 1].mean() > 127)
+
+
+def read_numbers(video: np.ndarray) -> list[int]:
+    return [read_number(frame) for frame in video]
+
+
+def write_video(
+    path,
+    frames=30,
+    *,
+    size=(64, 96),
+    codec="libx264",
+    pix_fmt="yuv420p",
+    rate=25,
+    gop=12,
+    b_frames=2,
+    pts=None,
+    rotation=None,
+    options=None,
+    container_options=None,
+    audio=False,
+    format=None,
+) -> str:
+    """Writes a video and returns its path as a string.
+
+    `frames` is a number of numbered frames, or an iterable of (H, W, 3) uint8 arrays; `size` is (height, width);
+    `pts` gives each frame's time in units of 1 / 1000 s (for variable frame rates); `rotation` is the display
+    rotation in degrees to write into the container, counter-clockwise as libav counts.
+    """
+    if isinstance(frames, int):
+        frames = [numbered_frame(i, *size) for i in range(frames)]
+    frames = list(frames)
+    with av.open(str(path), "w", format=format, options={**(container_options or {})}) as container:
+        options = dict(options or {})
+        if codec == "libx264":
+            options = {"preset": "veryfast", "bf": str(b_frames), **options}
+        stream = container.add_stream(codec, rate=rate, options=options)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = pix_fmt
+        stream.gop_size = gop
+        if pts is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        if rotation is not None:
+            stream.set_display_rotation(rotation)
+        sound = container.add_stream("aac", rate=8000) if audio else None
+        for i, array in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
+            if pts is not None:
+                frame.pts, frame.time_base = pts[i], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+        if sound is not None:
+            _mux_tone(container, sound, seconds=len(frames) / rate)
+    return str(path)
+
+
+def write_audio(path, seconds: float = 0.5) -> str:
+    """A sound file without any picture."""
+    with av.open(str(path), "w") as container:
+        _mux_tone(container, container.add_stream("aac", rate=8000), seconds)
+    return str(path)
+
+
+def _mux_tone(container, stream, seconds):
+    wave = (0.1 * np.sin(np.arange(int(8000 * seconds)) * 0.3)).astype(np.float32)
+    for start in range(0, len(wave) - 1023, 1024):
+        frame = av.AudioFrame.from_ndarray(wave[None, start : start + 1024], format="fltp", layout="mono")
+        frame.sample_rate, frame.pts, frame.time_base = 8000, start, Fraction(1, 8000)
+        container.mux(stream.encode(frame))
+    container.mux(stream.encode())
+
+
+def truncate(path, target, keep: float) -> str:
+    """Copies the first `keep` (0 to 1) of a file's bytes."""
+    data = Path(path).read_bytes()
+    Path(target).write_bytes(data[: int(len(data) * keep)])
+    return str(target)
+
+
+def claim_frames_in_avi(path, target, count: int) -> str:
+    """Copies an AVI file and makes its headers claim `count` frames."""
+    data = bytearray(Path(path).read_bytes())
+    header = data.index(b"avih") + 8
+    data[header + 16 : header + 20] = count.to_bytes(4, "little")  # dwTotalFrames
+    stream = data.index(b"strh") + 8
+    data[stream + 32 : stream + 36] = count.to_bytes(4, "little")  # dwLength
+    Path(target).write_bytes(data)
+    return str(target)
