@@ -455,7 +455,7 @@ def _open_pyav(source, name):
     with _as_file(source) as file:
         # libav sees bytes alone: neither the file's name nor what stands in a playlist makes it open anything else.
         file.name = "video"
-        with av.open(file, options={"protocol_whitelist": "none"}, metadata_errors="ignore") as container:
+        with av.open(file, container_options={"protocol_whitelist": "none"}, metadata_errors="ignore") as container:
             if container.format.name.endswith("_pipe"):
                 raise ValueError(
                     f"{name} is a still image ({container.format.name}), but a video was expected. Open images with "

@@ -1,0 +1,620 @@
+"""The converters, against plain forward passes of the families they read, and against bad input."""
+
+import argparse
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import HfApi
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoImageProcessor, AutoModel, AutoModelForVideoClassification, AutoVideoProcessor
+
+from conversion import checkpoints, convert_opengvlab_to_videomamba, convert_vim_to_videomamba
+from conversion.convert_opengvlab_to_videomamba import join_positions
+from conversion.convert_vim_to_videomamba import inflate_patches, initialize_positions
+from hub_server import HubServer
+from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassification, VideoMambaModel
+from plain_vision_mamba import opengvlab_videomamba, random_weights, vision_mamba
+
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = {"hidden_size": 32, "depth": 2, "grid": 4}
+VIM_NAME = "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
+
+
+def save_vim(path, weights, **args):
+    """As Vision Mamba's training script does it."""
+    model_args = argparse.Namespace(model=VIM_NAME, lr=5e-4, **args)
+    torch.save({"model": weights, "optimizer": {"state": {}}, "epoch": 299, "args": model_args}, path)
+    return path
+
+
+@pytest.fixture
+def vim(tmp_path):
+    """A tiny Vision Mamba file and its weights."""
+    weights = random_weights("vim", labels=7, **TINY)
+    return save_vim(tmp_path / "vim_t_midclstok.pth", weights), weights
+
+
+@pytest.fixture
+def opengvlab(tmp_path):
+    """A tiny OpenGVLab file and its weights."""
+    weights = random_weights("opengvlab", labels=7, **TINY)
+    path = tmp_path / "videomamba_t16_x_f8_res64.pth"
+    torch.save(weights, path)
+    return path, weights
+
+
+def convert(converter, source, output, *options):
+    converter.main(["--checkpoint", str(source), "--output", str(output), *options])
+    return output
+
+
+def refusal(converter, source, output, *options):
+    """The error's text; nothing may be left behind."""
+    before = sorted(Path(output).parent.iterdir())
+    with pytest.raises(SystemExit) as stop:
+        convert(converter, source, output, *options)
+    assert sorted(Path(output).parent.iterdir()) == before
+    return str(stop.value)
+
+
+def stored(folder):
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def randn(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+# ---- exactness ----
+
+
+@torch.no_grad()
+def test_static_clip_gives_vision_mambas_logits(tmp_path):
+    weights = random_weights("vim", labels=1000)
+    source = save_vim(tmp_path / "vim_t_midclstok_76p1acc.pth", weights, input_size=224)
+    options = ["--num-frames", "2", "--tubelet-size", "2", "--class-token-position", "middle", "--keep-head"]
+    model = AutoModelForVideoClassification.from_pretrained(
+        convert(convert_vim_to_videomamba, source, tmp_path / "out", *options)
+    )
+    image = randn(3, 224, 224)
+    expected = vision_mamba(image, weights)
+    logits = model(image.expand(1, 2, -1, -1, -1)).logits[0]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    assert model.config.id2label[1] == "goldfish" and len(model.config.id2label) == 1000
+
+    # The logits depend on which row of `pos_embed` is whose, by far more than the bound.
+    first = weights["pos_embed"].roll(1, dims=1)
+    assert (vision_mamba(image, {**weights, "pos_embed": first}) - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("frames", [8, 16])
+@torch.no_grad()
+def test_opengvlab_classifier_gives_its_own_logits(tmp_path, frames):
+    weights = random_weights("opengvlab", frames=frames)
+    source = tmp_path / f"videomamba_t16_k400_f{frames}_res224.pth"
+    torch.save(weights if frames == 8 else {"module": weights}, source)
+    folder = convert(convert_opengvlab_to_videomamba, source, tmp_path / "out")
+    model = AutoModelForVideoClassification.from_pretrained(folder)
+    clip = randn(frames, 3, 224, 224)
+    logits = model(clip[None]).logits[0]
+    torch.testing.assert_close(logits, opengvlab_videomamba(clip, weights), rtol=0, atol=1e-4)
+    assert model.config.id2label[0] == "abseiling" and model.config.num_labels == 400
+
+
+@torch.no_grad()
+def test_opengvlab_mask_pt_becomes_a_backbone(tmp_path, capsys):
+    weights = random_weights("opengvlab-mask", **TINY)
+    torch.save({"model": weights}, tmp_path / "videomamba_m16_k400_mask_pt_f8_res224.pth")
+    folder = convert(
+        convert_opengvlab_to_videomamba, tmp_path / "videomamba_m16_k400_mask_pt_f8_res224.pth", tmp_path / "out"
+    )
+    assert capsys.readouterr().out.count("dropped: serves training alone") == 4
+    model = AutoModel.from_pretrained(folder)
+    assert type(model) is VideoMambaModel and model.config.architectures == ["VideoMambaModel"]
+    clip = randn(8, 3, 64, 64)
+    torch.testing.assert_close(
+        model(clip[None]).pooler_output[0], opengvlab_videomamba(clip, weights), rtol=0, atol=1e-4
+    )
+
+
+@torch.no_grad()
+def test_opengvlab_image_classifier(tmp_path):
+    weights = random_weights("opengvlab-image", labels=1000, **TINY)
+    torch.save({"model": weights}, tmp_path / "videomamba_t16_in1k_res224.pth")
+    folder = convert(convert_opengvlab_to_videomamba, tmp_path / "videomamba_t16_in1k_res224.pth", tmp_path / "out")
+    model = AutoModelForVideoClassification.from_pretrained(folder)
+    image = randn(1, 3, 64, 64)
+    torch.testing.assert_close(model(image[None]).logits[0], opengvlab_videomamba(image, weights), rtol=0, atol=1e-4)
+    assert model.config.id2label[0] == "tench"
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "depth", "grid", "frames", "labels"),
+    [(576, 1, 14, 64, 174), (32, 32, 18, 16, 10), (32, 2, 24, 64, 180)],
+)
+def test_opengvlab_sizes_are_read_from_the_tensors(tmp_path, hidden_size, depth, grid, frames, labels):
+    weights = random_weights("opengvlab", hidden_size, depth, grid, frames, labels)
+    torch.save({"model": weights}, tmp_path / "checkpoint.pth")
+    folder = convert(convert_opengvlab_to_videomamba, tmp_path / "checkpoint.pth", tmp_path / "out")
+    config = VideoMambaConfig.from_pretrained(folder)
+    assert (config.hidden_size, config.num_hidden_layers, config.num_labels) == (hidden_size, depth, labels)
+    assert (config.image_size, config.num_frames, config.tubelet_size) == (16 * grid, frames, 1)
+    assert (config.time_step_rank, config.state_size, config.conv_kernel) == (hidden_size // 16, 16, 4)
+    assert config.id2label[0] == "LABEL_0"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_keeps_every_bit(tmp_path, dtype):
+    weights = {name: tensor.to(dtype) for name, tensor in random_weights("vim", labels=7, **TINY).items()}
+    folder = convert(
+        convert_vim_to_videomamba, save_vim(tmp_path / "vim.pth", weights), tmp_path / "vim", "--keep-head"
+    )
+    ours = stored(folder)
+    assert {tensor.dtype for tensor in ours.values()} == {dtype}
+    assert VideoMambaConfig.from_pretrained(folder).dtype == dtype
+    layer, mixer = "videomamba.layers.1.", weights["layers.1.mixer.A_b_log"]
+    assert torch.equal(ours[f"{layer}mixer.A_log"][1], mixer)
+    assert torch.equal(ours[f"{layer}mixer.out_proj.weight"], weights["layers.1.mixer.out_proj.weight"])
+    assert torch.equal(ours["videomamba.embeddings.position_embeddings"][0, 0], weights["pos_embed"][0, 8])
+    assert torch.equal(ours["videomamba.embeddings.position_embeddings"][0, 1:9], weights["pos_embed"][0, :8])
+    assert torch.equal(ours["videomamba.embeddings.position_embeddings"][0, -8:], weights["pos_embed"][0, 9:])
+
+    weights = {name: tensor.to(dtype) for name, tensor in random_weights("opengvlab", labels=7, **TINY).items()}
+    torch.save(weights, tmp_path / "videomamba.pth")
+    ours = stored(convert(convert_opengvlab_to_videomamba, tmp_path / "videomamba.pth", tmp_path / "opengvlab"))
+    assert {tensor.dtype for tensor in ours.values()} == {dtype}
+    out_proj = ours["videomamba.layers.1.mixer.out_proj.weight"]
+    assert torch.equal(out_proj.double(), 2 * weights["layers.1.mixer.out_proj.weight"].double())
+    # The sums are rounded once.
+    step_3 = weights["pos_embed"][0, 1:].double() + weights["temporal_pos_embedding"][0, 3].double()
+    assert torch.equal(ours["videomamba.embeddings.position_embeddings"][0, 1 + 3 * 16 : 1 + 4 * 16], step_3.to(dtype))
+
+
+def test_mixed_precision_takes_the_type_that_holds_both(tmp_path):
+    weights = random_weights("vim", labels=7, **TINY)
+    weights = {k: v if k.endswith("_log") else v.bfloat16() for k, v in weights.items()}
+    ours = stored(convert(convert_vim_to_videomamba, save_vim(tmp_path / "vim.pth", weights), tmp_path / "out"))
+    assert torch.equal(ours["layers.0.mixer.A_log"][0], weights["layers.0.mixer.A_log"])
+    assert torch.equal(ours["norm.weight"], weights["norm_f.weight"].float())
+
+
+# ---- what changes on the way ----
+
+
+def test_patches_are_inflated_by_repeating_and_averaging():
+    weight = torch.tensor([[[[3.0, -6.0]]]])
+    assert inflate_patches(weight, 3).tolist() == [[[[[1.0, -2.0]], [[1.0, -2.0]], [[1.0, -2.0]]]]]
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("expand", [[0, 4], [8, 12], [0, 4], [8, 12]]),
+        # Two tokens (0 and 8 in the first channel) become four: at -1/4, 1/4, 3/4 and 5/4 of the way, ends clamped.
+        ("interpolate-spatial", [[0, 4], [2, 6], [6, 10], [8, 12]]),
+        # 0, 4 become the channels 0, 1, 3, 4, of which the first step has 0 and 3, the second 1 and 4.
+        ("interpolate-embedding", [[0, 3], [8, 11], [1, 4], [9, 12]]),
+    ],
+)
+def test_position_initialisations_by_hand(how, expected):
+    image = torch.tensor([[0.0, 4.0], [8.0, 12.0]])  # two patches of two channels, for two steps in time
+    assert initialize_positions(image, 2, how).tolist() == expected
+
+
+def test_random_positions_are_the_models():
+    positions = initialize_positions(torch.full((100, 64), 7.0), 8, "random", initializer_range=0.02)
+    assert positions.shape == (800, 64)
+    assert abs(positions.mean()) < 1e-3 and abs(positions.std() - 0.02) < 1e-3
+
+
+@pytest.mark.parametrize("how", ["expand", "interpolate-spatial", "interpolate-embedding", "random"])
+def test_position_initialisation_from_the_command_line(vim, tmp_path, how):
+    source, weights = vim
+    table = stored(convert(convert_vim_to_videomamba, source, tmp_path / "out", "--position-init", how))[
+        "embeddings.position_embeddings"
+    ]
+    patches = torch.cat([weights["pos_embed"][0, :8], weights["pos_embed"][0, 9:]])
+    assert table.shape == (1, 1 + 8 * 16, 32)
+    assert torch.equal(table[0, 0], weights["pos_embed"][0, 8])  # the class token's, whatever the others are
+    if how == "random":
+        assert abs(table[0, 1:].std() - 0.02) < 2e-3
+    else:
+        assert torch.equal(table[0, 1:], initialize_positions(patches, 8, how))
+
+
+@pytest.mark.parametrize(("asked", "place"), [("first", "first"), ("middle", "middle"), ("keep", "middle")])
+def test_class_token_position(vim, tmp_path, asked, place):
+    folder = convert(convert_vim_to_videomamba, vim[0], tmp_path / "out", "--class-token-position", asked)
+    assert VideoMambaConfig.from_pretrained(folder).class_token_position == place
+
+
+def test_another_image_size_interpolates_in_space(vim, tmp_path):
+    source, weights = vim
+    weights["pos_embed"][:] = 3.0  # a constant stays one
+    folder = convert(convert_vim_to_videomamba, save_vim(source, weights), tmp_path / "out", "--image-size", "96")
+    assert VideoMambaConfig.from_pretrained(folder).grid_size == (8, 6, 6)
+    table = stored(folder)["embeddings.position_embeddings"]
+    torch.testing.assert_close(table, torch.full((1, 1 + 8 * 36, 32), 3.0))
+
+
+def test_fresh_head_is_initialised_as_the_model_does(vim, tmp_path):
+    folder = convert(convert_vim_to_videomamba, vim[0], tmp_path / "out", "--num-labels", "400")
+    ours = stored(folder)
+    assert ours["classifier.weight"].shape == (400, 32) and not ours["classifier.bias"].any()
+    assert abs(ours["classifier.weight"].std() - 0.02) < 1e-3
+
+
+def test_spatial_and_temporal_positions_join_frame_by_frame():
+    spatial, temporal = torch.tensor([[[1.0], [2.0]]]), torch.tensor([[[10.0], [20.0], [30.0]]])
+    assert join_positions(spatial, temporal).flatten().tolist() == [11, 12, 21, 22, 31, 32]
+
+
+def test_opengvlab_num_frames_interpolates_in_time_alone(opengvlab, tmp_path):
+    source, weights = opengvlab
+    weights["temporal_pos_embedding"] = torch.arange(8.0)[None, :, None].expand(-1, -1, 32)
+    torch.save(weights, source)
+    folder = convert(convert_opengvlab_to_videomamba, source, tmp_path / "out", "--num-frames", "16")
+    assert AutoVideoProcessor.from_pretrained(folder).num_frames == 16
+    table = stored(folder)["videomamba.embeddings.position_embeddings"]
+    in_time = [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3.25, 3.75, 4.25, 4.75, 5.25, 5.75, 6.25, 6.75, 7]
+    expected = weights["pos_embed"][0, None, 1:] + torch.tensor(in_time)[:, None, None]
+    torch.testing.assert_close(table[0, 1:], expected.flatten(0, 1))
+    assert torch.equal(table[:, 0], weights["pos_embed"][:, 0])
+
+
+# ---- the table ----
+
+
+@pytest.mark.parametrize("converter", [convert_vim_to_videomamba, convert_opengvlab_to_videomamba])
+def test_dry_run_prints_where_every_tensor_went_and_writes_nothing(converter, vim, opengvlab, tmp_path, capsys):
+    source, weights = vim if converter is convert_vim_to_videomamba else opengvlab
+    before = sorted(tmp_path.iterdir())
+    converter.main(["--checkpoint", str(source), "--dry-run"])
+    assert sorted(tmp_path.iterdir()) == before
+    words = capsys.readouterr().out.split()
+    assert set(weights) <= set(words)
+    with torch.device("meta"):
+        model = VideoMambaModel(VideoMambaConfig(hidden_size=32, num_hidden_layers=2))
+    prefix = "" if converter is convert_vim_to_videomamba else "videomamba."
+    targets = {word.split("[")[0] for word in words}
+    assert {prefix + name for name in model.state_dict()} <= targets
+    assert f"{len(weights)} source tensors:" in " ".join(words)
+
+
+def test_tensors_left_over_on_either_side_are_errors(vim, tmp_path):
+    source, weights = vim
+    cases = {
+        "nothing uses the tensor layers.0.mixer.gamma": {**weights, "layers.0.mixer.gamma": torch.ones(32)},
+        "no tensor layers.1.mixer.D_b": {k: v for k, v in weights.items() if k != "layers.1.mixer.D_b"},
+        "norm.weight would be (33,), the model expects (32,)": {**weights, "norm_f.weight": torch.ones(33)},
+        "holds NaN or infinity": {**weights, "cls_token": weights["cls_token"] / 0},
+    }
+    for expected, changed in cases.items():
+        assert expected in refusal(convert_vim_to_videomamba, save_vim(source, changed), tmp_path / "out")
+
+
+# ---- safety and bad input ----
+
+
+class Payload:
+    """Runs a command when it is unpickled without care."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_code_is_refused_by_name_and_does_not_run(vim, tmp_path, zipped):
+    source, weights = vim
+    ran = tmp_path / "ran"
+    contents = {"model": weights, "args": argparse.Namespace(lr=1), "more": Payload(f"echo > {ran}")}
+    torch.save(contents, source, _use_new_zipfile_serialization=zipped)
+    error = refusal(convert_vim_to_videomamba, source, tmp_path / "out")
+    assert f"{os.system.__module__}.system" in error and not ran.exists()
+    torch.load(source, weights_only=False)  # the payload does work
+    assert ran.exists()
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors", "empty", "text"])
+def test_damaged_file(vim, tmp_path, kind):
+    _, weights = vim
+    source = tmp_path / ("vim.safetensors" if kind == "safetensors" else "vim.pth")
+    if kind == "safetensors":
+        save_file(weights, source)
+    else:
+        torch.save(weights, source, _use_new_zipfile_serialization=kind == "zip")
+    whole = source.read_bytes()
+    source.write_bytes({"empty": b"", "text": b"Not Found"}.get(kind, whole[: len(whole) // 2]))
+    assert "Download it again" in refusal(convert_vim_to_videomamba, source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_every_file_format_gives_the_same_weights(vim, tmp_path, kind):
+    reference, weights = vim
+    source = tmp_path / ("other.safetensors" if kind == "safetensors" else "other.bin")
+    if kind == "safetensors":
+        save_file(weights, source)
+    else:
+        torch.save(weights, source, _use_new_zipfile_serialization=kind == "zip")
+    ours = stored(convert(convert_vim_to_videomamba, source, tmp_path / "a"))
+    expected = stored(convert(convert_vim_to_videomamba, reference, tmp_path / "b"))
+    assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)
+
+
+def without(weights, *names):
+    return {name: tensor for name, tensor in weights.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda w: {"blocks.0.attn.qkv.weight": torch.ones(2, 2), "pos_embed": torch.ones(1, 197, 4)}, "transformer"),
+        (
+            lambda w: {"backbone.layers.0.mixer.A_log": torch.ones(2, 2), "lm_head.weight": torch.ones(2, 2)},
+            "language",
+        ),
+        (lambda w: {"layers.0.blocks.0.op.A_logs": torch.ones(2, 2)}, "VMamba"),
+        (lambda w: {"vit.encoder.layer.0.attention.attention.query.weight": torch.ones(2, 2)}, "transformer"),
+        (lambda w: {"conv1.weight": torch.ones(2, 2)}, "neither a Vision Mamba nor"),
+        (lambda w: {**without(w, "cls_token"), "cls_token_head": w["cls_token"]}, "two class tokens"),
+        (lambda w: {**w, "rope.freqs_cos": torch.ones(4)}, "rope"),
+        (lambda w: without(w, "cls_token"), "no class token"),
+        (lambda w: {**w, "pos_embed": torch.ones(1, 730, 32)}, "stride of 8"),
+        (lambda w: {**w, "pos_embed": torch.ones(1, 16, 32)}, "16 rows"),
+        (lambda w: {**w, "temporal_pos_embedding": torch.ones(1, 8, 32)}, "convert_opengvlab_to_videomamba"),
+    ],
+)
+def test_other_architectures_are_refused_by_name(vim, tmp_path, change, expected):
+    source, weights = vim
+    torch.save({"model": change(weights)}, source)
+    assert expected in refusal(convert_vim_to_videomamba, source, tmp_path / "out")
+
+
+def test_a_vision_mamba_is_no_opengvlab_image_classifier(vim, tmp_path):
+    assert "convert_vim_to_videomamba" in refusal(convert_opengvlab_to_videomamba, vim[0], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--num-frames", "1"], "shorter than one tubelet"),
+        (["--keep-head"], "no `head.weight`"),
+        (["--image-size", "8"], "smaller than one patch"),
+    ],
+)
+def test_options_that_do_not_fit(vim, tmp_path, options, expected):
+    source, weights = vim
+    save_vim(source, without(weights, "head.weight", "head.bias"))
+    assert expected in refusal(convert_vim_to_videomamba, source, tmp_path / "out", *options)
+
+
+@pytest.mark.parametrize("source", ["nowhere.pth", "no/where.pth", "someone/some-model", "someone/some-model:a.pth"])
+def test_no_such_source(tmp_path, source):
+    expected = "could not be downloaded" if source.startswith("someone") else "There is no file"
+    assert expected in refusal(convert_vim_to_videomamba, source, tmp_path / "out")
+
+
+def test_a_repository_of_several_checkpoints_needs_a_file_name(tmp_path, monkeypatch):
+    names = ["README.md", "vim_s_midclstok_80p5acc.pth", "vim_s_midclstok_ft_81p6acc.pth"]
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda *args: names)
+    error = refusal(convert_vim_to_videomamba, "hustvl/Vim-small-midclstok", tmp_path / "out")
+    assert "hustvl/Vim-small-midclstok:vim_s_midclstok_80p5acc.pth" in error and "README" not in error
+
+
+def test_output_with_something_in_it_is_left_alone(vim, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    convert(convert_vim_to_videomamba, vim[0], output)  # an empty folder will do
+    (output / "mine.txt").write_text("mine")
+    (output / "config.json").write_text("old")
+    assert "--overwrite" in refusal(convert_vim_to_videomamba, vim[0], output)
+    assert (output / "config.json").read_text() == "old"
+    convert(convert_vim_to_videomamba, vim[0], output, "--overwrite", "--num-labels", "3")
+    assert VideoMambaConfig.from_pretrained(output).num_labels == 3
+    assert (output / "mine.txt").read_text() == "mine"
+    assert "is a file" in refusal(convert_vim_to_videomamba, vim[0], output / "mine.txt")
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_an_interrupted_run_leaves_what_was_there(vim, tmp_path, monkeypatch, exists):
+    source, output = vim[0], tmp_path / "out"
+    if exists:
+        convert(convert_vim_to_videomamba, source, output, "--num-labels", "3")
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    for place in (
+        (checkpoints.VideoMambaImageProcessor, "save_pretrained"),  # after the weights are written
+        (checkpoints.VideoMambaForVideoClassification, "save_pretrained"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(*place, interrupt)
+            convert(convert_vim_to_videomamba, source, output, "--num-labels", "5", "--overwrite")
+        assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("labels.txt", "walk\nrun\njump\n"),
+        ("labels.json", '["walk", "run", "jump"]'),
+        ("labels.json", '{"0": "walk", "2": "jump", "1": "run"}'),
+        ("labels.json", '{"run": "1", "walk": "0", "jump": "2"}'),  # as Something-Something V2 has it
+    ],
+)
+def test_label_files(vim, tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    folder = convert(convert_vim_to_videomamba, vim[0], tmp_path / "out", "--labels", str(tmp_path / name))
+    config = VideoMambaConfig.from_pretrained(folder)
+    assert config.id2label == {0: "walk", 1: "run", 2: "jump"} and config.label2id["jump"] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("labels.txt", "walk\nrun\n", "has 2 labels, the classifier has 7"),
+        ("labels.txt", "walk\nrun\nwalk", "'walk' is there twice"),
+        ("labels.txt", "walk\n\nrun", "a label is empty"),
+        ("labels.json", '{"walk": 1, "run": 2}', "indices are not 0 to 1"),
+        ("labels.json", "[1, 2]", "no text"),
+        ("labels.json", "{", "cannot be used"),
+    ],
+)
+def test_bad_label_files(opengvlab, tmp_path, name, text, expected):
+    (tmp_path / name).write_text(text)
+    error = refusal(convert_opengvlab_to_videomamba, opengvlab[0], tmp_path / "out", "--labels", str(tmp_path / name))
+    assert expected in error
+
+
+def test_kinetics_names_for_a_fresh_classifier(vim, tmp_path):
+    folder = convert(convert_vim_to_videomamba, vim[0], tmp_path / "out", "--labels", "kinetics-400")
+    assert VideoMambaConfig.from_pretrained(folder).id2label[399] == "zumba"
+
+
+# ---- the repository, through the command line and a Hub ----
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with HubServer().serve() as server:
+        yield server
+
+
+def run_command(module, hub, home, *options):
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_test"}
+    return subprocess.run(
+        [sys.executable, "-m", f"conversion.{module}", *options],
+        cwd=ROOT,
+        env={**os.environ, **environment, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_vim_command_downloads_converts_and_pushes(vim, hub, tmp_path):
+    source, name = "hustvl/Vim-small-midclstok", "vim_s_midclstok_80p5acc.pth"
+    hub.files[source] = {name: vim[0].read_bytes(), "vim_s_midclstok_ft_81p6acc.pth": b""}
+    options = ["--checkpoint", f"{source}:{name}", "--output", str(tmp_path / "out"), "--num-labels", "51"]
+    done = run_command("convert_vim_to_videomamba", hub, tmp_path, *options, "--push-to-hub", "you/vm", "--private")
+    assert done.returncode == 0, done.stderr
+    assert "None left over" in done.stdout and "you/vm" in done.stdout
+    assert hub.created == {"you/vm": True}
+    files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert hub.files["you/vm"] == files
+    assert {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "modeling_videomamba.py",
+        "configuration_videomamba.py",
+        "video_processing_videomamba.py",
+        "image_processing_videomamba.py",
+        "preprocessor_config.json",
+        "video_preprocessor_config.json",
+    } <= files.keys()
+    card = files["README.md"].decode()
+    assert "license: apache-2.0" in card and f"base_model: {source}" in card and f"{source}:{name}" in card
+    assert "--position-init expand" in card and "%" not in card
+    auto_map = json.loads(files["config.json"])["auto_map"]
+    assert auto_map["AutoModelForVideoClassification"] == "modeling_videomamba.VideoMambaForVideoClassification"
+
+
+def test_opengvlab_command_gives_a_classifier_that_runs(opengvlab, hub, tmp_path):
+    hub.files["OpenGVLab/VideoMamba"] = {"README.md": b"", opengvlab[0].name: opengvlab[0].read_bytes()}
+    output = tmp_path / "out"
+    done = run_command(
+        "convert_opengvlab_to_videomamba",
+        hub,
+        tmp_path,
+        "--checkpoint",
+        "OpenGVLab/VideoMamba",
+        "--output",
+        str(output),
+    )
+    assert done.returncode == 0, done.stderr
+    model = AutoModelForVideoClassification.from_pretrained(output)
+    video, image = AutoVideoProcessor.from_pretrained(output), AutoImageProcessor.from_pretrained(output)
+    assert (video.num_frames, video.frame_stride) == (8, None)
+    for processor in (video, image):
+        assert list(processor.image_mean) == [0.485, 0.456, 0.406] and processor.crop_size["height"] == 64
+    clip = torch.randint(0, 256, (8, 3, 80, 100), dtype=torch.uint8)
+    with torch.no_grad():
+        assert model(**video(clip, return_tensors="pt")).logits.shape == (1, 7)
+
+
+def test_command_line_errors_are_one_line(vim, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        convert_vim_to_videomamba.main(["--checkpoint", str(vim[0])])
+    assert stop.value.code == 2 and "--output is needed" in capsys.readouterr().err
+    for bad in (["--private"], ["--num-labels", "0"], ["--num-labels", "3", "--keep-head"]):
+        with pytest.raises(SystemExit) as stop:
+            convert(convert_vim_to_videomamba, vim[0], tmp_path / "out", *bad)
+        assert stop.value.code == 2
+
+
+# ---- another frame count or image size for what is already converted ----
+
+
+@torch.no_grad()
+def test_resize_position_embeddings(vim, tmp_path):
+    folder = convert(convert_vim_to_videomamba, vim[0], tmp_path / "out", "--num-labels", "5", "--num-frames", "4")
+    model = VideoMambaForVideoClassification.from_pretrained(folder)
+    table = model.videomamba.embeddings.position_embeddings
+    table.copy_(randn(*table.shape))
+    before = table.clone()
+    clip = randn(1, 8, 3, 96, 96)
+    expected = model(clip, interpolate_pos_encoding=True).logits
+
+    model.resize_position_embeddings(num_frames=8)
+    after = model.videomamba.embeddings.position_embeddings
+    first, second = before[0, 1:].view(2, 16, 32)
+    by_hand = torch.stack([first, 0.75 * first + 0.25 * second, 0.25 * first + 0.75 * second, second])
+    torch.testing.assert_close(after[0, 1:], by_hand.flatten(0, 1))
+    assert torch.equal(after[:, 0], before[:, 0]) and after.requires_grad
+    assert model.config.num_frames == 8 and model.config.image_size == 64
+
+    model.resize_position_embeddings(image_size=96)
+    torch.testing.assert_close(model(clip).logits, expected, rtol=0, atol=1e-5)
+    model.save_pretrained(tmp_path / "resized")
+    again = AutoModelForVideoClassification.from_pretrained(tmp_path / "resized")
+    torch.testing.assert_close(again(clip).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_resize_position_embeddings_refuses_and_leaves_the_model_alone():
+    model = VideoMambaModel(VideoMambaConfig(hidden_size=32, num_hidden_layers=1, image_size=32))
+    before = model.embeddings.position_embeddings
+    for size in ({"num_frames": 1}, {"image_size": 8}, {"num_frames": 0}, {"num_frames": 4, "image_size": -1}):
+        with pytest.raises(ValueError, match="`(num_frames|image_size)`"):
+            model.resize_position_embeddings(**size)
+        assert model.embeddings.position_embeddings is before
+        assert model.config.num_frames == 16 and model.config.image_size == 32
+
+
+def test_source_in_memory_is_not_changed(opengvlab):
+    _, weights = opengvlab
+    before = {name: tensor.clone() for name, tensor in weights.items()}
+    config = VideoMambaConfig(
+        hidden_size=32, num_hidden_layers=2, image_size=64, num_frames=8, tubelet_size=1, num_labels=7
+    )
+    remap = convert_opengvlab_to_videomamba.convert_state_dict(weights, config)
+    assert all(torch.equal(weights[name], before[name]) for name in before)
+    buffer = io.BytesIO()
+    torch.save(remap.target, buffer)  # plain tensors, that anything may be done with
+    with torch.device("meta"):
+        wanted = VideoMambaForVideoClassification(config).state_dict()
+    assert {name: tensor.shape for name, tensor in remap.target.items()} == {k: v.shape for k, v in wanted.items()}
