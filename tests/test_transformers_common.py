@@ -118,24 +118,20 @@ def skip_not_applicable(test_class):
 
 
 class VideoMambaModelTester:
-    """Small configurations and inputs for the mixins."""
+    """A small configuration and inputs, by the names the mixin reads."""
 
-    def __init__(self, parent, batch_size=3, num_frames=4, image_size=16, num_hidden_layers=2, hidden_size=32):
-        self.parent = parent
-        self.batch_size = batch_size
-        self.num_frames = num_frames
-        self.num_channels = 3
-        self.image_size = image_size
-        self.num_hidden_layers = num_hidden_layers
-        self.hidden_size = hidden_size
-        self.is_training = True
-        self.seq_length = 1 + (num_frames // 2) * (image_size // 8) ** 2  # the class token and 2 x 8 x 8 tubelets
+    is_training = True
+    batch_size = 3
+    num_frames = 4
+    image_size = 16
+    hidden_size = 32
+    num_hidden_layers = 2
+    seq_length = 1 + 2 * 2 * 2  # the class token, and the tubelets in time, height and width
 
     def get_config(self):
         return VideoMambaConfig(
             image_size=self.image_size,
             patch_size=8,
-            num_channels=self.num_channels,
             num_frames=self.num_frames,
             tubelet_size=2,
             hidden_size=self.hidden_size,
@@ -144,7 +140,7 @@ class VideoMambaModelTester:
         )
 
     def prepare_config_and_inputs_for_common(self):
-        shape = [self.batch_size, self.num_frames, self.num_channels, self.image_size, self.image_size]
+        shape = [self.batch_size, self.num_frames, 3, self.image_size, self.image_size]
         return self.get_config(), {"pixel_values": modeling_common.floats_tensor(shape)}
 
 
@@ -157,9 +153,13 @@ class VideoMambaModelTest(modeling_common.ModelTesterMixin, pipeline_common.Pipe
     test_can_init_all_missing_weights_before_2023 = True
 
     def setUp(self):
-        self.model_tester = VideoMambaModelTester(self)
+        self.model_tester = VideoMambaModelTester()
         self.config_tester = configuration_common.ConfigTester(
-            self, config_class=VideoMambaConfig, has_text_modality=False, common_properties=["hidden_size"]
+            self,
+            config_class=VideoMambaConfig,
+            has_text_modality=False,
+            common_properties=["hidden_size", "num_hidden_layers"],
+            hidden_size=32,
         )
         # The mixin tells models without a head by transformers' own table, which registering does not change.
         table = mock.patch.dict(modeling_common.MODEL_MAPPING_NAMES, videomamba=VideoMambaModel.__name__)
@@ -192,8 +192,8 @@ class VideoMambaModelTest(modeling_common.ModelTesterMixin, pipeline_common.Pipe
         with tempfile.TemporaryDirectory() as folder:
             repository = f"{folder}/videomamba/{VideoMambaForVideoClassification.__name__}"
             VideoMambaForVideoClassification(self.model_tester.get_config()).save_pretrained(repository)
-            for processor_class in (VideoMambaImageProcessor, VideoMambaVideoProcessor):
-                processor_class(size=18, crop_size=16, num_frames=4).save_pretrained(repository)
+            VideoMambaImageProcessor(size=18, crop_size=16).save_pretrained(repository)
+            VideoMambaVideoProcessor(size=18, crop_size=16, num_frames=4).save_pretrained(repository)
             summary = {"tokenizer_classes": [], "processor_classes": [VideoMambaImageProcessor.__name__]}
             with mock.patch.multiple(
                 pipeline_common,
@@ -205,36 +205,32 @@ class VideoMambaModelTest(modeling_common.ModelTesterMixin, pipeline_common.Pipe
 
 
 class ProcessorTester:
-    """Small settings and random clips for the mixins; clips are named after what the mixin calls its inputs."""
+    """Small settings and random clips, by the names the mixins read."""
 
-    def __init__(self, batch_size=3, num_frames=4, num_channels=3, min_resolution=30, max_resolution=80):
-        self.batch_size = batch_size
-        self.num_frames = num_frames
-        self.num_channels = num_channels
-        self.resolutions = {"min_resolution": min_resolution, "max_resolution": max_resolution}
-        self.settings = {
-            "size": {"shortest_edge": 20},
-            "crop_size": {"height": 18, "width": 18},
-            "do_resize": True,
-            "do_center_crop": True,
-            "do_rescale": True,
-            "do_normalize": True,
-            "do_convert_rgb": True,
-            "image_mean": IMAGENET_STANDARD_MEAN,
-            "image_std": IMAGENET_STANDARD_STD,
-        }
-
-    def prepare_image_processor_dict(self):
-        return self.settings
+    batch_size = 3
+    num_frames = 4
+    num_channels = 3
+    settings = {
+        "size": {"shortest_edge": 20},
+        "crop_size": {"height": 18, "width": 18},
+        "do_resize": True,
+        "do_center_crop": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "do_convert_rgb": True,
+        "image_mean": IMAGENET_STANDARD_MEAN,
+        "image_std": IMAGENET_STANDARD_STD,
+    }
 
     def prepare_video_inputs(self, equal_resolution=False, return_tensors="pil"):
         return video_common.prepare_video_inputs(
             self.batch_size,
             self.num_frames,
             self.num_channels,
+            min_resolution=30,
+            max_resolution=80,
             equal_resolution=equal_resolution,
             return_tensors=return_tensors,
-            **self.resolutions,
         )
 
     def prepare_image_inputs(self, equal_resolution=False, numpify=False, torchify=False):
@@ -247,14 +243,11 @@ class ProcessorTester:
 @skip_not_applicable
 class VideoMambaImageProcessingTest(image_common.ImageProcessingTestMixin, unittest.TestCase):
     image_processing_classes = IMAGE_PROCESSOR_MAPPING[VideoMambaConfig]
+    image_processor_dict = ProcessorTester.settings
     test_cast_dtype = True
 
     def setUp(self):
         self.image_processor_tester = ProcessorTester()
-
-    @property
-    def image_processor_dict(self):
-        return self.image_processor_tester.settings
 
     # The mixin's inputs are images; ours are clips, lists of frames.
     def check_call(self, return_tensors, num_channels=3, **kwargs):
@@ -284,13 +277,10 @@ class VideoMambaImageProcessingTest(image_common.ImageProcessingTestMixin, unitt
 @skip_not_applicable
 class VideoMambaVideoProcessingTest(video_common.VideoProcessingTestMixin, unittest.TestCase):
     fast_video_processing_class = VideoMambaVideoProcessor
+    video_processor_dict = ProcessorTester.settings
     input_name = "pixel_values"
     test_cast_dtype = True
 
     def setUp(self):
         super().setUp()
         self.video_processor_tester = ProcessorTester()
-
-    @property
-    def video_processor_dict(self):
-        return self.video_processor_tester.settings | {"do_sample_frames": False}
