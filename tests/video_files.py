@@ -91,10 +91,16 @@ def write_video(
     return str(path)
 
 
-def write_audio(path, seconds: float = 0.5) -> str:
-    """A sound file without any picture."""
+def write_audio(path, seconds: float = 0.5, cover: np.ndarray | None = None) -> str:
+    """A sound file without a video, but with a cover picture if `cover` gives one: (H, W, 3) uint8."""
     with av.open(str(path), "w") as container:
-        _mux_tone(container, container.add_stream("aac", rate=8000), seconds)
+        stream = container.add_stream("aac", rate=8000)
+        if cover is not None:
+            picture = container.add_stream("mjpeg", rate=1)
+            picture.height, picture.width, picture.pix_fmt = *cover.shape[:2], "yuvj420p"
+            picture.disposition = av.stream.Disposition.attached_pic
+            container.mux(picture.encode(av.VideoFrame.from_ndarray(cover, format="rgb24")) + picture.encode())
+        _mux_tone(container, stream, seconds)
     return str(path)
 
 
