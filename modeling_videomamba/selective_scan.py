@@ -33,6 +33,8 @@ import torch.nn.functional as F
 
 from .selective_scan_cuda import bidirectional_selective_scan as cuda_scan
 from .selective_scan_cuda import unusable_reason as cuda_unusable_reason
+from .selective_scan_mamba_ssm import bidirectional_selective_scan as mamba_ssm_scan
+from .selective_scan_mamba_ssm import unusable_reason as mamba_ssm_unusable_reason
 from .selective_scan_numba import bidirectional_selective_scan as numba_scan
 from .selective_scan_numba import unusable_reason as numba_unusable_reason
 from .selective_scan_torch import bidirectional_selective_scan as torch_scan
@@ -131,6 +133,7 @@ class ScanBackend(NamedTuple):
 # Fastest first; the first usable one is taken. `sequential` runs only when it is named, since `torch` always can.
 BACKENDS = {
     "cuda": ScanBackend(cuda_unusable_reason, cuda_scan),
+    "mamba_ssm": ScanBackend(mamba_ssm_unusable_reason, mamba_ssm_scan),
     "numba": ScanBackend(numba_unusable_reason, numba_scan),
     "torch": ScanBackend(torch_unusable_reason, torch_scan),
     "sequential": ScanBackend(torch_unusable_reason, sequential_scan),

@@ -12,6 +12,7 @@ its thread pools abort after a fork, or when two Python threads use them at once
 depend on the number of threads, neither do the results.
 """
 
+import ctypes
 import functools
 import itertools
 import math
@@ -38,8 +39,9 @@ logger = logging.get_logger(__name__)
 
 BLOCK = 64  # channels of a unit
 CHUNK = 32  # tokens between two kept states
-ROWS = 64  # tokens of a unit of the convolution
-WORKSPACE = 2**26  # bytes
+AHEAD = 8  # tokens by which loads run ahead of their use
+ROWS = 256  # tokens of a unit of the convolution
+WORKSPACE = 2**27  # bytes
 
 
 def unusable_reason(device, dtype):
@@ -103,17 +105,48 @@ if IMPORT_ERROR is None:
         return types.float32(types.int32), lambda _, builder, sig, args: builder.bitcast(args[0], ir.FloatType())
 
     @intrinsic
+    def _disjoint(context):
+        """Promise LLVM that the calling function's array arguments do not overlap, so that it need not make sure."""
+
+        def generate(context, builder, signature, args):
+            for argument in builder.function.args:
+                pointee = getattr(argument.type, "pointee", None)
+                # Of the pointers, those to data, not to what Numba knows about their memory.
+                if isinstance(pointee, ir.FloatType) or pointee == ir.IntType(16):
+                    argument.add_attribute("noalias")
+            return context.get_dummy_value()
+
+        return types.void(), generate
+
+    @intrinsic
     def _hot(context):
-        """Have LLVM compile the calling function by itself, so that its loops have all registers, and for 512-bit
-        vectors if the CPU has them; of its own accord it stays with 256."""
+        """
+        Have LLVM compile the calling function by itself, so that its loops have all registers, and for 512-bit vectors
+        if the CPU has them: by itself it stays with 256.
+        """
 
         def generate(context, builder, signature, args):
             builder.function.attributes.add("noinline")
-            # llvmlite does not know this one and would refuse it; `set.add` passes by its check.
+            # llvmlite does not know this attribute and would refuse it; `set.add` passes by its check.
             set.add(builder.function.attributes, '"prefer-vector-width"="512"')
             return context.get_dummy_value()
 
         return types.void(), generate
+
+    @intrinsic
+    def _fetch_line(context, address):
+        """Start to load the cache line at an address."""
+
+        def generate(context, builder, signature, args):
+            pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+            prefetch = builder.module.declare_intrinsic(
+                "llvm.prefetch", (pointer,), ir.FunctionType(ir.VoidType(), (pointer, number, number, number))
+            )
+            to_read, to_keep, data = number(0), number(3), number(1)
+            builder.call(prefetch, (builder.inttoptr(args[0], pointer), to_read, to_keep, data))
+            return context.get_dummy_value()
+
+        return types.void(types.intp), generate
 
     def _to_float(x):
         """A float32 as it is, or the bits of a bfloat16 as a float32."""
@@ -178,99 +211,217 @@ def _sigmoid(x):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Walks through one chunk of at most CHUNK tokens with one block of channels: where nearly all the time goes.
-# Arrays (rows, BLOCK) are aligned, and a channel beyond the last is a column of zeros.
-#   step_size, step_input (CHUNK, BLOCK)    Δ and Δ u
-#   A (N, BLOCK)                            times log2(e)
-#   BC (CHUNK, 2N)                          B, then C
-#   y (CHUNK, BLOCK)                        C h is added to it
+# Walks through one chunk of at most CHUNK tokens with one block of channels: where nearly all the time goes. A row is
+# BLOCK channels; those beyond the last are zeros. There are tables of a row a token, Δ (`size`), Δ u (`size_u`), y;
+# and of a row a state, A log2(e), h. BC (CHUNK, 2N) holds B and C.
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@_compiled()
+def _tables(count, rows):
+    """
+    `count` tables of zeros (rows + 1, BLOCK), from the start of a cache line.
+
+    The row that nobody needs keeps row k of two tables from lying at the same place of two pages, where a processor
+    takes a store to the one for a store to the other.
+    """
+    size = count * (rows + 1) * BLOCK
+    memory = np.zeros(size + 16, np.float32)
+    start = -(memory.ctypes.data // 4) % 16
+    return memory[start : start + size].reshape((count, rows + 1, BLOCK))
+
+
 @_compiled("contract")
-def _walk(steps, step_size, step_input, A, BC, state, y):
-    """Advance `state` (N, BLOCK), in place."""
+def _walk(steps, size, size_u, y, BC, A, h):
+    """Advance h by some steps, in place, and add C h to y."""
     _hot()
-    num_states = A.shape[0]
+    _disjoint()
+    num_states = BC.shape[1] // 2
     for k in range(steps):
-        size_k, input_k, y_k = step_size[k], step_input[k], y[k]
+        size_k, size_u_k, y_k = size[k], size_u[k], y[k]
         for n in range(num_states):
             b, b_out = BC[k, n], BC[k, num_states + n]
-            A_n, state_n = A[n], state[n]
+            A_n, h_n = A[n], h[n]
             for c in range(BLOCK):
-                h = _exp2(size_k[c] * A_n[c]) * state_n[c] + input_k[c] * b
-                state_n[c] = h
-                y_k[c] += h * b_out
+                new = _exp2(size_k[c] * A_n[c]) * h_n[c] + size_u_k[c] * b
+                h_n[c] = new
+                y_k[c] += new * b_out
 
 
 @_compiled("contract")
-def _walk_again(steps, step_size, step_input, A, BC, states, decay, y):
-    """The same, keeping all: row k N + n of `states` is the state before step k, that of `decay` is exp(Δ_k A)."""
+def _walk_again(steps, size, size_u, y, BC, A, h, decay):
+    """The same, but all is kept: row k N + n of h is the state before step k, and that of `decay` is exp(Δ_k A)."""
     _hot()
-    num_states = A.shape[0]
+    _disjoint()
+    num_states = BC.shape[1] // 2
     for k in range(steps):
-        size_k, input_k, y_k = step_size[k], step_input[k], y[k]
+        size_k, size_u_k, y_k = size[k], size_u[k], y[k]
         for n in range(num_states):
             b, b_out = BC[k, n], BC[k, num_states + n]
             A_n, decay_n = A[n], decay[k * num_states + n]
-            before, after = states[k * num_states + n], states[(k + 1) * num_states + n]
+            before, after = h[k * num_states + n], h[(k + 1) * num_states + n]
             for c in range(BLOCK):
                 a = _exp2(size_k[c] * A_n[c])
-                h = a * before[c] + input_k[c] * b
+                new = a * before[c] + size_u_k[c] * b
                 decay_n[c] = a
-                after[c] = h
-                y_k[c] += h * b_out
+                after[c] = new
+                y_k[c] += new * b_out
 
 
 # Reassociation, for the sums over channels to run in vectors.
 @_compiled("contract", "reassoc")
-def _walk_back(steps, step_size, step_input, A, BC, states, decay, grad_y, adjoint, d_A, d_size, d_input, d_BC):
+def _walk_back(steps, size, size_u, BC, A, h, decay, d_y, adjoint, d_size, d_size_u, d_A, d_BC):
     """
-    From the last step to the first, through what `_walk_again` kept. λ = adjoint + C ∂y is the gradient of a state.
+    From the last step to the first, through what `_walk_again` kept; `grad` is the gradient of a step's new state.
 
-    Updates `adjoint` (N, BLOCK), adds to d_A (N, BLOCK), d_size and d_input (CHUNK, BLOCK), sets d_BC (CHUNK, 2N).
+    Updates `adjoint`, which a step hands to the one before it; adds to d_size (by way of the decay alone), d_size_u
+    and d_A; sets d_BC.
     """
     _hot()
-    num_states = A.shape[0]
+    _disjoint()
+    num_states = BC.shape[1] // 2
     for k in range(steps - 1, -1, -1):
-        size_k, input_k, grad_k, d_size_k, d_input_k = step_size[k], step_input[k], grad_y[k], d_size[k], d_input[k]
+        size_k, size_u_k, d_y_k, d_size_k, d_size_u_k = size[k], size_u[k], d_y[k], d_size[k], d_size_u[k]
         for n in range(num_states):
             b, b_out = BC[k, n], BC[k, num_states + n]
             A_n, adjoint_n, d_A_n, decay_n = A[n], adjoint[n], d_A[n], decay[k * num_states + n]
-            before, after = states[k * num_states + n], states[(k + 1) * num_states + n]
+            before, after = h[k * num_states + n], h[(k + 1) * num_states + n]
             d_b, d_b_out = np.float32(0), np.float32(0)
             for c in range(BLOCK):
-                grad_state = adjoint_n[c] + grad_k[c] * b_out
-                d_b_out += grad_k[c] * after[c]
-                d_b += grad_state * input_k[c]
-                d_input_k[c] += grad_state * b
-                passed_on = grad_state * decay_n[c]
-                adjoint_n[c] = passed_on
-                grad_log_decay = passed_on * before[c]
-                d_size_k[c] += grad_log_decay * A_n[c]
-                d_A_n[c] += grad_log_decay * size_k[c]
+                grad = adjoint_n[c] + d_y_k[c] * b_out
+                d_b_out += d_y_k[c] * after[c]
+                d_b += grad * size_u_k[c]
+                d_size_u_k[c] += grad * b
+                grad *= decay_n[c]
+                adjoint_n[c] = grad
+                grad *= before[c]
+                d_size_k[c] += grad * A_n[c]
+                d_A_n[c] += grad * size_k[c]
             d_BC[k, n], d_BC[k, num_states + n] = d_b, d_b_out
 
 
-@_compiled()
-def _zeros(rows):
-    """(rows, BLOCK) zeros that start on a cache line."""
-    memory = np.zeros(rows * BLOCK + 16, np.float32)
-    start = -(memory.ctypes.data // 4) % 16
-    return memory[start : start + rows * BLOCK].reshape((rows, BLOCK))
+# --------------------------------------------------------------------------------------------------------------------
+# Rows, by which a chunk is loaded before the walk and stored after it. The arguments that are written to come last.
+# --------------------------------------------------------------------------------------------------------------------
 
 
-@_compiled()
-def _fill(row, value):
+def _row(function):
+    return _compiled("contract", forceinline=True)(function)
+
+
+@_row
+def _fetch(row):
+    """Start to load a row."""
+    for i in range(0, row.size * row.itemsize, 64):
+        _fetch_line(row.ctypes.data + i)
+
+
+@_row
+def _fill(value, row):
     for c in range(row.size):
         row[c] = value
 
 
-@_compiled()
+@_row
 def _copy(source, target):
     """As many numbers as the shorter of two rows holds."""
+    _disjoint()
     for c in range(min(source.size, target.size)):
         target[c] = source[c]
+
+
+@_row
+def _convert(source, target):
+    _disjoint()
+    for c in range(source.size):
+        target[c] = _to_float(source[c])
+
+
+@_row
+def _discretize(u, delta, bias, D, size, size_u, y):
+    _disjoint()
+    for c in range(u.size):
+        value = _to_float(u[c])
+        step = _softplus(delta[c] + bias[c])
+        size[c] = step
+        size_u[c] = step * value
+        y[c] = D[c] * value
+
+
+@_row
+def _gate(z, y_forward, y_backward, out):
+    _disjoint()
+    for c in range(z.size):
+        gate = _to_float(z[c])
+        mean = np.float32(0.5) * (y_forward[c] + y_backward[c])
+        out[c] = _to_type_of(mean * gate * _sigmoid(gate), out)
+
+
+@_row
+def _gate_backward(z, grad, d_y):
+    _disjoint()
+    for c in range(z.size):
+        gate = _to_float(z[c])
+        d_y[c] = np.float32(0.5) * _to_float(grad[c]) * gate * _sigmoid(gate)
+
+
+@_row
+def _gate_gradient(z, grad, y_forward, y_backward, d_z):
+    _disjoint()
+    for c in range(z.size):
+        gate = _to_float(z[c])
+        mean = np.float32(0.5) * (y_forward[c] + y_backward[c])
+        sigmoid = _sigmoid(gate)
+        slope = sigmoid * (np.float32(1) + gate * (np.float32(1) - sigmoid))
+        d_z[c] = _to_type_of(_to_float(grad[c]) * mean * slope, d_z)
+
+
+@_row
+def _discretize_backward(u, delta, bias, D, size, d_y, d_size, d_size_u, d_u, d_delta, d_D, d_bias):
+    _disjoint()
+    for c in range(u.size):
+        value = _to_float(u[c])
+        d_u[c] = d_size_u[c] * size[c] + d_y[c] * D[c]
+        d_raw = (d_size[c] * LN2 + d_size_u[c] * value) * _sigmoid(delta[c] + bias[c])
+        d_delta[c] = d_raw
+        d_D[c] += d_y[c] * value
+        d_bias[c] += d_raw
+
+
+@_row
+def _add_product(a, b, total):
+    _disjoint()
+    for c in range(min(a.size, b.size)):
+        total[c] += a[c] * _to_float(b[c])
+
+
+@_row
+def _add(x, total):
+    _disjoint()
+    for c in range(x.size):
+        total[c] += x[c]
+
+
+@_row
+def _silu(x, out):
+    _disjoint()
+    for c in range(out.size):
+        out[c] = _to_type_of(x[c] * _sigmoid(x[c]), out)
+
+
+@_row
+def _silu_backward(x, d_out, d_x):
+    _disjoint()
+    for c in range(d_out.size):
+        sigmoid = _sigmoid(x[c])
+        d_x[c] = d_out[c] * sigmoid * (np.float32(1) + x[c] * (np.float32(1) - sigmoid))
+
+
+@_row
+def _round(x, out):
+    _disjoint()
+    for c in range(out.size):
+        out[c] = _to_type_of(x[c], out)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -291,13 +442,8 @@ def _convolve(unit, xz, weight, bias, visits, u):
     for step in range(tile * ROWS, min((tile + 1) * ROWS, length)):
         _copy(bias[direction], total)
         for tap in range(max(0, taps - 1 - step), taps):
-            x = xz[clip, visits[direction, step - (taps - 1) + tap]]
-            w = weight[direction, tap]
-            for c in range(channels):
-                total[c] += w[c] * _to_float(x[c])
-        row = u[direction, clip, visits[direction, step]]
-        for c in range(channels):
-            row[c] = _to_type_of(total[c] * _sigmoid(total[c]), row)
+            _add_product(weight[direction, tap], xz[clip, visits[direction, step - (taps - 1) + tap]], total)
+        _silu(total, u[direction, clip, visits[direction, step]])
 
 
 @_kernel
@@ -315,40 +461,41 @@ def _scan(unit, xz, u, delta, BC, A, D, delta_bias, visits, out, states):
     blocks = (channels + BLOCK - 1) // BLOCK
     clip, first = unit // blocks, unit % blocks * BLOCK
     last = min(first + BLOCK, channels)
-    A_block, state = _zeros(num_states), _zeros(num_states)
-    step_size, step_input, y = _zeros(CHUNK), _zeros(CHUNK), _zeros(CHUNK)
+    by_state, by_token = _tables(2, num_states), _tables(3, CHUNK)
+    A_block, h = by_state[0], by_state[1]
+    size, size_u, y = by_token[0], by_token[1], by_token[2]
     BC_chunk = np.empty((CHUNK, 2 * num_states), np.float32)
     for direction in range(2):
         D_block, bias_block = D[direction, first:last], delta_bias[direction, first:last]
         for n in range(num_states):
             _copy(A[direction, n, first:last], A_block[n])
-            _fill(state[n], 0)
+            _fill(np.float32(0), h[n])
         for start in range(0, length, CHUNK):
             steps = min(CHUNK, length - start)
             if states.shape[2] > 0:
                 for n in range(num_states):
-                    _copy(state[n], states[clip, direction, start // CHUNK, n, first:last])
+                    _copy(h[n], states[clip, direction, start // CHUNK, n, first:last])
             for k in range(steps):
                 token = visits[direction, start + k]
+                ahead = visits[direction, min(start + k + AHEAD, length - 1)]
+                _fetch(u[direction, clip, ahead, first:last])
+                _fetch(delta[direction, clip, ahead, first:last])
                 _copy(BC[direction, clip, token], BC_chunk[k])
                 u_k, delta_k = u[direction, clip, token, first:last], delta[direction, clip, token, first:last]
-                size_k, input_k, y_k = step_size[k], step_input[k], y[k]
-                for c in range(last - first):
-                    size_k[c] = _softplus(delta_k[c] + bias_block[c])
-                    input_k[c] = size_k[c] * _to_float(u_k[c])
-                    y_k[c] = D_block[c] * _to_float(u_k[c])
-            _walk(steps, step_size, step_input, A_block, BC_chunk, state, y)
+                _discretize(u_k, delta_k, bias_block, D_block, size[k], size_u[k], y[k])
+            _walk(steps, size, size_u, y, BC_chunk, A_block, h)
             for k in range(steps):
                 token = visits[direction, start + k]
-                y_k, y_forward = y[k], delta[0, clip, token, first:last]
+                y_forward = delta[0, clip, token, first:last]
                 if direction == 0:
-                    _copy(y_k, y_forward)
+                    _copy(y[k], y_forward)
                     continue
-                z, row = xz[clip, token, channels + first : channels + last], out[clip, token, first:last]
-                for c in range(last - first):
-                    gate = _to_float(z[c])
-                    gate *= np.float32(0.5) * _sigmoid(gate)
-                    row[c] = _to_type_of((y_forward[c] + y_k[c]) * gate, row)
+                ahead = visits[direction, min(start + k + AHEAD, length - 1)]
+                _fetch(delta[0, clip, ahead, first:last])
+                _fetch(xz[clip, ahead, channels + first : channels + last])
+                _fetch(out[clip, ahead, first:last])
+                z = xz[clip, token, channels + first : channels + last]
+                _gate(z, y_forward, y[k], out[clip, token, first:last])
 
 
 @_kernel
@@ -366,72 +513,60 @@ def _scan_backward(unit, xz, grad, u, delta, BC, A, D, delta_bias, visits, state
     clip, block = unit // blocks, unit % blocks
     first = block * BLOCK
     last = min(first + BLOCK, channels)
-    A_block, adjoint, sums = _zeros(num_states), _zeros(num_states), _zeros(num_states + 2)
-    kept, decay = _zeros((CHUNK + 1) * num_states), _zeros(CHUNK * num_states)
-    u_rows, step_size, step_input, y = _zeros(CHUNK), _zeros(CHUNK), _zeros(CHUNK), _zeros(CHUNK)
-    grad_y, d_size, d_input = _zeros(CHUNK), _zeros(CHUNK), _zeros(CHUNK)
+    by_state, by_token, sums = _tables(3, num_states), _tables(6, CHUNK), _tables(1, 1)[0]
+    A_block, adjoint, d_A = by_state[0], by_state[1], by_state[2]
+    size, size_u, y = by_token[0], by_token[1], by_token[2]
+    d_y, d_size, d_size_u = by_token[3], by_token[4], by_token[5]
+    kept = _tables(2, (CHUNK + 1) * num_states)
+    h, decay, d_D, d_bias = kept[0], kept[1], sums[0], sums[1]
     BC_chunk = np.empty((CHUNK, 2 * num_states), np.float32)
     d_BC_chunk = np.empty_like(BC_chunk)
     for direction in range(2):
         D_block, bias_block = D[direction, first:last], delta_bias[direction, first:last]
-        d_D, d_bias = sums[num_states], sums[num_states + 1]
-        for n in range(num_states + 2):
-            _fill(sums[n], 0)
+        _fill(np.float32(0), d_D)
+        _fill(np.float32(0), d_bias)
         for n in range(num_states):
             _copy(A[direction, n, first:last], A_block[n])
-            _fill(adjoint[n], 0)
+            _fill(np.float32(0), adjoint[n])
+            _fill(np.float32(0), d_A[n])
         for chunk in range((length - 1) // CHUNK, -1, -1):
             start = chunk * CHUNK
             steps = min(CHUNK, length - start)
             for n in range(num_states):
-                _copy(states[clip, direction, chunk, n, first:last], kept[n])
+                _copy(states[clip, direction, chunk, n, first:last], h[n])
             for k in range(steps):
                 token = visits[direction, start + k]
                 _copy(BC[direction, clip, token], BC_chunk[k])
                 u_k, delta_k = u[direction, clip, token, first:last], delta[direction, clip, token, first:last]
                 z, grad_k = xz[clip, token, channels + first : channels + last], grad[clip, token, first:last]
-                u_row, size_k, input_k, y_k, grad_y_k = u_rows[k], step_size[k], step_input[k], y[k], grad_y[k]
-                for c in range(last - first):
-                    u_row[c] = _to_float(u_k[c])
-                    size_k[c] = _softplus(delta_k[c] + bias_block[c])
-                    input_k[c] = size_k[c] * u_row[c]
-                    y_k[c] = D_block[c] * u_row[c]
-                    gate = _to_float(z[c])
-                    grad_y_k[c] = _to_float(grad_k[c]) * np.float32(0.5) * gate * _sigmoid(gate)
-                _fill(d_size[k], 0)
-                _fill(d_input[k], 0)
-            _walk_again(steps, step_size, step_input, A_block, BC_chunk, kept, decay, y)
+                _discretize(u_k, delta_k, bias_block, D_block, size[k], size_u[k], y[k])
+                _gate_backward(z, grad_k, d_y[k])
+                _fill(np.float32(0), d_size[k])
+                _fill(np.float32(0), d_size_u[k])
+            _walk_again(steps, size, size_u, y, BC_chunk, A_block, h, decay)
             _walk_back(
-                steps, step_size, step_input, A_block, BC_chunk, kept, decay, grad_y, adjoint, sums, d_size, d_input,
-                d_BC_chunk,
-            )  # fmt: skip
+                steps, size, size_u, BC_chunk, A_block, h, decay, d_y, adjoint, d_size, d_size_u, d_A, d_BC_chunk
+            )
             for k in range(steps):
                 token = visits[direction, start + k]
                 _copy(d_BC_chunk[k], d_BC[block, direction, clip, token])
-                delta_k = delta[direction, clip, token, first:last]
+                u_k, delta_k = u[direction, clip, token, first:last], delta[direction, clip, token, first:last]
                 d_u_k, d_delta_k = d_u[direction, clip, token, first:last], d_delta[direction, clip, token, first:last]
-                u_row, size_k, grad_y_k = u_rows[k], step_size[k], grad_y[k]
-                d_size_k, d_input_k = d_size[k], d_input[k]
-                for c in range(last - first):
-                    d_u_k[c] = d_input_k[c] * size_k[c] + grad_y_k[c] * D_block[c]
-                    slope = _sigmoid(delta_k[c] + bias_block[c])
-                    d_delta_k[c] = (d_size_k[c] * LN2 + d_input_k[c] * u_row[c]) * slope
-                    d_D[c] += grad_y_k[c] * u_row[c]
-                    d_bias[c] += d_delta_k[c]
-                y_k, y_forward = y[k], delta[0, clip, token, first:last]
+                _discretize_backward(
+                    u_k, delta_k, bias_block, D_block, size[k], d_y[k], d_size[k], d_size_u[k], d_u_k, d_delta_k, d_D,
+                    d_bias,
+                )  # fmt: skip
+                y_forward = delta[0, clip, token, first:last]
                 if direction == 0:
-                    _copy(y_k, y_forward)
+                    _copy(y[k], y_forward)
                     continue
                 z = xz[clip, token, channels + first : channels + last]
                 d_z = d_xz[clip, token, channels + first : channels + last]
-                grad_k = grad[clip, token, first:last]
-                for c in range(last - first):
-                    gate = _to_float(z[c])
-                    sigmoid = _sigmoid(gate)
-                    slope = np.float32(0.5) * sigmoid * (np.float32(1) + gate * (np.float32(1) - sigmoid))
-                    d_z[c] = _to_type_of(_to_float(grad_k[c]) * (y_forward[c] + y_k[c]) * slope, d_z)
-        for n in range(num_states + 2):
-            _copy(sums[n], d_params[clip, direction, n, first:last])
+                _gate_gradient(z, grad[clip, token, first:last], y_forward, y[k], d_z)
+        for n in range(num_states):
+            _copy(d_A[n], d_params[clip, direction, n, first:last])
+        _copy(d_D, d_params[clip, direction, num_states, first:last])
+        _copy(d_bias, d_params[clip, direction, num_states + 1, first:last])
 
 
 @_kernel
@@ -447,52 +582,48 @@ def _convolve_backward(unit, xz, weight, bias, visits, d_u, d_xz, d_params):
     blocks = (channels + BLOCK - 1) // BLOCK
     clip, first = unit // blocks, unit % blocks * BLOCK
     last = min(first + BLOCK, channels)
-    d_x, sums, weights, inputs, total = _zeros(length), _zeros(taps + 1), _zeros(taps + 1), _zeros(taps), _zeros(1)[0]
+    d_x, by_tap, totals = _tables(1, length)[0], _tables(3, taps + 1), _tables(1, 2)[0]
+    weights, inputs, sums = by_tap[0], by_tap[1], by_tap[2]
+    total, d_total = totals[0], totals[1]
     for direction in range(2):
         for tap in range(taps):
             _copy(weight[direction, tap, first:last], weights[tap])
         _copy(bias[direction, first:last], weights[taps])
         for tap in range(taps + 1):
-            _fill(sums[tap], 0)
+            _fill(np.float32(0), sums[tap])
         for step in range(length):
             skipped = max(0, taps - 1 - step)
             _copy(weights[taps], total)
             for tap in range(skipped, taps):
                 x = xz[clip, visits[direction, step - (taps - 1) + tap], first:last]
-                x_tap, w = inputs[tap], weights[tap]
-                for c in range(last - first):
-                    x_tap[c] = _to_float(x[c])
-                    total[c] += w[c] * x_tap[c]
-            d_u_k, d_bias = d_u[direction, clip, visits[direction, step], first:last], sums[taps]
-            for c in range(last - first):
-                sigmoid = _sigmoid(total[c])
-                total[c] = d_u_k[c] * sigmoid * (np.float32(1) + total[c] * (np.float32(1) - sigmoid))
-                d_bias[c] += total[c]
+                _convert(x, inputs[tap])
+                _add_product(weights[tap], inputs[tap], total)
+            _silu_backward(total, d_u[direction, clip, visits[direction, step], first:last], d_total)
+            _add(d_total, sums[taps])
             for tap in range(skipped, taps):
-                d_x_k, d_w = d_x[visits[direction, step - (taps - 1) + tap]], sums[tap]
-                x_tap, w = inputs[tap], weights[tap]
-                for c in range(last - first):
-                    d_w[c] += total[c] * x_tap[c]
-                    d_x_k[c] += total[c] * w[c]
+                _add_product(d_total, inputs[tap], sums[tap])
+                _add_product(d_total, weights[tap], d_x[visits[direction, step - (taps - 1) + tap]])
         for tap in range(taps + 1):
             _copy(sums[tap], d_params[clip, direction, tap, first:last])
     for token in range(length):
-        row, d_x_k = d_xz[clip, token, first:last], d_x[token]
-        for c in range(last - first):
-            row[c] = _to_type_of(d_x_k[c], row)
+        _round(d_x[token], d_xz[clip, token, first:last])
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Threads, and the operator that PyTorch sees.
 # --------------------------------------------------------------------------------------------------------------------
 
-_threads = None
+_threads = None  # a pool of our own, where PyTorch's cannot be had
+
+# Runs a function on PyTorch's own threads, if they are GNU OpenMP's (as in its Linux wheels). They wait for their next
+# work in a busy loop, for milliseconds in which threads of ours would have to share the cores with them.
+_on_torch_threads = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
 
 
 def _forget_threads():
-    """A forked process has none of its parent's threads."""
-    global _threads
-    _threads = None
+    """A forked process has none of its parent's threads, and OpenMP does not know."""
+    global _threads, _on_torch_threads
+    _threads = _on_torch_threads = None
 
 
 if hasattr(os, "register_at_fork"):
@@ -509,13 +640,18 @@ def _run(kernel, units, *arrays):
         for unit in remaining:
             kernel(unit, *arrays)
 
-    helpers = min(torch.get_num_threads(), units) - 1
-    if helpers > 0 and _threads is None:
-        _threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="selective_scan")
-    waiting = [_threads.submit(work) for _ in range(helpers)]
-    work()
-    for future in waiting:
-        future.result()
+    threads = min(torch.get_num_threads(), units)
+    if threads <= 1:
+        work()
+    elif _on_torch_threads is not None:
+        _on_torch_threads(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: work()), None, threads, 0)
+    else:
+        if _threads is None:
+            _threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="selective_scan")
+        waiting = [_threads.submit(work) for _ in range(threads - 1)]
+        work()
+        for future in waiting:
+            future.result()
 
 
 def _array(tensor):
@@ -553,7 +689,7 @@ _workspace = _Workspace()
 
 
 def _groups(xz, tensors):
-    """Slices of the batch, each of as many clips as have room in the workspace for `tensors` times (2, L, E) float32."""
+    """Slices of the batch, each of as many clips as the workspace holds `tensors` (2, L, E) float32 of."""
     batch, length, width = xz.shape
     size = max(1, WORKSPACE // max(1, tensors * length * width * 4))
     return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
@@ -581,12 +717,10 @@ def _project(xz, convolution, x_proj_weight, dt_proj_weight, u, delta):
     projected = torch.bmm(u.flatten(1, 2), x_proj_weight.to(u.dtype).transpose(1, 2)).float()
     time_step, BC = projected[..., :rank], projected[..., rank:]
     torch.bmm(time_step, dt_proj_weight.float().transpose(1, 2), out=delta.flatten(1, 2))
-    return time_step, BC.reshape(*u.shape[:3], -1)
+    return time_step, BC.contiguous().view(*u.shape[:3], -1)
 
 
-def _forward(
-    xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, order, keep_states
-):
+def _forward(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, order, keep_states):
     xz = xz.contiguous()
     out, states = _outputs(xz, A_log, keep_states)
     convolution, scan = _shared_arguments(
@@ -607,9 +741,7 @@ def _outputs(xz, A_log, keep_states):
     return xz.new_empty(batch, length, width // 2), xz.new_empty(shape, dtype=torch.float32)
 
 
-def _backward(
-    grad, states, xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, order
-):
+def _backward(grad, states, xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, order):
     xz, grad = xz.contiguous(), grad.to(xz.dtype).contiguous()
     channels, taps, num_states = conv_weight.shape[1], conv_weight.shape[2], A_log.shape[2]
     convolution, scan = _shared_arguments(
@@ -662,9 +794,15 @@ def _compile(dtype, backward):
     if backward:
         _backward(out, states, xz, *parameters)
     if compiled() > before:
+        place = _scan.stats.cache_path
         logger.warning(
             f"Compiled the CPU scan's {'backward' if backward else 'forward'} pass for {dtype} in "
-            f"{time.perf_counter() - started:.1f} s, once: later runs load it from {_scan.stats.cache_path}."
+            f"{time.perf_counter() - started:.1f} s. "
+            + (
+                f"Later runs load it from {place}."
+                if place
+                else "Set NUMBA_CACHE_DIR to a place where it can be kept."
+            )
         )
 
 

@@ -91,6 +91,25 @@ def write_video(
     return str(path)
 
 
+def write_moving_bars(root, counts) -> Path:
+    """Clips of a bright bar that moves to the left or to the right: `root/<split>/<label>/<number>.mp4`.
+
+    `counts` gives the clips for each label by split: {"train": 4, "validation": 2}.
+    """
+    rng = np.random.default_rng(0)
+    for split, count in counts.items():
+        for name in ("to the left", "to the right"):
+            folder = Path(root, split, name)
+            folder.mkdir(parents=True)
+            for number in range(count):
+                frames = rng.integers(0, 40, (8, 36, 48, 3), dtype=np.uint8)
+                for time, frame in enumerate(frames):
+                    place = 4 + 5 * time
+                    frame[:, place : place + 6] = 220
+                write_video(folder / f"{number}.mp4", frames[:, :, ::-1] if name == "to the left" else frames)
+    return Path(root)
+
+
 def write_audio(path, seconds: float = 0.5, cover: np.ndarray | None = None) -> str:
     """A sound file without a video, but with a cover picture if `cover` gives one: (H, W, 3) uint8."""
     with av.open(str(path), "w") as container:

@@ -1,0 +1,280 @@
+"""
+VideoMamba's speed and memory beside VideoMAE's and Video Swin's, on random weights and random clips, in one run.
+
+    python examples/benchmark.py --output results                  # on a GPU: a few minutes
+    python examples/benchmark.py --device cpu --frames 8 16        # on a CPU
+
+Writes `benchmark.csv` and `benchmark.png` into the output folder and prints the table as it grows. Inference is in
+bfloat16; a training step is forward and backward with float32 weights, under bfloat16 autocast on a GPU. Throughput is
+of the median step; the spread is from the fastest step to the slowest. Memory is the peak of what PyTorch has
+allocated, for inference beyond weights and input.
+"""
+
+import argparse
+import csv
+import gc
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import VideoMAEConfig, VideoMAEForVideoClassification
+
+from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassification, use_scan_backend
+from modeling_videomamba.selective_scan import BACKENDS, bidirectional_selective_scan, select_scan_backend
+
+
+SIZE, LABELS = 224, 400
+FULL_BATCH = {8: 64, 16: 64, 32: 32, 64: 16, 128: 8}
+COLUMNS = ["task", "model", "mode", "frames", "batch", "median_ms", "min_ms", "max_ms", "clips_per_s", "peak_gib"]
+STYLE = {"VideoMamba-S": "C0", "VideoMamba-S (mamba_ssm)": "C3", "VideoMAE-S": "C1", "Swin3D-T": "C2"}
+
+
+def videomamba(frames):
+    config = VideoMambaConfig(
+        hidden_size=384, num_hidden_layers=24, num_frames=frames, image_size=SIZE, num_labels=LABELS
+    )
+    model = VideoMambaForVideoClassification(config)
+    return model, lambda clips: model(clips).logits
+
+
+def videomae(frames):
+    config = VideoMAEConfig(
+        hidden_size=384,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+        intermediate_size=1536,
+        num_frames=frames,
+        image_size=SIZE,
+        num_labels=LABELS,
+        attn_implementation="sdpa",
+    )
+    model = VideoMAEForVideoClassification(config)
+    return model, lambda clips: model(clips).logits
+
+
+def swin3d(frames):
+    from torchvision.models.video import swin3d_t
+
+    model = swin3d_t(weights=None, num_classes=LABELS)
+    return model, lambda clips: model(clips.transpose(1, 2))
+
+
+MODELS = {"VideoMamba-S": videomamba, "VideoMAE-S": videomae, "Swin3D-T": swin3d}
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(step, device, warmup, repeats):
+    """Seconds of each of `repeats` steps after `warmup`, by device events on a GPU."""
+    for _ in range(warmup):
+        step()
+    synchronize(device)
+    if device.type != "cuda":
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - start)
+        return times
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in events:
+        start.record()
+        step()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1000 for start, end in events]
+
+
+def run_case(task, name, mode, frames, batch, arguments):
+    """One row of the table, as a dict."""
+    device = torch.device(arguments.device)
+    gpu = device.type == "cuda"
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    training = task == "training"
+    model, forward = MODELS[name.split(" (")[0]](frames)
+    model.to(device, torch.float32 if training else torch.bfloat16).train(training)
+    clips = torch.randn(
+        batch, frames, 3, SIZE, SIZE, device=device, dtype=torch.float32 if training else torch.bfloat16
+    )
+    labels = torch.arange(batch, device=device) % LABELS
+    if mode == "compiled":
+        # For a single clip what costs is launching the kernels: a CUDA graph launches them all at once.
+        model.compile(mode="reduce-overhead" if gpu and batch == 1 and not training else None)
+
+    def training_step():
+        with torch.autocast(device.type, torch.bfloat16, enabled=gpu):
+            loss = torch.nn.functional.cross_entropy(forward(clips), labels)
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def inference_step():
+        forward(clips)
+
+    backend = "mamba_ssm" if "mamba_ssm" in name else select_scan_backend(device, clips.dtype)
+    with use_scan_backend(backend):
+        step = training_step if training else inference_step
+        step(), step()
+        held = torch.cuda.memory_allocated() if gpu and not training else 0
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
+        times = measure(step, device, arguments.warmup, arguments.repeats)
+    peak = (torch.cuda.max_memory_allocated() - held) / 2**30 if gpu else float("nan")
+    median = statistics.median(times)
+    numbers = [1000 * median, 1000 * min(times), 1000 * max(times), batch / median, peak]
+    return dict(zip(COLUMNS, [task, name, mode, frames, batch, *(f"{n:.4g}" for n in numbers)], strict=True))
+
+
+def scan_alone(batch, frames, arguments):
+    """The operator between a mixer's two projections, and on a GPU its scan kernel beside what the chip allows."""
+    device = torch.device(arguments.device)
+    length, inner, states, rank = frames // 2 * (SIZE // 16) ** 2 + 1, 768, 16, 24
+    shapes = [(2, inner, 4), (2, inner), (2, rank + 2 * states, inner), (2, inner, rank), (2, inner)]
+    tensors = [torch.randn(batch, length, 2 * inner), *(torch.randn(s) * s[-1] ** -0.5 for s in shapes)]
+    tensors += [torch.randn(2, inner, states) / 2, torch.ones(2, inner)]
+    tensors = [t.to(device, torch.bfloat16) for t in tensors]
+
+    @torch.no_grad()
+    def step():
+        bidirectional_selective_scan(*tensors)
+
+    whole = statistics.median(measure(step, device, arguments.warmup, arguments.repeats))
+    print(
+        f"\nOne layer at {frames} frames × {batch}: everything between its projections {1000 * whole:.3f} ms", end=""
+    )
+    if device.type == "cuda" and select_scan_backend(device, torch.bfloat16) == "cuda":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(arguments.repeats):
+                step()
+            torch.cuda.synchronize()
+        kernels = {e.key: e.self_device_time_total / 1e3 / arguments.repeats for e in profile.key_averages()}
+        properties = torch.cuda.get_device_properties(device)
+        clock = getattr(properties, "clock_rate", 1_980_000) * 1e3
+        # 16 special-function results a clock and multiprocessor; one exponential a state, one more for the softplus.
+        results = batch * length * inner * (states + 1)
+        floor = 1e3 * results / (16 * properties.multi_processor_count * clock)
+        print(f", of which the scan {kernels['scan'] / 2:.3f} ms a direction (floor by exponentials {floor:.3f} ms)")
+    else:
+        print()
+
+
+def cases(arguments):
+    gpu = arguments.device.startswith("cuda")
+    names = list(MODELS)
+    if BACKENDS["mamba_ssm"].unusable_reason(torch.device(arguments.device), torch.bfloat16) is None:
+        names.insert(1, "VideoMamba-S (mamba_ssm)")
+    for frames in arguments.frames:
+        for batch in sorted({1, FULL_BATCH.get(frames, 1) if gpu else 1}):
+            for name in names:
+                yield "inference", name, "eager", frames, batch
+                if name in arguments.compiled and frames in arguments.compiled_frames:
+                    yield "inference", name, "compiled", frames, batch
+    for frames in arguments.frames:
+        if frames <= 64 and not arguments.no_training:
+            for name in names:
+                yield "training", name, "eager", frames, 16 if gpu else 1
+                if name in arguments.compiled and frames in arguments.compiled_frames:
+                    yield "training", name, "compiled", frames, 16 if gpu else 1
+
+
+def plot(rows, path, title):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    full = [r for r in rows if r["task"] == "inference" and int(r["batch"]) > 1] or rows
+    panels = {"inference, full batch": full, "training": [r for r in rows if r["task"] == "training"]}
+    panels = {name: found for name, found in panels.items() if found}
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4.2), squeeze=False)
+    for axis, (name, found) in zip(axes[0], panels.items(), strict=True):
+        for model, mode in dict.fromkeys((r["model"], r["mode"]) for r in found):
+            points = [
+                (int(r["frames"]), float(r["clips_per_s"])) for r in found if (r["model"], r["mode"]) == (model, mode)
+            ]
+            label = f"{model}, {mode}" if mode == "compiled" else model
+            axis.plot(
+                *zip(*sorted(points), strict=True), "o-" if mode == "eager" else "s--", color=STYLE[model], label=label
+            )
+        axis.set(xscale="log", yscale="log", xlabel="frames", ylabel="clips per second", title=name)
+        ticks = sorted({int(r["frames"]) for r in found})
+        axis.set_xticks(ticks, ticks)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def replace_file(path, write):
+    """`write(temporary path)`, then rename: nobody finds half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--frames", type=int, nargs="+", help="default: 8 16 32 64 128 on a GPU, 8 16 on a CPU")
+    parser.add_argument(
+        "--compiled", nargs="*", default=[], metavar="MODEL", help="models to time with torch.compile too"
+    )
+    parser.add_argument(
+        "--compiled-frames", type=int, nargs="+", help="at these clip lengths; default: all of --frames"
+    )
+    parser.add_argument("--no-training", action="store_true")
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--output", type=Path, default=Path("results"), metavar="FOLDER")
+    arguments = parser.parse_args()
+    gpu = arguments.device.startswith("cuda")
+    arguments.frames = arguments.frames or ([8, 16, 32, 64, 128] if gpu else [8, 16])
+    arguments.compiled_frames = arguments.compiled_frames or arguments.frames
+    unknown = set(arguments.compiled) - set(MODELS)
+    if unknown:
+        parser.error(f"--compiled: no model {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    processor = torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    title = (
+        f"{processor}, torch {torch.__version__}, transformers {transformers.__version__}, {time.strftime('%Y-%m-%d')}"
+    )
+    print(f"{title}\nRandom weights, {SIZE}² pixels, medians of {arguments.repeats}\n")
+    print("".join(f"{column:>26}" if column == "model" else f"{column:>12}" for column in COLUMNS))
+    rows = []
+
+    def write_csv(path):
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    for case in cases(arguments):
+        try:
+            rows.append(run_case(*case, arguments))
+        except (RuntimeError, ValueError) as error:  # out of memory, or a size that the model refuses
+            rows.append(dict(zip(COLUMNS, [*case, *["nan"] * 5], strict=True)))
+            print(f"{case}: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
+        row = rows[-1]
+        print("".join(f"{row[c]!s:>26}" if c == "model" else f"{row[c]!s:>12}" for c in COLUMNS), flush=True)
+        gc.collect()
+        if gpu:
+            torch.cuda.empty_cache()
+        replace_file(arguments.output / "benchmark.csv", write_csv)
+    for frames in sorted({16, *arguments.frames} & {16, 64}):
+        scan_alone(FULL_BATCH[frames] if gpu else 1, frames, arguments)
+    replace_file(arguments.output / "benchmark.png", lambda path: plot(rows, path, title))
+    print(f"\nWrote {arguments.output / 'benchmark.csv'} and benchmark.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+../../modeling_videomamba/configuration_videomamba.py

@@ -1,0 +1,1 @@
+../../modeling_videomamba/image_processing_videomamba.py

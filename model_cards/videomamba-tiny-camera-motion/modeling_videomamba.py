@@ -1,0 +1,1 @@
+../../modeling_videomamba/modeling_videomamba.py

@@ -1,0 +1,1 @@
+../../modeling_videomamba/video_processing_videomamba.py

@@ -1,0 +1,1615 @@
+"""
+The scan on NVIDIA GPUs, in CUDA C++ that the NVRTC of the PyTorch wheel compiles at the first call: no build, no nvcc.
+
+Two kernels: convolution and SiLU of both directions; then step size (its projection on the tensor cores), softplus,
+scan, skip term, sum of the directions and gate, both directions in one launch. Between them stands one batched matrix
+product, `x_proj`. Nothing is flipped or transposed: tensors are (B, L, E) throughout, and a direction is the order in
+which a warp walks over the tiles of a sequence. The backward pass keeps only `xz` and the small projection
+(2, B, L, R + 2N), and recomputes the rest, a few sequences at a time.
+
+The first call of a model compiles what it needs, 2 s on the machine below, and keeps it in `~/.cache/videomamba`, or
+in the folder that the environment variable `VIDEOMAMBA_CACHE` names.
+
+NOTES (2026-11-22, one H200, torch 2.11, bfloat16; times are of both directions of one layer of VideoMamba-S, E = 768)
+
+Why CUDA C++ and not Triton: the walk is serial, so what counts is the instructions of one step and where its operands
+lie. In trials of half an hour Triton took 2.98 ms for 64 x 1569 tokens and CUDA C++ 1.28 ms, and CUDA C++ goes where
+Triton does not reach: here the states of a warp lie as the tensor cores hold a 16x8 result, so that the sum over
+states `C h` and the outer product `Delta u B` are tensor-core instructions: no shuffles, few loads of B and C.
+
+    the scan kernel alone, 64 x 1569 tokens       ms   instructions of a warp for 16 channels and a step (ncu)
+    m16n8k8: operands are moved into order      1.94
+    m16n8k4: two states at once are an operand  1.22   79
+    + masks and addresses kept in registers     1.20
+    + 32 channels a warp: what runs             1.14   64
+    the public CUDA kernel                      5.62
+    16 exponentials, at 16 a clock              0.63   the floor, with the one of the softplus
+
+What limits it: the special-function unit is busy 60 % of the time, the schedulers 53 %, no other unit over 30 % (ncu):
+dependences within a warp. More warps, on fewer registers, do not help (5 to 8 blocks of 128 threads, 16 channels a
+warp: 1.18 to 1.30 ms). Nor did a polynomial for every fourth or eighth exponential (+10 %, +3 %: the instructions it
+adds cost as much), unrolling all 16 steps of a tile (1.25 ms: the code outgrows the instruction cache), 64 channels a
+warp (1.17 ms), or larger thread blocks (1.30 ms). Eight sequences of 12545 tokens are 1.5 warps a scheduler: 1.9 ms;
+cutting their length in two costs a second walk, 2.3 ms in all. One sequence of 1569 tokens, in 17 chunks: 0.052 ms for
+the chunks' states, 0.029 ms for the scan; chunks of 32 to 96 tokens are alike. Beside it, at 64 x 1569, stand the
+convolution with 0.17 ms (0.11 by its bytes) and `x_proj` with 0.09 ms.
+
+Backward, 16 x 1569 tokens: 1.83 ms, of it the adjoint walk 1.02, the states before every 8 tokens 0.27, the
+convolution 0.16, the sum of the partial gradients of B and C 0.05 (0.08 while they were float32). Fetching the saved
+states into the second-level cache ahead of their use changed nothing.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+
+SOURCE = r"""
+// IO: type of activations, PT: type of parameters (0 float, 1 half, 2 bfloat16). N states, R time-step rank, K taps.
+// VEC: rows of E channels are aligned for 16-byte access. BLOCKS: of 16 channels a warp. W: warps a direction.
+#define EXACT (IO == 0)
+#define DEV static __device__ __forceinline__
+#define NT ((N + 7) / 8)
+#define PROJ (R + 2 * N)
+#define TILE 16
+#ifndef W
+#define W 1
+#endif
+#ifndef ORDERED
+#define ORDERED 0
+#endif
+#define LOG2E 1.4426950408889634f
+#define LN2 0.6931471805599453f
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+#if IO == 0
+typedef float io_t;
+#else
+typedef u16 io_t;
+#endif
+
+struct Args {
+    const io_t *xz, *u, *proj, *dout;
+    const void *conv_w, *conv_b, *dt_w, *dt_b, *a_log, *skip;
+    const long long *order;
+    io_t *out, *du, *ddelta;
+    float *states, *sums, *sub, *adjoint, *da, *dvec;
+    void *dbc;
+    int B, L, E;
+    int mode;  // along a general order: 1 + the direction that this launch walks
+    int chunk, chunks;  // tokens in one, and how many
+};
+
+#ifndef EMULATED
+DEV float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+DEV float rcp(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+DEV float half_to_float(u16 v) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(v)); return y; }
+DEV u16 float_to_half(float v) { u16 y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(v)); return y; }
+DEV u16 float_to_bf16(float v) { u16 y; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(v)); return y; }
+DEV u32 pack16(float a, float b) {
+    u32 y;
+#if IO == 1
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(b), "f"(a));
+#else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(b), "f"(a));
+#endif
+    return y;
+}
+// d (16x8) += a (16x4) b (4x8); tf32 operands, of which the hardware reads the upper 19 bits.
+DEV void mma4(float *d, float a0, float a1, float b) {
+    asm("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(b)));
+}
+DEV float round_tf32(float v) { u32 y; asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(v)); return __uint_as_float(y); }
+// d (16x8) += a (16x16) b (16x8) in the type of the activations.
+DEV void mma16(float *d, const u32 *a, u32 b0, u32 b1) {
+#if IO == 1
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#endif
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <int BYTES> DEV void copy_async(void *to, const void *from, bool valid) {
+    u32 address = (u32)__cvta_generic_to_shared(to), bytes = valid ? BYTES : 0;
+    if (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from), "n"(BYTES), "r"(bytes)
+                     : "memory");
+}
+DEV void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING> DEV void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+DEV void block_barrier(int threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
+DEV void sync_warp() { __syncwarp(); }
+DEV float exchange(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+#endif
+
+DEV float load16(u16 v, bool half) { return half ? half_to_float(v) : __uint_as_float((u32)v << 16); }
+#if IO == 0
+DEV float value(float v) { return v; }
+DEV io_t stored(float v) { return v; }
+#else
+DEV float value(u16 v) { return load16(v, IO == 1); }
+DEV io_t stored(float v) { return IO == 1 ? float_to_half(v) : float_to_bf16(v); }
+#endif
+DEV float parameter(const void *p, size_t i) {
+#if PT == 0
+    return ((const float *)p)[i];
+#else
+    return load16(((const u16 *)p)[i], PT == 1);
+#endif
+}
+// Two neighbours at an even place.
+DEV float2 load2(const io_t *p) {
+#if IO == 0
+    return *(const float2 *)p;
+#elif IO == 1
+    u32 v = *(const u32 *)p;
+    return make_float2(half_to_float((u16)v), half_to_float((u16)(v >> 16)));
+#else
+    u32 v = *(const u32 *)p;
+    return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u));
+#endif
+}
+DEV void store2(io_t *p, float a, float b) {
+#if IO == 0
+    *(float2 *)p = make_float2(a, b);
+#else
+    *(u32 *)p = pack16(a, b);
+#endif
+}
+// Four neighbours, `left` of which exist; at a multiple of four if VEC.
+DEV void load4(float *to, const io_t *from, int left) {
+    if (VEC) {
+#if IO == 0
+        float4 v = left > 0 ? *(const float4 *)from : make_float4(0.f, 0.f, 0.f, 0.f);
+        to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+#else
+        uint2 v = left > 0 ? *(const uint2 *)from : make_uint2(0u, 0u);
+        to[0] = value((u16)v.x), to[1] = value((u16)(v.x >> 16));
+        to[2] = value((u16)v.y), to[3] = value((u16)(v.y >> 16));
+#endif
+    } else {
+#pragma unroll
+        for (int e = 0; e < 4; e++) to[e] = e < left ? value(from[e]) : 0.f;
+    }
+}
+DEV void store4(io_t *to, const float *from, int left) {
+    if (VEC) {
+        if (left <= 0) return;
+#if IO == 0
+        *(float4 *)to = make_float4(from[0], from[1], from[2], from[3]);
+#else
+        *(uint2 *)to = make_uint2(pack16(from[0], from[1]), pack16(from[2], from[3]));
+#endif
+    } else {
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            if (e < left) to[e] = stored(from[e]);
+    }
+}
+template <int COUNT> DEV void load_vector(float *to, const float *from) {
+    if (COUNT == 2) {
+        float2 v = *(const float2 *)from;
+        to[0] = v.x, to[1] = v.y;
+    } else {
+#pragma unroll
+        for (int i = 0; i < COUNT; i += 4) {
+            float4 v = *(const float4 *)(from + i);
+            to[i] = v.x, to[i + 1] = v.y, to[i + 2] = v.z, to[i + 3] = v.w;
+        }
+    }
+}
+template <int COUNT> DEV void store_vector(float *to, const float *from) {
+    if (COUNT == 2)
+        *(float2 *)to = make_float2(from[0], from[1]);
+    else {
+#pragma unroll
+        for (int i = 0; i < COUNT; i += 4)
+            *(float4 *)(to + i) = make_float4(from[i], from[i + 1], from[i + 2], from[i + 3]);
+    }
+}
+
+DEV float decay(float delta, float a) {
+#if EXACT
+    return exp2f(delta * a);
+#else
+    return ex2(delta * a);
+#endif
+}
+DEV float softplus(float v) {
+#if EXACT
+    return v > 20.f ? v : log1pf(expf(v));
+#else
+    // max(v, 0) + log1p(e^-|v|), log1p(t) / t by a polynomial of relative error 1.3e-6: small steps stay accurate.
+    float t = ex2(fabsf(v) * -LOG2E);
+    float p = fmaf(fmaf(fmaf(0.014140995f, t, -0.06640171f), t, 0.14922377f), t, -0.23503855f);
+    p = fmaf(fmaf(fmaf(p, t, 0.33109447f), t, -0.49986964f), t, 0.99999875f);
+    return fmaf(p, t, fmaxf(v, 0.f));
+#endif
+}
+DEV float sigmoid(float v) {
+#if EXACT
+    return 1.f / (1.f + expf(-v));
+#else
+    return rcp(1.f + ex2(v * -LOG2E));
+#endif
+}
+// Derivative of the softplus, from its value.
+DEV float softplus_slope(float delta) {
+#if EXACT
+    return -expm1f(-delta);
+#else
+    float series = delta * fmaf(delta, fmaf(delta, 0.16666667f, -0.5f), 1.f);
+    return delta < 0.03125f ? series : 1.f - ex2(delta * -LOG2E);
+#endif
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// A walk: one warp, one direction, 16 M channels, tiles of 16 tokens. Tiles are aligned in the sequence (for a general
+// order: in the steps), so both directions of a chunk meet at a tile border.
+// A warp holds its states as the tensor cores hold a 16x8 result: lane (g, q) = (lane / 4, lane % 4) has, of channels
+// g and g + 8 of each block of 16, the states 2q and 2q + 1 of each group of 8.
+// ------------------------------------------------------------------------------------------------------------------
+
+struct Walk {
+    int lane, g, q, dir, b, channel, first, last, tiles;
+    bool reversed;
+    const long long *order;
+    size_t row;  // of token 0 of this sequence among all B L rows
+
+    static __device__ __forceinline__ Walk start(const Args &p, int m) {
+        Walk w;
+        w.lane = threadIdx.x & 31, w.g = w.lane >> 2, w.q = w.lane & 3;
+        int warp = threadIdx.x >> 5;
+        w.dir = warp & 1;
+        w.channel = (blockIdx.x * W + (warp >> 1)) * 16 * m;
+        w.b = blockIdx.z;
+        w.reversed = w.dir && !ORDERED;
+        w.order = w.dir ? p.order : 0;
+        w.first = blockIdx.y * p.chunk;
+        w.last = min(w.first + p.chunk, p.L);
+        w.tiles = (w.last - w.first + TILE - 1) / TILE;
+        w.row = (size_t)w.b * p.L;
+        return w;
+    }
+    // Where tile i lies, and the token of its step r: -1 if it is past the end.
+    __device__ __forceinline__ int begin(int i) const { return first + (reversed ? tiles - 1 - i : i) * TILE; }
+    __device__ __forceinline__ int token(int begin, int r) const {
+        int place = begin + (reversed ? TILE - 1 - r : r);
+        if (place >= last) return -1;
+        if (ORDERED && order) return (int)order[place];
+        return place;
+    }
+};
+
+// Two lanes copy one of the 16 rows of a tile; rows past the end (token < 0) and columns past `columns` become zero.
+template <int COLUMNS, int BYTES>
+DEV void load_rows(io_t *to, const io_t *from, int stride, int columns, int token, int lane) {
+    const int PER = BYTES / sizeof(io_t), PIECES = COLUMNS / PER;
+    const int odd = lane & 1;
+    const io_t *source = from + (size_t)max(token, 0) * stride + odd * PER;
+    to += (lane >> 1) * COLUMNS + odd * PER;
+    columns = token < 0 ? 0 : columns - odd * PER;
+#pragma unroll
+    for (int i = 0; i < PIECES; i += 2) {
+        if (PIECES % 2 && i == PIECES - 1 && odd) break;
+        if (BYTES >= 4)
+            copy_async<BYTES < 4 ? 4 : BYTES>(to + i * PER, source + i * PER, i * PER < columns);
+        else
+            to[i * PER] = i * PER < columns ? source[i * PER] : (io_t)0;
+    }
+}
+#define PROJ_BYTES (PROJ * sizeof(io_t))
+#define PROJ_PIECE (PROJ_BYTES % 16 == 0 ? 16 : PROJ_BYTES % 8 == 0 ? 8 : PROJ_BYTES % 4 == 0 ? 4 : 2)
+#define CHANNEL_PIECE (VEC ? 16 : (int)sizeof(io_t) == 4 ? 4 : 2)
+
+DEV u32 pair16(const io_t *p) {
+#if IO == 0
+    return 0;
+#else
+    return (u32)p[0] | (u32)p[1] << 16;
+#endif
+}
+
+// What makes Δ of a warp's channels: the bias, and dt_proj's rows as the tensor cores want a right factor.
+#define KS ((R + 15) / 16)
+template <int M> struct StepSize {
+    float bias[2 * M][2];
+    u32 weight[2 * M][KS][2];
+
+    __device__ __forceinline__ void load(const Args &p, const Walk &w) {
+#pragma unroll
+        for (int s = 0; s < 2 * M; s++) {
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                int channel = w.channel + s * 8 + 2 * w.q + e;
+                bias[s][e] = channel < p.E ? parameter(p.dt_b, (size_t)w.dir * p.E + channel) : 0.f;
+            }
+#if !EXACT
+            size_t at = ((size_t)w.dir * p.E + min(w.channel + s * 8 + w.g, p.E - 1)) * R;
+#pragma unroll
+            for (int k = 0; k < KS; k++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    int r = 16 * k + 8 * i + 2 * w.q;
+                    if (16 * k + 8 * i >= R) weight[s][k][i] = 0;
+                    else if (PT == IO && R % 8 == 0) weight[s][k][i] = *(const u32 *)((const u16 *)p.dt_w + at + r);
+                    else weight[s][k][i] = pack16(r < R ? parameter(p.dt_w, at + r) : 0.f,
+                                                  r + 1 < R ? parameter(p.dt_w, at + r + 1) : 0.f);
+                }
+#endif
+        }
+    }
+    // Δ of a tile: softplus(time_step dt_proj' + bias), into delta[t][g][slot]; channel = slot * 8 + g. Steps past the
+    // end get Δ = 0, which changes no state.
+    __device__ __forceinline__ void apply(const Args &p, const Walk &w, int begin, const io_t *proj,
+                                          float *delta) const {
+        const int LD = 16 * M + 4, S = 2 * M;
+        float acc[S][4];
+        int g = w.g, q = w.q;
+#pragma unroll
+        for (int s = 0; s < S; s++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) acc[s][e] = bias[s][e & 1];
+#if EXACT
+        for (int s = 0; s < S; s++)
+            for (int e = 0; e < 2; e++) {
+                int channel = min(w.channel + s * 8 + 2 * q + e, p.E - 1);
+                size_t at = ((size_t)w.dir * p.E + channel) * R;
+                float low = 0.f, high = 0.f;
+                for (int r = 0; r < R; r++) {
+                    float factor = parameter(p.dt_w, at + r);
+                    low = fmaf(value(proj[g * PROJ + r]), factor, low);
+                    high = fmaf(value(proj[(g + 8) * PROJ + r]), factor, high);
+                }
+                acc[s][e] += low, acc[s][e + 2] += high;
+            }
+#else
+#pragma unroll
+        for (int k = 0; k < KS; k++) {
+            u32 a[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int r = 16 * k + 2 * q + 8 * (i >> 1);
+                const io_t *at = proj + (g + 8 * (i & 1)) * PROJ + r;
+                if (16 * k + 8 * (i >> 1) >= R) a[i] = 0;
+                else if (PROJ % 2 == 0 && R % 2 == 0) a[i] = R % 8 == 0 || r < R ? *(const u32 *)at : 0u;
+                else a[i] = r + 1 < R ? pair16(at) : r < R ? (u32)*(const u16 *)at : 0u;
+            }
+#pragma unroll
+            for (int s = 0; s < S; s++) mma16(acc[s], a, weight[s][k][0], weight[s][k][1]);
+        }
+#endif
+        const bool reversed = w.reversed;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int r = g + 8 * half;
+            bool valid = begin + (reversed ? TILE - 1 - r : r) < w.last;
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                float v[S];
+#pragma unroll
+                for (int s = 0; s < S; s++) v[s] = softplus(valid ? acc[s][e + 2 * half] : -1e30f);
+                store_vector<S>(delta + r * LD + (2 * q + e) * S, v);
+            }
+        }
+    }
+};
+
+template <int M> DEV void load_A(const Args &p, const Walk &w, float a[M][NT][4]) {
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+        for (int nt = 0; nt < NT; nt++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                int channel = w.channel + i * 16 + w.g + 8 * (e >> 1), n = nt * 8 + 2 * w.q + (e & 1);
+                bool valid = channel < p.E && n < N;
+                a[i][nt][e] = valid ? -expf(parameter(p.a_log, ((size_t)w.dir * p.E + channel) * N + n)) * LOG2E : 0.f;
+            }
+}
+// States lie in memory as the lanes hold them: [dir][b][part][block of 16][group of 8 states][lane][4].
+DEV float *fragment(float *states, const Args &p, const Walk &w, int parts, int part, int block) {
+    int blocks = (p.E + 15) / 16;
+    size_t at = ((size_t)(w.dir * p.B + w.b) * parts + part) * blocks + w.channel / 16 + block;
+    return states + (at * NT * 32 + w.lane) * 4;
+}
+template <int M>
+DEV void load_states(float h[M][NT][4], float *states, const Args &p, const Walk &w, int parts, int part) {
+    int blocks = (p.E + 15) / 16;
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+        for (int nt = 0; nt < NT; nt++) {
+            bool valid = w.channel / 16 + i < blocks;
+            if (valid) load_vector<4>(h[i][nt], fragment(states, p, w, parts, part, i) + nt * 128);
+        }
+}
+template <int M>
+DEV void store_states(float h[M][NT][4], float *states, const Args &p, const Walk &w, int parts, int part) {
+    int blocks = (p.E + 15) / 16;
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+        for (int nt = 0; nt < NT; nt++)
+            if (w.channel / 16 + i < blocks)
+                store_vector<4>(fragment(states, p, w, parts, part, i) + nt * 128, h[i][nt]);
+}
+// B or C (at `offset` of the projection) of a token and a state.
+DEV float projected(const io_t *proj, int t, int offset, int n) {
+    return n < N ? value(proj[t * PROJ + offset + n]) : 0.f;
+}
+
+// Kinds of walk. SCAN: outputs. STATES: the state a chunk ends with, from zero, or (if p.sub) the state before every 8
+// tokens, from p.states. ADJOINT: what a chunk hands back, from zero; u is the gradient of the ungated output then.
+#define SCAN 0
+#define STATES 1
+#define ADJOINT 2
+
+// Contraction over the states at one step of four: channel g collects in `low`, channel g + 8 in `high`. A factor lies
+// in lane (g, q) for step g / 2 and state 2q + g % 2, and is let through at its own step. After the four, lane (g, q)
+// has the sums of step q: low[0] + low[3] and high[0] + high[3]; the other elements are by-products.
+DEV void contract(float *low, float *high, const float *x, float factor) {
+    mma4(low, x[0], x[1], factor);
+    mma4(high, x[2], x[3], factor);
+}
+
+template <int M, int KIND> DEV void walk_forward(const Args &p) {
+    const int LD = 16 * M + 4, S = 2 * M;
+    extern __shared__ __align__(16) char shared[];
+    Walk w = Walk::start(p, M);
+    if (ORDERED && w.dir != p.mode - 1) return;
+    if (KIND == ADJOINT) w.reversed = !w.reversed;
+    const bool meeting = KIND == SCAN && !ORDERED;
+    if (w.channel >= p.E) {
+        if (meeting) block_barrier(W * 64);
+        return;
+    }
+    const int g = w.g, q = w.q, lane = w.lane, left = p.E - w.channel;
+    const int PROJ_TILE = (TILE * PROJ * sizeof(io_t) + 15) / 16 * 16, U_TILE = TILE * 16 * M * sizeof(io_t);
+    const int STAGE = PROJ_TILE + U_TILE;
+    char *mine = shared + (threadIdx.x >> 5) * (2 * STAGE + TILE * LD * 4);
+    float *delta = (float *)(mine + 2 * STAGE);
+    const io_t *proj_rows = p.proj + ((size_t)w.dir * p.B * p.L + w.row) * PROJ;
+    const io_t *u_rows = p.u + ((size_t)(KIND == ADJOINT ? 0 : w.dir) * p.B * p.L + w.row) * p.E + w.channel;
+    const io_t *z_rows = p.xz + (w.row * 2 + 1) * p.E + w.channel;
+    io_t *out_rows = p.out + w.row * p.E + w.channel;
+
+    float a[M][NT][4], h[M][NT][4], total[S];
+    load_A<M>(p, w, a);
+    StepSize<M> step_size;
+    if (M == 1) step_size.load(p, w);
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+        for (int nt = 0; nt < NT; nt++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) h[i][nt][e] = 0.f;
+#pragma unroll
+    for (int s = 0; s < S; s++) total[s] = 0.f;
+    if (p.chunks > 1 && (KIND == SCAN || p.sub)) load_states<M>(h, p.states, p, w, p.chunks, blockIdx.y);
+    const int four = lane % (4 * M) * 4, here = left - four;  // channels of this lane in the epilogue
+    float skip[4], in_step[4], out_step[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) in_step[j] = q == j, out_step[j] = g >> 1 == j;
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+        skip[e] = KIND == SCAN && e < here ? parameter(p.skip, (size_t)w.dir * p.E + w.channel + four + e) : 0.f;
+
+    for (int tile = -1; tile < w.tiles; tile++) {
+        if (tile + 1 < w.tiles) {
+            char *stage = mine + ((tile + 1) & 1) * STAGE;
+            int token = w.token(w.begin(tile + 1), lane >> 1);
+            load_rows<PROJ, PROJ_PIECE>((io_t *)stage, proj_rows, PROJ, PROJ, token, lane);
+            load_rows<16 * M, CHANNEL_PIECE>((io_t *)(stage + PROJ_TILE), u_rows, p.E, left, token, lane);
+        }
+        copy_commit();
+        if (tile < 0) continue;
+        copy_wait<1>();
+        sync_warp();
+        const int begin = w.begin(tile);
+        const io_t *proj = (io_t *)(mine + (tile & 1) * STAGE), *u = (io_t *)(mine + (tile & 1) * STAGE + PROJ_TILE);
+        if (M > 1) step_size.load(p, w);  // from the cache: registers are dearer
+        step_size.apply(p, w, begin, proj, delta);
+        sync_warp();
+        const int in_at = KIND == ADJOINT ? R + N : R;
+        // Unrolled, the loop outgrows the instruction cache; rolled, it wants its addresses ready.
+        const io_t *b_at = proj + q * PROJ + in_at + g, *c_at = proj + (g >> 1) * PROJ + R + N + 2 * q + (g & 1);
+        const io_t *u_at = u + q * 16 * M + g;
+        float *d_at = delta + g * S, *mine_at = d_at + q * LD;
+#pragma unroll 1
+        for (int t4 = 0; t4 < TILE; t4 += 4) {
+            if (KIND == STATES && p.sub && t4 % 8 == 0) {
+                int part = (begin + (w.reversed ? 8 - t4 : t4)) / 8;
+                if (part < (p.L + 7) / 8) store_states<M>(h, p.sub, p, w, (p.L + 7) / 8, part);
+            }
+#if EXACT
+            for (int t = t4; t < t4 + 4; t++) {
+                float sum[S];
+#pragma unroll
+                for (int s = 0; s < S; s++) {
+                    float step = delta[t * LD + g * S + s], v = value(u[t * 16 * M + s * 8 + g]);
+                    if (KIND != ADJOINT) v *= step;
+                    sum[s] = 0.f, total[s] += step;
+#pragma unroll
+                    for (int nt = 0; nt < NT; nt++)
+#pragma unroll
+                        for (int e = 0; e < 2; e++) {
+                            int n = nt * 8 + 2 * q + e;
+                            float &state = h[s / 2][nt][(s & 1) * 2 + e];
+                            float factor = decay(step, a[s / 2][nt][(s & 1) * 2 + e]);
+                            float in = v * projected(proj, t, in_at, n);
+                            state = KIND == ADJOINT ? (state + in) * factor : fmaf(state, factor, in);
+                            if (KIND == SCAN) sum[s] = fmaf(state, projected(proj, t, R + N, n), sum[s]);
+                        }
+                    if (KIND == SCAN) {
+                        sum[s] += exchange(sum[s], 1);
+                        sum[s] += exchange(sum[s], 2);
+                    }
+                }
+                sync_warp();
+                if (KIND == SCAN && q == 0) store_vector<S>(delta + t * LD + g * S, sum);
+            }
+#else
+            float b[NT], c[NT], in[S], y[S];
+            load_vector<S>(in, mine_at);
+#pragma unroll
+            for (int nt = 0; nt < NT; nt++) {
+                b[nt] = N % 8 == 0 || nt * 8 + g < N ? value(b_at[nt * 8]) : 0.f;
+                c[nt] = KIND == SCAN && (N % 8 == 0 || nt * 8 + 2 * q + (g & 1) < N) ? value(c_at[nt * 8]) : 0.f;
+            }
+#pragma unroll
+            for (int s = 0; s < S; s++) {
+                float v = value(u_at[s * 8]);
+                in[s] = round_tf32(KIND == ADJOINT ? v : v * in[s]);
+            }
+#pragma unroll
+            for (int i = 0; i < M; i++) {
+                float low[4] = {0.f, 0.f, 0.f, 0.f}, high[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    float d[2];
+                    load_vector<2>(d, d_at + j * LD + 2 * i);
+                    if (KIND == STATES) total[2 * i] += d[0], total[2 * i + 1] += d[1];
+#pragma unroll
+                    for (int nt = 0; nt < NT; nt++) {
+                        float *x = h[i][nt], bs = b[nt] * in_step[j];
+                        if (KIND == ADJOINT) mma4(x, in[2 * i], in[2 * i + 1], bs);
+#pragma unroll
+                        for (int e = 0; e < 4; e++)
+                            x[e] *= decay(d[e >> 1], a[i][nt][e]);
+                        if (KIND != ADJOINT) mma4(x, in[2 * i], in[2 * i + 1], bs);
+                        if (KIND == SCAN) contract(low, high, x, c[nt] * out_step[j]);
+                    }
+                }
+                y[2 * i] = low[0] + low[3], y[2 * i + 1] = high[0] + high[3];
+            }
+            if (KIND == SCAN) {  // Δ of these steps is used up: their outputs take its place
+                sync_warp();
+                store_vector<S>(mine_at, y);
+            }
+            b_at += 4 * PROJ, c_at += 4 * PROJ, u_at += 4 * 16 * M, d_at += 4 * LD, mine_at += 4 * LD;
+#endif
+        }
+        sync_warp();
+        if (KIND == SCAN) {
+            // The first direction to come by a token leaves its output; the second adds its own, and gates.
+            const bool second = ORDERED ? p.mode == 2 : 2 * tile > w.tiles - 1 || (2 * tile == w.tiles - 1 && w.dir);
+            if (meeting && w.dir && tile == w.tiles / 2) block_barrier(W * 64);
+            const int ROUNDS = TILE * 4 * M / 32, PER = 8 / M;
+            const float *from = delta + (lane / (4 * M)) * LD + (four & 7) * S + four / 8;
+            const io_t *in = u + (lane / (4 * M)) * 16 * M + four;
+            if (!second) {
+#pragma unroll
+                for (int k = 0; k < ROUNDS; k++) {
+                    int token = w.token(begin, k * PER + lane / (4 * M));
+                    float y[4];
+                    load4(y, in + k * PER * 16 * M, 4);
+#pragma unroll
+                    for (int e = 0; e < 4; e++) y[e] = fmaf(skip[e], y[e], from[k * PER * LD + e * S]);
+                    if (token >= 0) store4(out_rows + (size_t)token * p.E + four, y, here);
+                }
+            } else {
+                float z[ROUNDS][4], y[ROUNDS][4];
+#pragma unroll
+                for (int k = 0; k < ROUNDS; k++) {
+                    int token = w.token(begin, k * PER + lane / (4 * M));
+                    load4(z[k], z_rows + (size_t)max(token, 0) * 2 * p.E + four, token < 0 ? 0 : here);
+                    load4(y[k], out_rows + (size_t)max(token, 0) * p.E + four, token < 0 ? 0 : here);
+                }
+#pragma unroll
+                for (int k = 0; k < ROUNDS; k++) {
+                    int token = w.token(begin, k * PER + lane / (4 * M));
+                    float x[4];
+                    load4(x, in + k * PER * 16 * M, 4);
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        y[k][e] += fmaf(skip[e], x[e], from[k * PER * LD + e * S]);
+                        y[k][e] *= 0.5f * z[k][e] * sigmoid(z[k][e]);
+                    }
+                    if (token >= 0) store4(out_rows + (size_t)token * p.E + four, y[k], here);
+                }
+            }
+            if (meeting && !w.dir && tile == (w.tiles - 1) / 2) block_barrier(W * 64);
+            sync_warp();
+        }
+    }
+    if (KIND != SCAN && !p.sub) {
+        store_states<M>(h, KIND == ADJOINT ? p.adjoint : p.states, p, w, p.chunks, blockIdx.y);
+        if (KIND == STATES && q == 0)
+            for (int s = 0; s < S; s++)
+                if (s * 8 + g < left)
+                    p.sums[((size_t)(w.dir * p.B + w.b) * p.chunks + blockIdx.y) * p.E + w.channel + s * 8 + g] =
+                        total[s];
+    }
+}
+
+#ifdef SCAN_KERNEL
+extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) scan(const Args p) {
+    walk_forward<BLOCKS, SCAN>(p);
+}
+#endif
+#ifdef STATES_KERNEL
+extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) states(const Args p) {
+    walk_forward<BLOCKS, STATES>(p);
+}
+#endif
+#ifdef ADJOINT_KERNEL
+extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) adjoint(const Args p) {
+    walk_forward<BLOCKS, ADJOINT>(p);
+}
+#endif
+
+#ifdef HAND_ON_KERNEL
+// What each chunk ends with, from zero, becomes what it starts with. A thread a state; p.mode 1: p.adjoint instead of
+// p.states, against the walk.
+extern "C" __global__ void hand_on(const Args p) {
+    int blocks = (p.E + 15) / 16;
+    int i = blockIdx.x * blockDim.x + threadIdx.x, per = blocks * NT * 128;
+    if (i >= per) return;
+    int b = blockIdx.y, dir = blockIdx.z;
+    int lane = i / 4 % 32, e = i % 4, nt = i / 128 % NT;
+    int channel = i / (128 * NT) * 16 + lane / 4 + 8 * (e >> 1), n = nt * 8 + 2 * (lane % 4) + (e & 1);
+    if (channel >= p.E || n >= N) return;
+    float a = -expf(parameter(p.a_log, ((size_t)dir * p.E + channel) * N + n)) * LOG2E, h = 0.f;
+    bool down = (dir && !ORDERED) != (p.mode == 1);
+    float *states = (p.mode ? p.adjoint : p.states) + (size_t)(dir * p.B + b) * p.chunks * per + i;
+    const float *sums = p.sums + (size_t)(dir * p.B + b) * p.chunks * p.E + channel;
+#pragma unroll 8
+    for (int k = 0; k < p.chunks; k++) {
+        int chunk = down ? p.chunks - 1 - k : k;
+        float end = states[(size_t)chunk * per], factor = exp2f(a * sums[(size_t)chunk * p.E]);
+        states[(size_t)chunk * per] = h;
+        h = fmaf(h, factor, end);
+    }
+}
+#endif
+
+// ------------------------------------------------------------------------------------------------------------------
+// Depthwise causal convolution and SiLU, both directions. A thread: CV channels, RUN tokens.
+// ------------------------------------------------------------------------------------------------------------------
+#define CV (VEC ? 4 : 1)
+#ifndef RUN
+#define RUN 16
+#endif
+
+DEV void load_channels(float *to, const io_t *from, bool valid) {
+#if IO == 0
+#pragma unroll
+    for (int c = 0; c < CV; c += 4) {
+        float4 v = valid && VEC ? *(const float4 *)from : make_float4(0.f, 0.f, 0.f, 0.f);
+        if (VEC) to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+        else to[0] = valid ? from[0] : 0.f;
+    }
+#else
+    if (VEC) {
+        uint2 v = valid ? *(const uint2 *)from : make_uint2(0u, 0u);
+        to[0] = value((u16)v.x), to[1] = value((u16)(v.x >> 16));
+        to[2] = value((u16)v.y), to[3] = value((u16)(v.y >> 16));
+    } else
+        to[0] = valid ? value(from[0]) : 0.f;
+#endif
+}
+DEV void store_channels(io_t *to, const float *from) {
+#if IO == 0
+    for (int c = 0; c < CV; c++) to[c] = from[c];
+#else
+    if (VEC) *(uint2 *)to = make_uint2(pack16(from[0], from[1]), pack16(from[2], from[3]));
+    else to[0] = stored(from[0]);
+#endif
+}
+// Step v of a run of this direction; -1 outside the sequence.
+DEV int run_token(const Args &p, int dir, int start, int v) {
+    int place = dir && !ORDERED ? start + RUN - 1 - v : start + v;
+    if (place < 0 || place >= p.L) return -1;
+    if (ORDERED && dir) return (int)p.order[place];
+    return place;
+}
+
+#ifdef CONV_KERNEL
+extern "C" __global__ void conv(const Args p) {
+    int groups = (p.E + CV - 1) / CV, at = blockIdx.x * blockDim.x + threadIdx.x;
+    int dir = at >= groups, channel = (at - dir * groups) * CV, b = blockIdx.z;
+    if (at >= 2 * groups) return;
+    float weight[K][CV], bias[CV], window[K][CV];
+#pragma unroll
+    for (int c = 0; c < CV; c++) {
+        bias[c] = parameter(p.conv_b, (size_t)dir * p.E + channel + c);
+#pragma unroll
+        for (int k = 0; k < K; k++) weight[k][c] = parameter(p.conv_w, ((size_t)dir * p.E + channel + c) * K + k);
+    }
+#pragma unroll
+    for (int k = 0; k < K - 1; k++) {
+        int token = run_token(p, dir, blockIdx.y * RUN, k - (K - 1));
+        load_channels(window[k], p.xz + ((size_t)b * p.L + (token < 0 ? 0 : token)) * 2 * p.E + channel, token >= 0);
+    }
+#pragma unroll
+    for (int v = 0; v < RUN; v++) {
+        int token = run_token(p, dir, blockIdx.y * RUN, v);
+        const io_t *x = p.xz + ((size_t)b * p.L + (token < 0 ? 0 : token)) * 2 * p.E + channel;
+        load_channels(window[(v + K - 1) % K], x, token >= 0);
+        float y[CV];
+#pragma unroll
+        for (int c = 0; c < CV; c++) {
+            y[c] = bias[c];
+#pragma unroll
+            for (int k = 0; k < K; k++) y[c] = fmaf(weight[k][c], window[(v + k) % K][c], y[c]);
+            y[c] *= sigmoid(y[c]);
+        }
+        if (token >= 0) store_channels((io_t *)p.u + ((size_t)(dir * p.B + b) * p.L + token) * p.E + channel, y);
+    }
+}
+#endif
+
+#ifdef CONV_BACKWARD_KERNEL
+// Adds the gradients of both directions at each token; a thread: CB channels, RUNS runs of RUN tokens. p.mode 1:
+// direction 0 alone; 2: direction 1 along p.order, on top of what direction 0 left.
+#define CB (VEC ? 2 : 1)
+#define RUNS 2
+DEV void load_few(float *to, const io_t *from, bool valid) {
+    if (VEC) {
+        float2 v = valid ? load2(from) : make_float2(0.f, 0.f);
+        to[0] = v.x, to[CB - 1] = v.y;
+    } else
+        to[0] = valid ? value(from[0]) : 0.f;
+}
+extern "C" __global__ void __launch_bounds__(128, 4) conv_backward(const Args p) {
+    int groups = (p.E + CB - 1) / CB, at = blockIdx.x * blockDim.x + threadIdx.x, channel = at * CB, b = blockIdx.z;
+    if (at >= groups) return;
+    float weight[2][K][CB], bias[2][CB], d_weight[2][K + 1][CB];
+#pragma unroll
+    for (int dir = 0; dir < 2; dir++)
+#pragma unroll
+        for (int c = 0; c < CB; c++) {
+            bias[dir][c] = parameter(p.conv_b, (size_t)dir * p.E + channel + c);
+            d_weight[dir][K][c] = 0.f;
+#pragma unroll
+            for (int k = 0; k < K; k++) {
+                weight[dir][k][c] = parameter(p.conv_w, ((size_t)dir * p.E + channel + c) * K + k);
+                d_weight[dir][k][c] = 0.f;
+            }
+        }
+#pragma unroll 1
+    for (int run = 0; run < RUNS; run++) {
+        int start = (blockIdx.y * RUNS + run) * RUN;
+        if (start >= p.L) break;
+        float dx[RUN][CB];
+#pragma unroll
+        for (int v = 0; v < RUN; v++)
+#pragma unroll
+            for (int c = 0; c < CB; c++) dx[v][c] = 0.f;
+#pragma unroll
+        for (int dir = 0; dir < 2; dir++) {
+            if (ORDERED && dir != p.mode - 1) continue;
+            float window[K][CB];
+#pragma unroll
+            for (int v = 1 - K; v < RUN + K - 1; v++) {
+                int token = run_token(p, dir, start, v);
+                size_t row = (size_t)b * p.L + (token < 0 ? 0 : token);
+                load_few(window[(v + K - 1) % K], p.xz + row * 2 * p.E + channel, token >= 0);
+                if (v < 0) continue;
+                float du[CB];
+                load_few(du, p.du + ((size_t)dir * p.B * p.L + row) * p.E + channel, token >= 0);
+#pragma unroll
+                for (int c = 0; c < CB; c++) {
+                    float y = bias[dir][c];
+#pragma unroll
+                    for (int k = 0; k < K; k++) y = fmaf(weight[dir][k][c], window[(v + k) % K][c], y);
+                    float gate = sigmoid(y), dy = du[c] * gate * fmaf(y, 1.f - gate, 1.f);
+#pragma unroll
+                    for (int k = 0; k < K; k++) {
+                        const int into = v - (K - 1 - k);
+                        if (into >= 0 && into < RUN) {
+                            float &sum = dx[into][c], &mirrored = dx[RUN - 1 - into][c];
+                            if (dir && !ORDERED) mirrored = fmaf(weight[dir][k][c], dy, mirrored);
+                            else sum = fmaf(weight[dir][k][c], dy, sum);
+                        }
+                        if (v < RUN) d_weight[dir][k][c] = fmaf(dy, window[(v + k) % K][c], d_weight[dir][k][c]);
+                    }
+                    if (v < RUN) d_weight[dir][K][c] += dy;
+                }
+            }
+        }
+#pragma unroll
+        for (int v = 0; v < RUN; v++) {
+            int token = run_token(p, ORDERED && p.mode == 2, start, v);
+            if (token < 0) continue;
+            io_t *to = p.out + ((size_t)b * p.L + token) * 2 * p.E + channel;
+            float before[CB];
+            load_few(before, to, ORDERED && p.mode == 2);
+            if (VEC) store2(to, dx[v][0] + before[0], dx[v][CB - 1] + before[CB - 1]);
+            else to[0] = stored(dx[v][0] + before[0]);
+        }
+    }
+#pragma unroll
+    for (int dir = 0; dir < 2; dir++) {
+        if (ORDERED && dir != p.mode - 1) continue;
+        float *to = p.dvec + (((size_t)b * gridDim.y + blockIdx.y) * 2 + dir) * (K + 1) * p.E + channel;
+#pragma unroll
+        for (int k = 0; k <= K; k++)
+#pragma unroll
+            for (int c = 0; c < CB; c++) to[k * p.E + c] = d_weight[dir][k][c];
+    }
+}
+#endif
+
+#ifdef BACKWARD_KERNEL
+// ------------------------------------------------------------------------------------------------------------------
+// Backward of the scan. A warp walks its tiles against the visits: it recomputes the states of 8 tokens from the state
+// before them, keeps them in registers, and takes the adjoint λ = ∂/∂h back through them:
+//     λ_k = C_k ∂y_k + exp(Δ_{k+1} A) λ_{k+1}
+// ------------------------------------------------------------------------------------------------------------------
+#define SUMS (NT * 64 + 8)  // floats for a step and B or C; the 8 keep lanes off each other's banks
+#if IO == 2  // of the gradients of B and C, one a block of 16 channels
+typedef u16 partial_t;
+#else
+typedef float partial_t;
+#endif
+#define BACKWARD_SHARED (2 * ((TILE * PROJ * (int)sizeof(io_t) + 15) / 16 * 16) + 6 * TILE * 16 * (int)sizeof(io_t) \
+                         + 5 * TILE * 20 * 4 + 32 * SUMS)
+extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const Args p) {
+    const int LD = 20, S = 2;
+    extern __shared__ __align__(16) char shared[];
+    Walk w = Walk::start(p, 1);
+    if (ORDERED && w.dir != p.mode - 1) return;
+    if (w.channel >= p.E) {
+        if (!ORDERED) block_barrier(W * 64);
+        return;
+    }
+    const int g = w.g, q = w.q, lane = w.lane, left = p.E - w.channel;
+    const int PROJ_TILE = (TILE * PROJ * sizeof(io_t) + 15) / 16 * 16, U_TILE = TILE * 16 * sizeof(io_t);
+    const int STAGE = PROJ_TILE + 3 * U_TILE;
+    char *mine = shared + (threadIdx.x >> 5) * BACKWARD_SHARED;
+    float *delta = (float *)(mine + 2 * STAGE), *dy = delta + TILE * LD, *dx = dy + TILE * LD, *ds = dx + TILE * LD,
+          *ys = ds + TILE * LD, *sums = ys + TILE * LD;
+    const io_t *proj_rows = p.proj + ((size_t)w.dir * p.B * p.L + w.row) * PROJ;
+    const size_t rows = ((size_t)w.dir * p.B * p.L + w.row) * p.E + w.channel;
+    const io_t *dout_rows = p.dout + w.row * p.E + w.channel, *z_rows = p.xz + (w.row * 2 + 1) * p.E + w.channel;
+    io_t *dz_rows = p.out + (w.row * 2 + 1) * p.E + w.channel;
+    const size_t block = (size_t)w.dir * ((p.E + 15) / 16) + w.channel / 16;
+    partial_t *dbc = (partial_t *)p.dbc + (block * p.B * p.L + w.row) * 2 * N;
+
+    float a[1][NT][4], lambda[1][NT][4], da[1][NT][4];
+    load_A<1>(p, w, a);
+    StepSize<1> step_size;
+    step_size.load(p, w);
+#pragma unroll
+    for (int nt = 0; nt < NT; nt++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) lambda[0][nt][e] = da[0][nt][e] = 0.f;
+    if (p.chunks > 1) load_states<1>(lambda, p.adjoint, p, w, p.chunks, blockIdx.y);
+    const int four = lane % 4 * 4, here = left - four, place = (lane / 4) * LD + (four & 7) * S + four / 8;
+    float skip[4], d_skip[4], d_bias[4], in_step[4], out_step[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) in_step[j] = q == j, out_step[j] = g >> 1 == j;
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        d_skip[e] = d_bias[e] = 0.f;
+        skip[e] = e < here ? parameter(p.skip, (size_t)w.dir * p.E + w.channel + four + e) : 0.f;
+    }
+
+    for (int i = -1; i < w.tiles; i++) {
+        if (i + 1 < w.tiles) {
+            int token = w.token(w.begin(w.tiles - 2 - i), lane >> 1);
+            char *stage = mine + ((i + 1) & 1) * STAGE;
+            load_rows<PROJ, PROJ_PIECE>((io_t *)stage, proj_rows, PROJ, PROJ, token, lane);
+            load_rows<16, CHANNEL_PIECE>((io_t *)(stage + PROJ_TILE), p.u + rows, p.E, left, token, lane);
+            load_rows<16, CHANNEL_PIECE>((io_t *)(stage + PROJ_TILE + U_TILE), dout_rows, p.E, left, token, lane);
+            load_rows<16, CHANNEL_PIECE>((io_t *)(stage + PROJ_TILE + 2 * U_TILE), z_rows, 2 * p.E, left, token, lane);
+        }
+        copy_commit();
+        if (i < 0) continue;
+        copy_wait<1>();
+        sync_warp();
+        const int begin = w.begin(w.tiles - 1 - i);
+        char *stage = mine + (i & 1) * STAGE;
+        const io_t *proj = (io_t *)stage, *u = (io_t *)(stage + PROJ_TILE);
+        const io_t *dout = u + TILE * 16, *z = dout + TILE * 16;
+        step_size.apply(p, w, begin, proj, delta);
+        sync_warp();
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            float vo[4], vz[4], vu[4];
+            int at = (k * 8 + lane / 4) * 16 + four;
+            load4(vo, dout + at, 4);
+            load4(vz, z + at, 4);
+            load4(vu, u + at, 4);
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                dy[k * 8 * LD + place + e * S] = 0.5f * vo[e] * vz[e] * sigmoid(vz[e]);
+                dx[k * 8 * LD + place + e * S] = vu[e] * delta[k * 8 * LD + place + e * S];
+            }
+        }
+        sync_warp();
+#pragma unroll 1
+        for (int t8 = 8; t8 >= 0; t8 -= 8) {
+            int part = (begin + (w.reversed ? 8 - t8 : t8)) / 8;
+            if (part >= (p.L + 7) / 8) continue;
+            float h[9][NT][4];
+            load_states<1>(&h[0], p.sub, p, w, (p.L + 7) / 8, part);
+            const io_t *down = proj + (t8 + q) * PROJ + R + g;
+            const io_t *across = proj + (t8 + (g >> 1)) * PROJ + R + 2 * q + (g & 1);
+            float *delta_at = delta + t8 * LD + g * S, *dy_at = dy + t8 * LD + g * S, *dx_at = dx + t8 * LD + g * S;
+            float *ds_at = ds + (t8 + q) * LD + g * S, *ys_at = ys + (t8 + q) * LD + g * S;
+#pragma unroll
+            for (int t4 = 0; t4 < 8; t4 += 4) {
+#if EXACT
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    const int k = t4 + j, t = t8 + k;
+                    float sum[S] = {0.f, 0.f};
+#pragma unroll
+                    for (int nt = 0; nt < NT; nt++)
+#pragma unroll
+                        for (int e = 0; e < 4; e++) {
+                            int n = nt * 8 + 2 * q + (e & 1);
+                            float v = dx[t * LD + g * S + (e >> 1)] * projected(proj, t, R, n);
+                            float factor = decay(delta[t * LD + g * S + (e >> 1)], a[0][nt][e]);
+                            h[k + 1][nt][e] = fmaf(h[k][nt][e], factor, v);
+                            sum[e >> 1] = fmaf(h[k + 1][nt][e], projected(proj, t, R + N, n), sum[e >> 1]);
+                        }
+#pragma unroll
+                    for (int s = 0; s < S; s++) {
+                        sum[s] += exchange(sum[s], 1);
+                        sum[s] += exchange(sum[s], 2);
+                    }
+                    if (q == 0) store_vector<S>(ys + t * LD + g * S, sum);
+                }
+#else
+                float b[NT], c[NT], in[S], low[4] = {0.f, 0.f, 0.f, 0.f}, high[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+                for (int nt = 0; nt < NT; nt++) {
+                    b[nt] = N % 8 == 0 || nt * 8 + g < N ? value(down[t4 * PROJ + nt * 8]) : 0.f;
+                    c[nt] = N % 8 == 0 || nt * 8 + 2 * q + (g & 1) < N ? value(across[t4 * PROJ + N + nt * 8]) : 0.f;
+                }
+                load_vector<S>(in, dx_at + (t4 + q) * LD);
+                in[0] = round_tf32(in[0]), in[1] = round_tf32(in[1]);
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    const int k = t4 + j;
+                    float d[S];
+                    load_vector<S>(d, delta_at + k * LD);
+#pragma unroll
+                    for (int nt = 0; nt < NT; nt++) {
+                        float *x = h[k + 1][nt];
+#pragma unroll
+                        for (int e = 0; e < 4; e++) x[e] = h[k][nt][e] * decay(d[e >> 1], a[0][nt][e]);
+                        mma4(x, in[0], in[1], b[nt] * in_step[j]);
+                        contract(low, high, x, c[nt] * out_step[j]);
+                    }
+                }
+                float v[S] = {low[0] + low[3], high[0] + high[3]};
+                store_vector<S>(ys_at + t4 * LD, v);
+#endif
+            }
+#pragma unroll
+            for (int t4 = 4; t4 >= 0; t4 -= 4) {
+#if !EXACT
+                float b[NT], c[NT], in[S];
+                float x_low[4] = {0.f, 0.f, 0.f, 0.f}, x_high[4] = {0.f, 0.f, 0.f, 0.f};
+                float s_low[4] = {0.f, 0.f, 0.f, 0.f}, s_high[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+                for (int nt = 0; nt < NT; nt++) {
+                    b[nt] = N % 8 == 0 || nt * 8 + 2 * q + (g & 1) < N ? value(across[t4 * PROJ + nt * 8]) : 0.f;
+                    c[nt] = N % 8 == 0 || nt * 8 + g < N ? value(down[t4 * PROJ + N + nt * 8]) : 0.f;
+                }
+                load_vector<S>(in, dy_at + (t4 + q) * LD);
+                in[0] = round_tf32(in[0]), in[1] = round_tf32(in[1]);
+#endif
+#pragma unroll
+                for (int j = 3; j >= 0; j--) {
+                    const int k = t4 + j, t = t8 + k;
+                    float d[S], dyv[S], dxv[S];
+                    load_vector<S>(d, delta_at + k * LD);
+                    load_vector<S>(dyv, dy_at + k * LD);
+                    load_vector<S>(dxv, dx_at + k * LD);
+#if EXACT
+                    float sx[S] = {0.f, 0.f}, ss[S] = {0.f, 0.f};
+#endif
+#pragma unroll
+                    for (int nt = 0; nt < NT; nt++) {
+                        float *l = lambda[0][nt], part_b[2], part_c[2], v[4];
+#if EXACT
+#pragma unroll
+                        for (int e = 0; e < 4; e++) {
+                            int n = nt * 8 + 2 * q + (e & 1);
+                            l[e] = fmaf(dyv[e >> 1], projected(proj, t, R + N, n), l[e]);
+                            sx[e >> 1] = fmaf(l[e], projected(proj, t, R, n), sx[e >> 1]);
+                        }
+#else
+                        mma4(l, in[0], in[1], c[nt] * in_step[j]);
+                        contract(x_low, x_high, l, b[nt] * out_step[j]);
+#endif
+#pragma unroll
+                        for (int e = 0; e < 2; e++) {
+                            part_b[e] = fmaf(dxv[0], l[e], dxv[1] * l[e + 2]);
+                            part_c[e] = fmaf(dyv[0], h[k + 1][nt][e], dyv[1] * h[k + 1][nt][e + 2]);
+                        }
+                        store_vector<2>(sums + j * 2 * SUMS + (nt * 32 + lane) * 2, part_b);
+                        store_vector<2>(sums + (j * 2 + 1) * SUMS + (nt * 32 + lane) * 2, part_c);
+#pragma unroll
+                        for (int e = 0; e < 4; e++) {
+                            l[e] *= decay(d[e >> 1], a[0][nt][e]);
+                            v[e] = l[e] * h[k][nt][e];
+                            da[0][nt][e] = fmaf(v[e], d[e >> 1], da[0][nt][e]);
+                            v[e] *= a[0][nt][e];
+                        }
+#if EXACT
+                        ss[0] += v[0] + v[1], ss[1] += v[2] + v[3];
+#else
+                        contract(s_low, s_high, v, out_step[j]);
+#endif
+                    }
+#if EXACT
+#pragma unroll
+                    for (int s = 0; s < S; s++) {
+                        sx[s] += exchange(sx[s], 1), ss[s] += exchange(ss[s], 1);
+                        sx[s] += exchange(sx[s], 2), ss[s] += exchange(ss[s], 2);
+                    }
+                    sync_warp();
+                    if (q == 0) store_vector<S>(dx + t * LD + g * S, sx), store_vector<S>(ds + t * LD + g * S, ss);
+#endif
+                }
+                sync_warp();
+#if !EXACT
+                float v[S] = {x_low[0] + x_low[3], x_high[0] + x_high[3]};
+                store_vector<S>(dx_at + (t4 + q) * LD, v);
+                v[0] = s_low[0] + s_low[3], v[1] = s_high[0] + s_high[3];
+                store_vector<S>(ds_at + t4 * LD, v);
+#endif
+                {
+                    int j = lane >> 3, kind = lane >> 2 & 1, token = w.token(begin, t8 + t4 + j);
+                    partial_t *to = dbc + (size_t)max(token, 0) * 2 * N + kind * N + 2 * q;
+#pragma unroll
+                    for (int nt = 0; nt < NT; nt++) {
+                        const float2 *from = (const float2 *)(sums + (lane >> 2) * SUMS) + nt * 32 + q;
+                        float2 sum = from[0];
+#pragma unroll
+                        for (int k = 4; k < 32; k += 4) sum.x += from[k].x, sum.y += from[k].y;
+                        int n = nt * 8 + 2 * q;
+                        if (token >= 0 && n < N) {
+#if IO == 2
+                            if (N % 2 == 0) *(u32 *)(to + nt * 8) = pack16(sum.x, sum.y);
+                            else {
+                                to[nt * 8] = stored(sum.x);
+                                if (n + 1 < N) to[nt * 8 + 1] = stored(sum.y);
+                            }
+#else
+                            to[nt * 8] = sum.x;
+                            if (n + 1 < N) to[nt * 8 + 1] = sum.y;
+#endif
+                        }
+                    }
+                }
+                sync_warp();
+            }
+        }
+        sync_warp();
+        const bool second = ORDERED ? p.mode == 2 : 2 * i > w.tiles - 1 || (2 * i == w.tiles - 1 && w.dir);
+        if (!ORDERED && w.dir && i == w.tiles / 2) block_barrier(W * 64);
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            int token = w.token(begin, 8 * k + lane / 4), at = (8 * k + lane / 4) * 16 + four;
+            if (token < 0) continue;
+            float vo[4], vz[4], vu[4], before[4], r_du[4], r_dd[4], r_dz[4];
+            load4(before, dz_rows + (size_t)token * 2 * p.E + four, second ? here : 0);
+            load4(vo, dout + at, 4);
+            load4(vz, z + at, 4);
+            load4(vu, u + at, 4);
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                int from = k * 8 * LD + place + e * S;
+                float step = delta[from];
+                r_dd[e] = fmaf(dx[from], vu[e], ds[from] * LN2) * softplus_slope(step);
+                r_du[e] = fmaf(dx[from], step, skip[e] * dy[from]);
+                d_skip[e] = fmaf(dy[from], vu[e], d_skip[e]);
+                d_bias[e] += r_dd[e];
+                r_dz[e] = fmaf(skip[e], vu[e], ys[from]);
+                if (second) {
+                    float gate = sigmoid(vz[e]);
+                    r_dz[e] = (r_dz[e] + before[e]) * 0.5f * vo[e] * gate * fmaf(vz[e], 1.f - gate, 1.f);
+                }
+            }
+            store4(p.du + rows + (size_t)token * p.E + four, r_du, here);
+            store4(p.ddelta + rows + (size_t)token * p.E + four, r_dd, here);
+            store4(dz_rows + (size_t)token * 2 * p.E + four, r_dz, here);
+        }
+        if (!ORDERED && !w.dir && i == (w.tiles - 1) / 2) block_barrier(W * 64);
+        sync_warp();
+    }
+#pragma unroll
+    for (int nt = 0; nt < NT; nt++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) da[0][nt][e] *= a[0][nt][e] * LN2;
+    store_states<1>(da, p.da, p, w, p.chunks, blockIdx.y);
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+#pragma unroll
+        for (int mask = 4; mask < 32; mask *= 2) {
+            d_skip[e] += exchange(d_skip[e], mask);
+            d_bias[e] += exchange(d_bias[e], mask);
+        }
+    if (lane < 4)
+        for (int e = 0; e < 4; e++)
+            if (e < here) {
+                size_t walk = (size_t)(w.dir * p.B + w.b) * p.chunks + blockIdx.y;
+                float *to = p.dvec + walk * 2 * p.E + w.channel + four + e;
+                to[0] = d_skip[e], to[p.E] = d_bias[e];
+            }
+}
+#endif
+"""
+
+TILE = 16  # tokens a warp takes at a time; the source has the same
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_BACKWARD_TOKENS = 32768  # about as many tokens the backward pass takes at a time
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Compiling and launching.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@torch.compiler.assume_constant_result
+def unusable_reason(device, dtype):
+    """Why this backend cannot run on `device` with activations of `dtype`, or None."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"it needs an NVIDIA GPU, and the tensors are on {device}"
+    if dtype not in _DTYPES:
+        return f"it takes float32, float16 and bfloat16, not {dtype}"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"it needs compute capability 8.0 (Ampere) or later, and this GPU has {capability[0]}.{capability[1]}"
+    try:
+        _nvrtc()
+        _driver()
+    except OSError as error:
+        return f"the libraries that compile and launch it are missing: {error}"
+    return None
+
+
+@functools.cache
+def _nvrtc():
+    """The NVRTC that came with PyTorch, or the system's."""
+    major = torch.version.cuda.split(".")[0]
+    windows = os.name == "nt"
+    names = [f"nvrtc64_{major}0_0.dll" if windows else f"libnvrtc.so.{major}"]
+    packages = Path(torch.__file__).parents[1] / "nvidia"
+    for folder in (f"cu{major}", "cuda_nvrtc"):
+        names.append(str(packages / folder / ("bin" if windows else "lib") / names[0]))
+    for name in names:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise OSError(f"no {names[0]} on the library path or in {packages}")
+
+
+@functools.cache
+def _driver():
+    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+
+
+def _check(status, what):
+    if status:
+        message = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(message))
+        raise RuntimeError(f"{what} failed: {(message.value or b'unknown error').decode()}")
+
+
+def compile_kernel(options, architecture):
+    """
+    Machine code of the source with these macros.
+
+    Args:
+        options (`dict[str, int]`): macros and their values.
+        architecture (`str`): such as `"sm_90"`.
+
+    Returns:
+        `bytes`: a cubin.
+
+    Raises:
+        RuntimeError: if the source does not compile; the compiler's messages are in it.
+    """
+    nvrtc = _nvrtc()
+    arguments = [f"-arch={architecture}", "-std=c++17", *(f"-D{name}={value}" for name, value in options.items())]
+    program = ctypes.c_void_p()
+
+    def check(status):
+        if status:
+            nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
+            raise RuntimeError(f"NVRTC: {nvrtc.nvrtcGetErrorString(status).decode()}{log()}")
+
+    def log():
+        size = ctypes.c_size_t()
+        if not program or nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size)):
+            return ""
+        text = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetProgramLog(program, text)
+        return "\n" + text.value.decode(errors="replace")
+
+    check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), SOURCE.encode(), b"selective_scan.cu", 0, None, None))
+    try:
+        encoded = (ctypes.c_char_p * len(arguments))(*(a.encode() for a in arguments))
+        check(nvrtc.nvrtcCompileProgram(program, len(arguments), encoded))
+        size = ctypes.c_size_t()
+        check(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)))
+        cubin = ctypes.create_string_buffer(size.value)
+        check(nvrtc.nvrtcGetCUBIN(program, cubin))
+        return cubin.raw
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _cached_cubin(options, architecture):
+    """`compile_kernel`, kept in a folder of the user's cache: `VIDEOMAMBA_CACHE`, else `~/.cache/videomamba`."""
+    version = ctypes.c_int(), ctypes.c_int()
+    _nvrtc().nvrtcVersion(*(ctypes.byref(v) for v in version))
+    key = repr((SOURCE, sorted(options.items()), architecture, [v.value for v in version]))
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(os.environ.get("VIDEOMAMBA_CACHE") or Path(cache) / "videomamba")
+    path = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.cubin"
+    try:
+        return path.read_bytes()
+    except OSError:
+        cubin = compile_kernel(options, architecture)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+            file.write(cubin)
+        os.replace(file.name, path)
+    except OSError:
+        pass  # a folder that cannot be written costs a compilation at each start, no more
+    return cubin
+
+
+@functools.cache
+def _function(name, options, device_index):
+    """A loaded kernel, on one GPU."""
+    major, minor = torch.cuda.get_device_capability(device_index)
+    cubin = _cached_cubin({f"{name.upper()}_KERNEL": 1, **dict(options)}, f"sm_{major}{minor}")
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    with torch.cuda.device(device_index):
+        torch.cuda.current_stream().synchronize()  # the context exists from here on
+        _check(_driver().cuModuleLoadData(ctypes.byref(module), cubin), f"loading the kernel {name}")
+    _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"finding the kernel {name}")
+    max_dynamic_shared = 8
+    limit = torch.cuda.get_device_properties(device_index).shared_memory_per_block_optin
+    _driver().cuFuncSetAttribute(function, max_dynamic_shared, limit)
+    return function
+
+
+_POINTERS = "xz u proj dout conv_w conv_b dt_w dt_b a_log skip order out du ddelta states sums sub adjoint da dvec dbc"
+_NUMBERS = "B L E mode chunk chunks"
+
+
+class Arguments(ctypes.Structure):
+    """`Args` of the source."""
+
+    _fields_ = [(n, ctypes.c_void_p) for n in _POINTERS.split()] + [(n, ctypes.c_int) for n in _NUMBERS.split()]
+
+
+def _launch(name, options, arguments, grid, threads, shared, device):
+    """Queue a kernel on the current stream of `device`."""
+    function = _function(name, tuple(options.items()), device.index)
+    parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+    stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+    status = _driver().cuLaunchKernel(function, *grid, threads, 1, 1, shared, stream, parameters, None)
+    _check(status, f"launching the kernel {name} on a grid of {grid}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The kernels over tensors.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class _Scan:
+    """One call's shapes, parameters and launch settings."""
+
+    def __init__(self, xz, conv_weight, conv_bias, dt_weight, dt_bias, A_log, D, order):
+        self.B, self.L, self.E = xz.shape[0], xz.shape[1], xz.shape[2] // 2
+        self.xz, self.order, self.device = xz, order, xz.device
+        self.R, self.N = dt_weight.shape[2], A_log.shape[2]
+        parameters = (conv_weight, conv_bias, dt_weight, dt_bias, A_log, D)
+        # A kernel does not look where its pointers lead.
+        for parameter, last in zip(
+            parameters, ((conv_weight.shape[2],), (), (self.R,), (), (self.N,), ()), strict=True
+        ):
+            if parameter.shape != (2, self.E, *last) or parameter.device != xz.device:
+                raise ValueError(
+                    f"A parameter of the scan has the shape {tuple(parameter.shape)} on {parameter.device}; with `xz` "
+                    f"of the shape {tuple(xz.shape)} on {xz.device} it must be {(2, self.E, *last)} there."
+                )
+        common = conv_weight.dtype
+        if common not in (torch.float32, xz.dtype) or any(p.dtype != common for p in parameters):
+            common = torch.float32
+        names = ("conv_w", "conv_b", "dt_w", "dt_b", "a_log", "skip")
+        self.tensors = {n: p.to(common).contiguous() for n, p in zip(names, parameters, strict=True)}
+        self.tensors["xz"] = xz
+        if order is not None:
+            self.tensors["order"] = order.to(xz.device, torch.int64).contiguous()
+        self.options = {
+            "IO": _DTYPES[xz.dtype],
+            "PT": _DTYPES[common],
+            "N": self.N,
+            "R": self.R,
+            "K": conv_weight.shape[2],
+            "VEC": int(self.E % 8 == 0 and xz.data_ptr() % 16 == 0),
+            "ORDERED": int(order is not None),
+        }
+        self.chunk, self.chunks = -(-self.L // TILE) * TILE, 1
+        self._plan()
+
+    def _plan(self):
+        """
+        Channels a warp takes, and into how many chunks the length is cut. A warp of many channels shares more; but
+        each of the GPU's schedulers wants about three warps. Chunks cost a second walk: they are for what is small.
+        """
+        schedulers = 4 * _multiprocessors(self.device)
+        rows = 2 * self.B * -(-self.E // 16)  # warps if each takes 16 channels
+        self.blocks = 1
+        if self.options["IO"]:
+            self.blocks = 2 if rows >= 5 * schedulers else 1
+        if rows < 1.2 * schedulers and self.L > 2 * TILE:
+            chunks = min(-(-3 * schedulers // rows), -(-self.L // (2 * TILE)))
+            self.chunk = -(-self.L // (chunks * TILE)) * TILE
+            self.chunks = -(-self.L // self.chunk)
+
+    def new(self, *shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def launch(self, name, grid, threads, options=None, shared=0, mode=0, **tensors):
+        tensors = {**self.tensors, **tensors}
+        arguments = Arguments(**{n: t.data_ptr() for n, t in tensors.items() if t is not None})
+        arguments.B, arguments.L, arguments.E, arguments.mode = self.B, self.L, self.E, mode
+        arguments.chunk, arguments.chunks = self.chunk, self.chunks
+        _launch(name, {**self.options, **(options or {})}, arguments, grid, threads, shared, self.device)
+
+    def walk(self, name, blocks, **tensors):
+        """Launch a kernel whose warps walk over the sequence: both directions at once, or, along a general order, one
+        after the other."""
+        warps, resident = self.settings(name, blocks)
+        options = {"BLOCKS": blocks, "W": warps, "MINBLOCKS": resident}
+        size = self.xz.element_size()
+        proj_tile = -(-TILE * (self.R + 2 * self.N) * size // 16) * 16
+        if name == "backward":
+            shared = 2 * proj_tile + 6 * TILE * 16 * size + 5 * TILE * 20 * 4 + 32 * (64 * -(-self.N // 8) + 8)
+        else:
+            shared = 2 * (proj_tile + TILE * 16 * blocks * size) + TILE * (16 * blocks + 4) * 4
+        grid = (-(-self.E // (16 * blocks * warps)), self.chunks, self.B)
+        for mode in (0,) if self.order is None else (1, 2):
+            self.launch(name, grid, 64 * warps, options, shared * 2 * warps, mode, **tensors)
+
+    def settings(self, name, blocks):
+        """Warps a direction in a thread block, and thread blocks that must fit a multiprocessor (caps registers)."""
+        if not self.options["IO"] or self.N > 16:
+            return 1, 1
+        return _SETTINGS[name, blocks]
+
+    def convolve(self):
+        """Convolution and SiLU: (2, B, L, E), each direction's tokens at their own places."""
+        u = self.new(2, self.B, self.L, self.E, dtype=self.xz.dtype)
+        groups = -(-self.E // (4 if self.options["VEC"] else 1))
+        grid = (-(-2 * groups // 128), -(-self.L // 16), self.B)
+        self.launch("conv", grid, 128, u=u)
+        return u
+
+    def state_shape(self, parts):
+        return 2, self.B, parts, -(-self.E // 16), -(-self.N // 8), 32, 4
+
+    def chunk_states(self, u, proj):
+        """State before each chunk, and the sum of Δ over each."""
+        if self.chunks == 1:
+            return None, None
+        states, sums = self.new(*self.state_shape(self.chunks)), self.new(2, self.B, self.chunks, self.E)
+        self.walk("states", self.blocks, u=u, proj=proj, states=states, sums=sums)
+        self.hand_on(0, states=states, sums=sums)
+        return states, sums
+
+    def hand_on(self, against, **tensors):
+        size = -(-self.E // 16) * -(-self.N // 8) * 128
+        self.launch("hand_on", (-(-size // 128), self.B, 2), 128, mode=against, **tensors)
+
+
+@functools.cache
+def _multiprocessors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# (kernel, blocks of 16 channels a warp): (warps a direction in a thread block, thread blocks on a multiprocessor);
+# measured on an H200
+_SETTINGS = {
+    ("scan", 1): (1, 8),
+    ("scan", 2): (2, 4),
+    ("states", 1): (2, 4),
+    ("states", 2): (2, 4),
+    ("adjoint", 1): (2, 4),
+    ("backward", 1): (2, 3),
+}
+
+
+def _project(u, weight):
+    """`u` (2, B, L, E) times `weight` (2, P, E), transposed: (2, B, L, P)."""
+    rows = u.view(2, -1, u.shape[3])
+    return torch.bmm(rows, weight.to(u.dtype).transpose(1, 2)).view(*u.shape[:3], -1)
+
+
+@torch.library.custom_op("videomamba::bidirectional_scan_cuda", mutates_args=())
+def _scan_op(
+    xz: torch.Tensor,
+    conv_weight: torch.Tensor,
+    conv_bias: torch.Tensor,
+    x_proj_weight: torch.Tensor,
+    dt_proj_weight: torch.Tensor,
+    dt_proj_bias: torch.Tensor,
+    A_log: torch.Tensor,
+    D: torch.Tensor,
+    order: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.cuda.device_of(xz), torch.autocast(xz.device.type, enabled=False):
+        scan = _Scan(xz, conv_weight, conv_bias, dt_proj_weight, dt_proj_bias, A_log, D, order)
+        out = scan.new(scan.B, scan.L, scan.E, dtype=xz.dtype)
+        u = scan.convolve()
+        proj = _project(u, x_proj_weight)
+        states, _ = scan.chunk_states(u, proj)
+        scan.walk("scan", scan.blocks, u=u, proj=proj, out=out, states=states)
+    return out, proj
+
+
+@_scan_op.register_fake
+def _(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, order):
+    batch, length, channels = xz.shape
+    return xz.new_empty(batch, length, channels // 2), xz.new_empty(2, batch, length, x_proj_weight.shape[1])
+
+
+@torch.library.custom_op("videomamba::bidirectional_scan_cuda_backward", mutates_args=())
+def _backward_op(
+    dout: torch.Tensor,
+    xz: torch.Tensor,
+    conv_weight: torch.Tensor,
+    conv_bias: torch.Tensor,
+    x_proj_weight: torch.Tensor,
+    dt_proj_weight: torch.Tensor,
+    dt_proj_bias: torch.Tensor,
+    A_log: torch.Tensor,
+    D: torch.Tensor,
+    order: torch.Tensor | None,
+    proj: torch.Tensor,
+) -> list[torch.Tensor]:
+    dxz = torch.empty_like(xz)
+    dout = dout.contiguous()
+    if dout.data_ptr() % 16:
+        dout = dout.clone()
+    parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
+    gradients = None
+    size = -(-xz.shape[0] // _parts(xz))
+    with torch.cuda.device_of(xz), torch.autocast(xz.device.type, enabled=False):
+        for start in range(0, xz.shape[0], size):
+            part = slice(start, start + size)
+            scan = _Scan(xz[part], conv_weight, conv_bias, dt_proj_weight, dt_proj_bias, A_log, D, order)
+            found = _backward_part(scan, dout[part], x_proj_weight, proj[:, part].contiguous(), dxz[part])
+            gradients = found if gradients is None else [a + b for a, b in zip(gradients, found, strict=True)]
+    # Copies: the outputs of an operator may not share memory.
+    gradients = [g.to(p.dtype, copy=True) for g, p in zip(gradients, parameters, strict=True)]
+    return [dxz, *(g.contiguous() for g in gradients)]
+
+
+def _parts(xz):
+    """Into how many parts the backward pass cuts the batch, to hold few tokens at a time and still fill the GPU."""
+    batch, length, channels = xz.shape
+    filling = int(160 * _multiprocessors(xz.device) / channels)  # sequences for 10 warps a multiprocessor
+    return max(1, min(-(-batch * length // _BACKWARD_TOKENS), batch // max(1, filling)))
+
+
+def _backward_part(scan, dout, x_proj_weight, proj, dxz):
+    """Writes dxz; returns the gradients of the parameters, in float32."""
+    B, L, E, R, N, io = scan.B, scan.L, scan.E, scan.R, scan.N, scan.xz.dtype
+    u = scan.convolve()
+    states, sums = scan.chunk_states(u, proj)
+    adjoint = None
+    if scan.chunks > 1:
+        z = scan.xz[..., E:].float()
+        dy = (dout * torch.nn.functional.silu(z) / 2).to(io)
+        adjoint = scan.new(*scan.state_shape(scan.chunks))
+        scan.walk("adjoint", 1, u=dy, proj=proj, adjoint=adjoint)
+        scan.hand_on(1, adjoint=adjoint, sums=sums)
+    sub = scan.new(*scan.state_shape(-(-L // 8)))
+    scan.walk("states", scan.blocks, u=u, proj=proj, states=states, sub=sub)
+    du, ddelta = torch.empty_like(u), torch.empty_like(u)
+    partial = io if io == torch.bfloat16 else torch.float32
+    dbc = scan.new(2, -(-E // 16), B * L, 2 * N, dtype=partial)
+    da, dvec = scan.new(*scan.state_shape(scan.chunks)), scan.new(2, B, scan.chunks, 2, E)
+    scan.walk(
+        "backward",
+        1,
+        u=u,
+        proj=proj,
+        dout=dout,
+        out=dxz,
+        du=du,
+        ddelta=ddelta,
+        sub=sub,
+        adjoint=adjoint,
+        dbc=dbc,
+        da=da,
+        dvec=dvec,
+    )
+    del sub
+    # (block, group, g, q, row, column): channel = block * 16 + row * 8 + g, state = group * 8 + 2q + column
+    dA = da.sum(dim=(1, 2)).view(2, -1, -(-N // 8), 8, 4, 2, 2).permute(0, 1, 5, 3, 2, 4, 6)
+    dA = dA.reshape(2, -(-E // 16) * 16, -1)[:, :E, :N]
+    d_skip, d_dt_bias = dvec.sum(dim=(1, 2)).unbind(1)
+    ddelta, u, flat_du = ddelta.view(2, -1, E), u.view(2, -1, E), du.view(2, -1, E)
+    dt_weight = scan.tensors["dt_w"].to(io)
+    dproj = torch.cat([torch.bmm(ddelta, dt_weight), dbc.sum(1, dtype=torch.float32).to(io)], dim=-1)
+    del dbc
+    d_dt_weight = torch.bmm(ddelta.transpose(1, 2), proj.view(2, -1, R + 2 * N)[..., :R]).float()
+    d_x_weight = torch.bmm(dproj.transpose(1, 2), u).float()
+    flat_du.baddbmm_(dproj, x_proj_weight.to(io))
+    K = scan.options["K"]
+    groups, runs = -(-E // (2 if scan.options["VEC"] else 1)), -(-L // 32)
+    dconv = scan.new(B, runs, 2, K + 1, E)
+    for mode in (0,) if scan.order is None else (1, 2):
+        scan.launch("conv_backward", (-(-groups // 128), runs, B), 128, mode=mode, du=du, out=dxz, dvec=dconv)
+    dconv = dconv.sum(dim=(0, 1))
+    return [dconv[:, :K].transpose(1, 2), dconv[:, K], d_x_weight, d_dt_weight, d_dt_bias, dA, d_skip]
+
+
+@_backward_op.register_fake
+def _(dout, xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, order, proj):
+    parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (xz, *parameters)]
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _backward(ctx, dout, dproj):
+    *inputs, order, proj = ctx.saved_tensors
+    return *_backward_op(dout, *inputs, order, proj), None
+
+
+_scan_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def bidirectional_selective_scan(
+    xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, order=None
+):
+    """See `selective_scan.bidirectional_selective_scan`."""
+    if A_log.is_complex():
+        raise ValueError("The scan backend 'cuda' takes a real `A_log`, got a complex one")
+    parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
+    return _scan_op(xz.contiguous(), *parameters, order)[0]

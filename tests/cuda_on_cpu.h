@@ -1,0 +1,145 @@
+// Runs the CUDA kernels of selective_scan_cuda.py on a CPU: threads are coroutines, blocks run one after the other.
+#pragma once
+#include <ucontext.h>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <algorithm>
+#include <functional>
+#include <vector>
+#define EMULATED
+#define __device__
+#define __global__
+#define __forceinline__
+#define __align__(n) __attribute__((aligned(n)))
+#define __launch_bounds__(...)
+#define __shared__
+struct float2 { float x, y; };
+struct float4 { float x, y, z, w; };
+struct uint2 { unsigned x, y; };
+struct Index { int x, y, z; };
+static float2 make_float2(float x, float y) { return {x, y}; }
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+static float __uint_as_float(unsigned v) { float f; memcpy(&f, &v, 4); return f; }
+static unsigned __float_as_uint(float v) { unsigned u; memcpy(&u, &v, 4); return u; }
+using std::min;
+using std::max;
+static Index threadIdx, blockIdx, blockDim, gridDim;
+char shared[1 << 18] __attribute__((aligned(16)));
+
+struct Warp { int count = 0; unsigned generation = 0; float exchanged[32]; float a[32][2], b[32]; unsigned a16[32][4], b16[32][2]; };
+struct Fiber { ucontext_t context; bool done; std::vector<char> stack; };
+static std::vector<Fiber> fibers;
+static std::vector<Warp> warps;
+static int current, barrier_count;
+static unsigned barrier_generation;
+static ucontext_t scheduler;
+static void yield_() { swapcontext(&fibers[current].context, &scheduler); }
+static void sync_warp() {
+    Warp &w = warps[current / 32];
+    unsigned generation = w.generation;
+    if (++w.count == 32) w.count = 0, w.generation++;
+    else while (w.generation == generation) yield_();
+}
+static void block_barrier(int threads) {
+    unsigned generation = barrier_generation;
+    if (++barrier_count == threads) barrier_count = 0, barrier_generation++;
+    else while (barrier_generation == generation) yield_();
+}
+static float exchange(float v, int mask) {
+    Warp &w = warps[current / 32];
+    w.exchanged[current % 32] = v;
+    sync_warp();
+    float other = w.exchanged[(current % 32) ^ mask];
+    sync_warp();
+    return other;
+}
+static float flush(float x) { return std::fabs(x) < 1.17549435e-38f ? 0.f : x; }
+static float ex2(float x) { return flush(std::exp2(x)); }
+static float rcp(float x) { return 1.f / x; }
+static float half_to_float(uint16_t v) { _Float16 h; memcpy(&h, &v, 2); return (float)h; }
+static uint16_t float_to_half(float v) { _Float16 h = (_Float16)v; uint16_t u; memcpy(&u, &h, 2); return u; }
+static uint16_t float_to_bf16(float v) { unsigned u = __float_as_uint(v); return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16); }
+static unsigned pack16(float a, float b) {
+#if IO == 1
+    return float_to_half(a) | (unsigned)float_to_half(b) << 16;
+#else
+    return float_to_bf16(a) | (unsigned)float_to_bf16(b) << 16;
+#endif
+}
+static float tf32(float v) { return __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
+static float round_tf32(float v) { return tf32(__uint_as_float(__float_as_uint(v) + 0x1000u)); }
+static void mma4(float *d, float a0, float a1, float b) {
+    Warp &w = warps[current / 32];
+    int lane = current % 32, g = lane / 4, q = lane % 4;
+    w.a[lane][0] = tf32(a0), w.a[lane][1] = tf32(a1), w.b[lane] = tf32(b);
+    sync_warp();
+    for (int e = 0; e < 4; e++)
+        for (int k = 0; k < 4; k++)  // a: row g (+8), column q; b: row q, column g
+            d[e] += w.a[g * 4 + k][e >> 1] * w.b[(2 * q + (e & 1)) * 4 + k];
+    sync_warp();
+}
+static float half_of(unsigned v, int which) {
+    uint16_t u = which ? v >> 16 : v;
+#if IO == 1
+    return half_to_float(u);
+#else
+    return __uint_as_float((unsigned)u << 16);
+#endif
+}
+static void mma16(float *d, const unsigned *a, unsigned b0, unsigned b1) {
+    Warp &w = warps[current / 32];
+    int lane = current % 32, g = lane / 4, q = lane % 4;
+    for (int i = 0; i < 4; i++) w.a16[lane][i] = a[i];
+    w.b16[lane][0] = b0, w.b16[lane][1] = b1;
+    sync_warp();
+    for (int e = 0; e < 4; e++)
+        for (int k = 0; k < 16; k++)
+            d[e] += half_of(w.a16[g * 4 + k % 8 / 2][(e >> 1) + 2 * (k / 8)], k & 1) *
+                    half_of(w.b16[(2 * q + (e & 1)) * 4 + k % 8 / 2][k / 8], k & 1);
+    sync_warp();
+}
+template <int BYTES> static void copy_async(void *to, const void *from, bool valid) {
+    if (((uintptr_t)to | (uintptr_t)from) % BYTES) { fprintf(stderr, "misaligned copy of %d bytes\n", BYTES); abort(); }
+    if (valid) memcpy(to, from, BYTES); else memset(to, 0, BYTES);
+}
+static void copy_commit() {}
+template <int PENDING> static void copy_wait() {}
+
+static std::function<void()> kernel_;
+static void run_thread() {
+    kernel_();
+    fibers[current].done = true;
+}
+static void run_on_cpu(std::function<void()> kernel, int x, int y, int z, int threads) {
+    kernel_ = kernel;
+    gridDim = {x, y, z}, blockDim = {threads, 1, 1};
+    fibers.resize(threads);
+    for (int bz = 0; bz < z; bz++)
+        for (int by = 0; by < y; by++)
+            for (int bx = 0; bx < x; bx++) {
+                blockIdx = {bx, by, bz};
+                memset(shared, 0xff, sizeof shared);
+                warps.assign((threads + 31) / 32, Warp());
+                barrier_count = 0;
+                for (Fiber &fiber : fibers) {
+                    fiber.done = false;
+                    fiber.stack.resize(1 << 17);
+                    getcontext(&fiber.context);
+                    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+                    fiber.context.uc_stack.ss_size = fiber.stack.size();
+                    fiber.context.uc_link = &scheduler;
+                    makecontext(&fiber.context, run_thread, 0);
+                }
+                for (int alive = threads; alive;)
+                    for (int t = 0; t < threads; t++)
+                        if (!fibers[t].done) {
+                            current = t, threadIdx = {t, 0, 0};
+                            swapcontext(&scheduler, &fibers[t].context);
+                            alive -= fibers[t].done;
+                        }
+            }
+}

@@ -1,0 +1,261 @@
+"""The CPU backend of the scan: against the float64 oracle at awkward sizes, with threads, forks and compilers."""
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+import modeling_videomamba
+from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassification, use_scan_backend
+from modeling_videomamba import selective_scan as seam
+from modeling_videomamba import selective_scan_numba as backend
+from modeling_videomamba.modeling_videomamba import backward_order
+from test_selective_scan import assert_matches_oracle, gradients, random_inputs, relative_error
+
+
+pytestmark = pytest.mark.skipif(
+    backend.IMPORT_ERROR is not None, reason=f"Numba cannot be imported: {backend.IMPORT_ERROR}"
+)
+
+
+@pytest.mark.parametrize("order", ["reversal", "temporal", "spatial", "any"])
+@pytest.mark.parametrize(
+    ("batch", "length", "channels", "options"),
+    [
+        (1, 1, 5, {}),
+        (3, 2, 1, {}),  # shorter than the convolution
+        (2, 31, 64, {"rank": 1}),
+        (1, 32, 65, {}),  # a whole chunk; one channel more than a block
+        (2, 33, 20, {"states": 7, "taps": 2}),
+        (1, 211, 130, {"taps": 5}),
+    ],
+)
+def test_matches_oracle(batch, length, channels, options, order):
+    if order == "any":
+        visits = torch.randperm(length, generator=torch.Generator().manual_seed(3))
+    elif order == "reversal" or length == 1:
+        visits = None
+    else:
+        config = VideoMambaConfig(class_token_position="first", backward_scan=order)
+        frames = next(n for n in (7, 5, 3, 2, 1) if (length - 1) % n == 0)
+        visits = backward_order(config, (frames, 1, (length - 1) // frames))
+    inputs = random_inputs(batch, length, channels, **options)
+    assert_matches_oracle(backend.bidirectional_selective_scan, inputs, visits, 1e-5, 1e-4)
+
+
+def test_matches_oracle_past_10_000_tokens():
+    assert_matches_oracle(
+        backend.bidirectional_selective_scan, random_inputs(1, 10_241, 2, states=3, rank=1), None, 1e-5, 1e-4
+    )
+
+
+@pytest.mark.parametrize("step_bias", [-30.0, -12.0, 5.0, 60.0])
+def test_extreme_steps(step_bias):
+    """Steps so short that nothing is forgotten, and so long that everything is: exp(ΔA) underflows."""
+    inputs = random_inputs(1, 100, 9, step_bias=step_bias)
+    assert_matches_oracle(backend.bidirectional_selective_scan, inputs, None, 1e-5, 1e-4)
+
+
+def test_takes_strided_inputs():
+    inputs = random_inputs(2, 40, 24)
+    strided = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in inputs]
+    assert not any(t.is_contiguous() for t in strided if t.shape[-1] > 1 and t.shape[0] > 1)
+    expected = backend.bidirectional_selective_scan(*inputs)
+    assert torch.equal(backend.bidirectional_selective_scan(*strided), expected)
+
+
+def test_clips_beyond_the_workspace_run_in_groups(monkeypatch):
+    inputs = random_inputs(5, 40, 24)
+    output_gradient = torch.randn(5, 40, 24)
+    expected, expected_gradients = gradients(backend.bidirectional_selective_scan, inputs, output_gradient)
+    monkeypatch.setattr(backend, "WORKSPACE", 4 * 4 * 40 * 48 * 2)  # two clips of the backward pass, four forward
+    found, found_gradients = gradients(backend.bidirectional_selective_scan, inputs, output_gradient)
+    assert relative_error(found, expected) < 1e-6
+    assert all(relative_error(f, e) < 1e-5 for f, e in zip(found_gradients, expected_gradients, strict=True))
+
+
+def test_nan_is_not_swallowed():
+    inputs = random_inputs(1, 50, 6)
+    inputs[0][0, 10, 2] = float("nan")
+    output = backend.bidirectional_selective_scan(*inputs)
+    assert output[0, :, 2].isnan().all()
+
+
+def test_bfloat16_differs_by_its_rounding_alone():
+    inputs = [t.bfloat16() for t in random_inputs(2, 300, 70)]
+    output_gradient = torch.randn(2, 300, 70).bfloat16()
+    found, found_gradients = gradients(backend.bidirectional_selective_scan, inputs, output_gradient)
+    expected, expected_gradients = gradients(
+        seam.bidirectional_selective_scan_reference, [t.double() for t in inputs], output_gradient
+    )
+    assert found.dtype == torch.bfloat16
+    assert relative_error(found, expected) < 0.01
+    for gradient, reference, tensor in zip(found_gradients, expected_gradients, inputs, strict=True):
+        assert gradient.dtype == tensor.dtype
+        assert relative_error(gradient, reference) < 0.02
+
+
+def test_float32_parameters_serve_bfloat16_activations_under_autocast():
+    inputs = random_inputs(1, 60, 16)
+    inputs[0] = inputs[0].bfloat16()
+    output_gradient = torch.randn(1, 60, 16).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, found_gradients = gradients(backend.bidirectional_selective_scan, inputs, output_gradient)
+    expected = seam.bidirectional_selective_scan_reference(*inputs)
+    assert found.dtype == torch.bfloat16 and relative_error(found, expected) < 0.01
+    assert [g.dtype for g in found_gradients] == [t.dtype for t in inputs]
+
+
+@pytest.fixture
+def set_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["PyTorch's threads", "own threads"])
+def whose_threads(request, monkeypatch):
+    if request.param == "own threads":
+        monkeypatch.setattr(backend, "_on_torch_threads", None)
+    elif backend._on_torch_threads is None:
+        pytest.skip("this PyTorch's threads are not GNU OpenMP's")
+
+
+def test_same_bits_whatever_the_number_of_threads(set_threads, whose_threads):
+    inputs = random_inputs(3, 200, 150)
+    output_gradient = torch.randn(3, 200, 150)
+    results = []
+    for threads in (1, 2, 5):
+        set_threads(threads)
+        output, grads = gradients(backend.bidirectional_selective_scan, inputs, output_gradient)
+        results.append([output, *grads])
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_two_python_threads_at_once(whose_threads):
+    many = [random_inputs(2, 90 + i, 80, seed=i) for i in range(6)]
+    output_gradients = [torch.randn(2, 90 + i, 80) for i in range(6)]
+
+    def work(i):
+        return gradients(backend.bidirectional_selective_scan, many[i], output_gradients[i])
+
+    expected = [work(i) for i in range(6)]
+    with ThreadPoolExecutor(3) as pool:
+        for (found, found_gradients), (output, reference) in zip(pool.map(work, range(6)), expected, strict=True):
+            assert torch.equal(found, output)
+            assert all(torch.equal(f, r) for f, r in zip(found_gradients, reference, strict=True))
+
+
+class ScannedDataset(torch.utils.data.Dataset):
+    inputs = random_inputs(1, 100, 140)
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        # A DataLoader leaves its workers one thread, and PyTorch's own hang if a child asks for more. Ours must not.
+        torch.get_num_threads = lambda: 2
+        return backend.bidirectional_selective_scan(*self.inputs)[0]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_works_in_forked_data_loader_workers(monkeypatch, whose_threads):
+    monkeypatch.setattr(torch, "get_num_threads", torch.get_num_threads)  # undoes what a dataset does in this process
+    expected = ScannedDataset()[0]  # starts threads, which no child has
+    assert backend._threads is not None or backend._on_torch_threads is not None
+    loader = torch.utils.data.DataLoader(
+        ScannedDataset(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
+    )
+    assert all(torch.equal(output, expected) for output in loader)
+
+
+def test_operators_are_well_registered():
+    inputs = [t.requires_grad_() for t in random_inputs(1, 35, 6)]
+    order = torch.arange(34, -1, -1)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(backend._mixer, (*inputs, order, True), test_utils=checks)
+    torch.library.opcheck(backend._mixer, (*[t.detach() for t in inputs], order, False), test_utils=checks)
+
+
+def test_model_compiles_whole():
+    torch.manual_seed(0)
+    config = VideoMambaConfig(hidden_size=16, num_hidden_layers=2, image_size=32, num_frames=2, num_labels=3)
+    model = VideoMambaForVideoClassification(config)
+    pixel_values = torch.randn(1, 2, 3, 32, 32)
+    labels = torch.tensor([1])
+    with use_scan_backend("numba"):
+        model(pixel_values, labels=labels).loss.backward()
+        expected = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        compiled(pixel_values, labels=labels).loss.backward()
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_is_the_default_on_a_cpu(monkeypatch):
+    monkeypatch.delenv(seam.ENVIRONMENT_VARIABLE, raising=False)
+    cpu = torch.device("cpu")
+    assert seam.select_scan_backend(cpu, torch.float32) == "numba"
+    assert seam.select_scan_backend(cpu, torch.bfloat16) == "numba"
+    assert seam.select_scan_backend(cpu, torch.float64) == "torch"
+
+
+def test_order_out_of_range_is_refused():
+    with pytest.raises(ValueError, match="positions among 4 tokens, got 0 to 4"):
+        backend.bidirectional_selective_scan(*random_inputs(1, 4, 3), order=torch.tensor([4, 2, 1, 0]))
+
+
+def run_python(code, **environment):
+    root = Path(modeling_videomamba.__file__).parents[1]
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(root), **environment},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+
+
+def test_without_numba_the_torch_backend_serves():
+    code = """
+import sys
+sys.modules["numba"] = None
+import torch
+from modeling_videomamba import selective_scan
+print(selective_scan.select_scan_backend(torch.device("cpu"), torch.float32))
+try:
+    selective_scan.select_scan_backend(torch.device("cpu"), torch.float32, "numba")
+except ValueError as error:
+    print(error)
+"""
+    run = run_python(code, VIDEOMAMBA_SCAN_BACKEND="")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("torch\n")
+    assert "numba: Numba cannot be imported" in run.stdout and "pip install numba" in run.stdout
+
+
+def test_compiled_code_is_kept_and_its_making_told_once(tmp_path):
+    """Code of a checkpoint lies in a folder of its own; there, too, only the first process compiles."""
+    package = tmp_path / "checkpoint"
+    shutil.copytree(Path(modeling_videomamba.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import torch
+from checkpoint import selective_scan_numba
+xz, *parameters = (torch.ones(shape) for shape in
+    ((1, 3, 4), (2, 2, 4), (2, 2), (2, 3, 2), (2, 2, 1), (2, 2), (2, 2, 1), (2, 2)))
+print(selective_scan_numba.bidirectional_selective_scan(xz, *parameters).sum().item())
+"""
+    first, second = (run_python(code, NUMBA_CACHE_DIR="") for _ in range(2))
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert first.stderr.count("Compiled the CPU scan's forward pass for torch.float32") == 1, first.stderr
+    assert "Compiled" not in second.stderr
+    assert first.stdout == second.stdout

@@ -1,0 +1,355 @@
+"""The GPU backend of the scan against the float64 oracle: its kernels on the CPU, compiled as C++; and on a GPU.
+
+On the CPU a thread of the kernels is a coroutine (`cuda_on_cpu.h`), and the tensor cores are loops: the arithmetic,
+the indexing and the barriers are the GPU's, at small sizes. Shared memory is poisoned with NaN before each block.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling_videomamba import (
+    VideoMambaConfig,
+    VideoMambaForVideoClassification,
+    selective_scan_cuda,
+    use_scan_backend,
+)
+from modeling_videomamba.selective_scan import (
+    bidirectional_selective_scan,
+    bidirectional_selective_scan_reference,
+    select_scan_backend,
+)
+
+
+SHIM = Path(__file__).with_name("cuda_on_cpu.h")
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
+gpu = pytest.mark.gpu
+
+
+def make_inputs(batch, length, channels, dtype, states=16, rank=6, taps=4, shift=-2.0, device="cpu", seed=0):
+    """xz and parameters; `shift` is the mean of the step size before its softplus."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, device=device)
+
+    tensors = (
+        normal(batch, length, 2 * channels),
+        normal(2, channels, taps) / 2,
+        normal(2, channels) / 10,
+        normal(2, rank + 2 * states, channels) * channels**-0.5,
+        normal(2, channels, rank) * rank**-0.5,
+        normal(2, channels) + shift,
+        normal(2, channels, states) / 2,
+        normal(2, channels),
+    )
+    return [t.to(dtype) for t in tensors], normal(batch, length, channels).to(dtype)
+
+
+def make_order(name, length, device="cpu"):
+    """None for the full reversal; else as the model's orders: frames reversed, tokens of a frame reversed, or any."""
+    if name == "reversal":
+        return None
+    if name == "any":
+        return torch.randperm(length, generator=torch.Generator().manual_seed(5)).to(device)
+    frames = 7 if length % 7 == 0 else 1
+    tokens = torch.arange(length, device=device).view(frames, -1)
+    return tokens.flip(0 if name == "temporal" else 1).flatten().contiguous()
+
+
+def output_and_gradients(function, tensors, grad, order):
+    tensors = [t.detach().clone().requires_grad_() for t in tensors]
+    out = function(*tensors, order=order)
+    return [out.detach(), *torch.autograd.grad(out, tensors, grad.to(out.dtype))]
+
+
+def assert_close_to_oracle(tensors, grad, order, tolerance):
+    """Output and all gradients, each by ‖found - expected‖ / ‖expected‖."""
+    found = output_and_gradients(selective_scan_cuda.bidirectional_selective_scan, tensors, grad, order)
+    expected = output_and_gradients(bidirectional_selective_scan_reference, tensors, grad, order)
+    names = "out xz conv_weight conv_bias x_proj_weight dt_proj_weight dt_proj_bias A_log D".split()
+    errors = {
+        name: ((f.double() - e).norm() / e.double().norm().clamp(min=1e-30)).item()
+        for name, f, e in zip(names, found, expected, strict=True)
+    }
+    assert all(f.dtype == tensors[0].dtype for f in found)
+    assert all(error <= tolerance for error in errors.values()), errors
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The kernels on the CPU.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def compiled_for_cpu(tmp_path_factory):
+    """Kernel name and macros -> a library with the function `launch`."""
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++, to compile the CUDA kernels for the CPU")
+    folder = tmp_path_factory.mktemp("kernels")
+
+    @functools.cache
+    def compile_kernel(name, options):
+        source = f"""#include "{SHIM}"
+        {selective_scan_cuda.SOURCE}
+        extern "C" void launch(const Args *args, int x, int y, int z, int threads) {{
+            run_on_cpu([=] {{ {name}(*args); }}, x, y, z, threads);
+        }}"""
+        macros = [f"-D{name.upper()}_KERNEL", *(f"-D{macro}={value}" for macro, value in options)]
+        path = folder / hashlib.sha256(repr((name, options)).encode()).hexdigest()[:16]
+        path.with_suffix(".cpp").write_text(source)
+        command = [compiler, "-O1", "-std=c++17", "-shared", "-fPIC", "-w", *macros, "-o", f"{path}.so", f"{path}.cpp"]
+        subprocess.run(command, check=True)
+        return ctypes.CDLL(f"{path}.so")
+
+    return compile_kernel
+
+
+@pytest.fixture
+def on_cpu(monkeypatch, compiled_for_cpu):
+    """Send launches to the CPU; gives a function that sets how many multiprocessors the scan shall plan for."""
+
+    def launch(name, options, arguments, grid, threads, shared, device):
+        assert shared <= 227 * 1024, "more shared memory than a Hopper GPU has"
+        compiled_for_cpu(name, tuple(options.items())).launch(ctypes.byref(arguments), *grid, threads)
+
+    monkeypatch.setattr(selective_scan_cuda, "_launch", launch)
+
+    def plan_for(multiprocessors):
+        monkeypatch.setattr(selective_scan_cuda, "_multiprocessors", lambda device: multiprocessors)
+
+    return plan_for
+
+
+# How the work is cut depends on how it fills the GPU: for 132 multiprocessors these lengths are cut into chunks, for a
+# tenth of one a warp takes 32 channels.
+@pytest.mark.parametrize(
+    "multiprocessors, batch, length, channels, order, states",
+    [
+        (1, 1, 1, 24, "reversal", 16),
+        (1, 2, 17, 24, "reversal", 16),
+        (1, 2, 15, 15, "any", 5),
+        (132, 1, 70, 24, "reversal", 16),
+        (132, 1, 49, 24, "spatial", 16),
+        (0.1, 2, 33, 40, "reversal", 16),
+    ],
+)
+def test_kernels_on_the_cpu_in_bfloat16(on_cpu, multiprocessors, batch, length, channels, order, states):
+    on_cpu(multiprocessors)
+    tensors, grad = make_inputs(batch, length, channels, torch.bfloat16, states)
+    assert_close_to_oracle(tensors, grad, make_order(order, length), TOLERANCE[torch.bfloat16])
+
+
+# Steps so small that nothing decays, and so large that everything does.
+@pytest.mark.parametrize(
+    "multiprocessors, length, order, shift", [(1, 18, "reversal", -9.0), (132, 35, "reversal", 3.0)]
+)
+def test_kernels_on_the_cpu_in_float32(on_cpu, multiprocessors, length, order, shift):
+    on_cpu(multiprocessors)
+    tensors, grad = make_inputs(1, length, 24, torch.float32, shift=shift)
+    assert_close_to_oracle(tensors, grad, make_order(order, length), TOLERANCE[torch.float32])
+
+
+def test_kernels_on_the_cpu_in_float16_with_float32_parameters(on_cpu):
+    on_cpu(1)
+    tensors, grad = make_inputs(1, 20, 24, torch.float16)
+    tensors = [tensors[0], *(t.float() for t in tensors[1:])]
+    found = output_and_gradients(selective_scan_cuda.bidirectional_selective_scan, tensors, grad, None)
+    expected = output_and_gradients(bidirectional_selective_scan_reference, tensors, grad, None)
+    assert [f.dtype for f in found] == [torch.float16] * 2 + [torch.float32] * 7
+    for f, e in zip(found, expected, strict=True):
+        assert (f.double() - e).norm() <= TOLERANCE[torch.float16] * e.double().norm()
+
+
+def test_the_backward_pass_takes_the_batch_in_parts(on_cpu, monkeypatch):
+    on_cpu(0.1)
+    monkeypatch.setattr(selective_scan_cuda, "_BACKWARD_TOKENS", 40)
+    tensors, grad = make_inputs(3, 18, 24, torch.float32)
+    assert_close_to_oracle(tensors, grad, None, TOLERANCE[torch.float32])
+
+
+def test_the_operator_is_a_good_citizen(on_cpu):
+    """Fake kernel, autograd registration and schema, as `torch.compile` relies on them."""
+    on_cpu(1)
+    tensors, _ = make_inputs(1, 18, 24, torch.float32)
+    arguments = (*(t.requires_grad_() for t in tensors), None)
+    torch.library.opcheck(torch.ops.videomamba.bidirectional_scan_cuda.default, arguments)
+
+
+def test_a_parameter_of_another_shape_is_refused(on_cpu):
+    on_cpu(1)
+    tensors, _ = make_inputs(1, 18, 24, torch.float32)
+    tensors[6] = tensors[6][:, :-1]
+    with pytest.raises(ValueError, match=r"shape \(2, 23, 16\) .* must be \(2, 24, 16\)"):
+        selective_scan_cuda.bidirectional_selective_scan(*tensors)
+
+
+def test_a_cpu_tensor_is_refused_by_name():
+    with pytest.raises(ValueError, match="cuda: it needs an NVIDIA GPU"):
+        select_scan_backend(torch.device("cpu"), torch.float32, "cuda")
+
+
+@pytest.mark.parametrize(
+    "kernel, io, architecture", [("scan", 2, "sm_80"), ("backward", 1, "sm_90"), ("conv", 0, "sm_90")]
+)
+def test_nvrtc_compiles_the_kernels(kernel, io, architecture):
+    """NVRTC needs no GPU; PyTorch's Linux wheels bring it."""
+    if torch.version.cuda is None:
+        pytest.skip("needs a PyTorch with CUDA, for its NVRTC")
+    try:
+        selective_scan_cuda._nvrtc()
+    except OSError as error:
+        pytest.skip(f"needs NVRTC: {error}")
+    options = {"IO": io, "PT": 0, "N": 16, "R": 6, "K": 4, "VEC": 1, "BLOCKS": 1, "W": 1, "MINBLOCKS": 1}
+    cubin = selective_scan_cuda.compile_kernel({f"{kernel.upper()}_KERNEL": 1, **options}, architecture)
+    assert cubin[:4] == b"\x7fELF"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# On a GPU.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "batch, length, channels",
+    [(1, 1, 24), (3, 2, 40), (1, 15, 768), (5, 16, 8), (3, 17, 15), (1, 1569, 48), (300, 33, 100), (129, 20, 768)],
+)
+def test_sizes(batch, length, channels, dtype):
+    tensors, grad = make_inputs(batch, length, channels, dtype, device="cuda")
+    assert_close_to_oracle(tensors, grad, None, TOLERANCE[dtype])
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [3137, 12545])
+def test_long_sequences(length, dtype):
+    tensors, grad = make_inputs(1, length, 16, dtype, shift=-4.0, device="cuda")
+    assert_close_to_oracle(tensors, grad, None, TOLERANCE[dtype])
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_very_long_sequence(dtype):
+    """65,537 tokens: the oracle's gradients would fill the memory there, so they are checked against smaller cases."""
+    tensors, _ = make_inputs(1, 65537, 8, dtype, shift=-4.0, device="cuda")
+    with torch.no_grad():
+        found = selective_scan_cuda.bidirectional_selective_scan(*tensors)
+        expected = bidirectional_selective_scan_reference(*tensors)
+    assert (found - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("order", ["spatial", "temporal", "any"])
+@pytest.mark.parametrize("batch", [1, 70])
+def test_orders(order, batch, dtype):
+    tensors, grad = make_inputs(batch, 140, 48, dtype, device="cuda")
+    assert_close_to_oracle(tensors, grad, make_order(order, 140, "cuda"), TOLERANCE[dtype])
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shift", [-9.0, 4.0])
+@pytest.mark.parametrize("batch", [1, 40])
+def test_tiny_and_large_steps(shift, batch, dtype):
+    tensors, grad = make_inputs(batch, 400, 64, dtype, shift=shift, device="cuda")
+    assert_close_to_oracle(tensors, grad, None, TOLERANCE[dtype])
+
+
+@gpu
+def test_strided_inputs():
+    tensors, grad = make_inputs(4, 50, 64, torch.bfloat16, device="cuda")
+    wide = torch.stack([tensors[0], torch.full_like(tensors[0], float("nan"))], dim=-1)
+    views = [wide[..., 0], *(torch.stack([t, t], dim=0)[0].transpose(-1, -2).contiguous().mT for t in tensors[1:])]
+    plain = output_and_gradients(selective_scan_cuda.bidirectional_selective_scan, tensors, grad, None)
+    strided = output_and_gradients(selective_scan_cuda.bidirectional_selective_scan, views, grad, None)
+    assert all(torch.equal(a, b) for a, b in zip(plain, strided, strict=True))
+
+
+@gpu
+@pytest.mark.parametrize("batch", [1, 16])
+def test_every_element_is_written_and_runs_agree(batch):
+    tensors, grad = make_inputs(batch, 1569, 192, torch.bfloat16, device="cuda")
+    results = []
+    for _ in range(2):
+        # What the caching allocator hands out next is full of NaN.
+        poison = [torch.full((2**25,), float("nan"), device="cuda") for _ in range(8)]
+        del poison
+        results.append(output_and_gradients(selective_scan_cuda.bidirectional_selective_scan, tensors, grad, None))
+    for first, second in zip(*results, strict=True):
+        assert first.isfinite().all()
+        assert torch.equal(first, second)
+
+
+def tiny_model():
+    torch.manual_seed(0)
+    config = VideoMambaConfig(
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_frames=4,
+        image_size=32,
+        patch_size=8,
+        num_labels=4,
+        drop_path_rate=0.0,
+    )
+    return VideoMambaForVideoClassification(config).cuda()
+
+
+@gpu
+def test_the_gpu_backend_is_taken_and_torch_compile_goes_through():
+    assert select_scan_backend(torch.device("cuda", 0), torch.bfloat16) == "cuda"
+    model, clip = tiny_model().eval(), torch.randn(2, 4, 3, 32, 32, device="cuda")
+    with torch.no_grad():
+        expected = model(clip).logits
+        found = torch.compile(model, fullgraph=True)(clip).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@gpu
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_reaches_the_loss_of_the_pure_pytorch_backend(checkpointing):
+    def losses(backend, autocast):
+        model, found = tiny_model().train(), []
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+        generator = torch.Generator("cuda").manual_seed(1)
+        clips = torch.randn(8, 4, 3, 32, 32, device="cuda", generator=generator)
+        labels = torch.arange(8, device="cuda") % 4
+        for _ in range(25):
+            optimizer.zero_grad()
+            with use_scan_backend(backend):  # checkpointing scans again in the backward pass
+                with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+                    loss = model(clips, labels=labels).loss
+                loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        return found
+
+    reference = losses("torch", autocast=False)
+    assert reference[-1] < 0.5 * reference[0]
+    assert losses("cuda", autocast=False) == pytest.approx(reference, rel=0.02, abs=0.01)
+    assert losses("cuda", autocast=True) == pytest.approx(reference, rel=0.2, abs=0.1)
+
+
+@gpu
+def test_replay_of_a_cuda_graph():
+    tensors, _ = make_inputs(1, 300, 64, torch.bfloat16, device="cuda")
+    with torch.no_grad():
+        expected = bidirectional_selective_scan(*tensors)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = bidirectional_selective_scan(*tensors)
+        found.fill_(float("nan"))
+        graph.replay()
+    assert torch.equal(found, expected)
