@@ -2,12 +2,19 @@
 VideoMamba's speed and memory beside VideoMAE's and Video Swin's, on random weights and random clips, in one run.
 
     python examples/benchmark.py --output results                  # on a GPU: a few minutes
-    python examples/benchmark.py --device cpu --frames 8 16        # on a CPU
+    python examples/benchmark.py --output results --device cpu     # on a CPU: a few minutes
 
-Writes `benchmark.csv` and `benchmark.png` into the output folder and prints the table as it grows. Inference is in
-bfloat16; a training step is forward and backward with float32 weights, under bfloat16 autocast on a GPU. Throughput is
-of the median step; the spread is from the fastest step to the slowest. Memory is the peak of what PyTorch has
-allocated, for inference beyond weights and input.
+Writes `benchmark.csv` into the output folder and prints the table as it grows. Throughput is of the median step; the
+spread is from the fastest step to the slowest.
+
+On a GPU, inference is in bfloat16; a training step is forward and backward with float32 weights, under bfloat16
+autocast; memory is the peak of what PyTorch has allocated, for inference beyond weights and input. `benchmark.png`
+shows the throughput.
+
+On a CPU, models take turns step by step, so that whatever else the machine does slows all of them alike, and the
+ratios of their times are printed: compare those, not the times. Inference is of one clip, in float32 and, for the
+shortest clips, in bfloat16 too. A training step is one of the tiny checkpoint's model. A Python loop over tokens runs
+once, for scale.
 """
 
 import argparse
@@ -28,6 +35,7 @@ from modeling_videomamba.selective_scan import BACKENDS, bidirectional_selective
 
 
 SIZE, LABELS = 224, 400
+TINY = Path(__file__).parents[1] / "model_cards" / "videomamba-tiny-camera-motion"
 FULL_BATCH = {8: 64, 16: 64, 32: 32, 64: 16, 128: 8}
 COLUMNS = ["task", "model", "mode", "frames", "batch", "median_ms", "min_ms", "max_ms", "clips_per_s", "peak_gib"]
 STYLE = {"VideoMamba-S": "C0", "VideoMamba-S (mamba_ssm)": "C3", "VideoMAE-S": "C1", "Swin3D-T": "C2"}
@@ -66,23 +74,11 @@ def swin3d(frames):
 MODELS = {"VideoMamba-S": videomamba, "VideoMAE-S": videomae, "Swin3D-T": swin3d}
 
 
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def measure(step, device, warmup, repeats):
-    """Seconds of each of `repeats` steps after `warmup`, by device events on a GPU."""
+def measure(step, warmup, repeats):
+    """Seconds of each of `repeats` steps after `warmup`, by device events."""
     for _ in range(warmup):
         step()
-    synchronize(device)
-    if device.type != "cuda":
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            step()
-            times.append(time.perf_counter() - start)
-        return times
+    torch.cuda.synchronize()
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for start, end in events:
         start.record()
@@ -92,10 +88,16 @@ def measure(step, device, warmup, repeats):
     return [start.elapsed_time(end) / 1000 for start, end in events]
 
 
+def table_row(task, name, mode, frames, batch, times, peak):
+    """One row of the table, as a dict, of a step's seconds and its GiB."""
+    median = statistics.median(times)
+    numbers = [1000 * median, 1000 * min(times), 1000 * max(times), batch / median, peak]
+    return dict(zip(COLUMNS, [task, name, mode, frames, batch, *(f"{n:.4g}" for n in numbers)], strict=True))
+
+
 def run_case(task, name, mode, frames, batch, arguments):
-    """One row of the table, as a dict."""
+    """One row of the table on a GPU."""
     device = torch.device(arguments.device)
-    gpu = device.type == "cuda"
     torch.manual_seed(0)
     torch._dynamo.reset()
     training = task == "training"
@@ -107,10 +109,10 @@ def run_case(task, name, mode, frames, batch, arguments):
     labels = torch.arange(batch, device=device) % LABELS
     if mode == "compiled":
         # For a single clip what costs is launching the kernels: a CUDA graph launches them all at once.
-        model.compile(mode="reduce-overhead" if gpu and batch == 1 and not training else None)
+        model.compile(mode="reduce-overhead" if batch == 1 and not training else None)
 
     def training_step():
-        with torch.autocast(device.type, torch.bfloat16, enabled=gpu):
+        with torch.autocast(device.type, torch.bfloat16):
             loss = torch.nn.functional.cross_entropy(forward(clips), labels)
         loss.backward()
         model.zero_grad(set_to_none=True)
@@ -123,18 +125,15 @@ def run_case(task, name, mode, frames, batch, arguments):
     with use_scan_backend(backend):
         step = training_step if training else inference_step
         step(), step()
-        held = torch.cuda.memory_allocated() if gpu and not training else 0
-        if gpu:
-            torch.cuda.reset_peak_memory_stats()
-        times = measure(step, device, arguments.warmup, arguments.repeats)
-    peak = (torch.cuda.max_memory_allocated() - held) / 2**30 if gpu else float("nan")
-    median = statistics.median(times)
-    numbers = [1000 * median, 1000 * min(times), 1000 * max(times), batch / median, peak]
-    return dict(zip(COLUMNS, [task, name, mode, frames, batch, *(f"{n:.4g}" for n in numbers)], strict=True))
+        held = 0 if training else torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        times = measure(step, arguments.warmup, arguments.repeats)
+    peak = (torch.cuda.max_memory_allocated() - held) / 2**30
+    return table_row(task, name, mode, frames, batch, times, peak)
 
 
 def scan_alone(batch, frames, arguments):
-    """The operator between a mixer's two projections, and on a GPU its scan kernel beside what the chip allows."""
+    """The operator between a mixer's two projections, and its scan kernel beside what the chip allows."""
     device = torch.device(arguments.device)
     length, inner, states, rank = frames // 2 * (SIZE // 16) ** 2 + 1, 768, 16, 24
     shapes = [(2, inner, 4), (2, inner), (2, rank + 2 * states, inner), (2, inner, rank), (2, inner)]
@@ -146,11 +145,11 @@ def scan_alone(batch, frames, arguments):
     def step():
         bidirectional_selective_scan(*tensors)
 
-    whole = statistics.median(measure(step, device, arguments.warmup, arguments.repeats))
+    whole = statistics.median(measure(step, arguments.warmup, arguments.repeats))
     print(
         f"\nOne layer at {frames} frames × {batch}: everything between its projections {1000 * whole:.3f} ms", end=""
     )
-    if device.type == "cuda" and select_scan_backend(device, torch.bfloat16) == "cuda":
+    if select_scan_backend(device, torch.bfloat16) == "cuda":
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for _ in range(arguments.repeats):
                 step()
@@ -167,12 +166,12 @@ def scan_alone(batch, frames, arguments):
 
 
 def cases(arguments):
-    gpu = arguments.device.startswith("cuda")
+    """What is run on a GPU, case by case: the arguments of `run_case`."""
     names = list(MODELS)
     if BACKENDS["mamba_ssm"].unusable_reason(torch.device(arguments.device), torch.bfloat16) is None:
         names.insert(1, "VideoMamba-S (mamba_ssm)")
     for frames in arguments.frames:
-        for batch in sorted({1, FULL_BATCH.get(frames, 1) if gpu else 1}):
+        for batch in sorted({1, FULL_BATCH.get(frames, 1)}):
             for name in names:
                 yield "inference", name, "eager", frames, batch
                 if name in arguments.compiled and frames in arguments.compiled_frames:
@@ -180,9 +179,55 @@ def cases(arguments):
     for frames in arguments.frames:
         if frames <= 64 and not arguments.no_training:
             for name in names:
-                yield "training", name, "eager", frames, 16 if gpu else 1
+                yield "training", name, "eager", frames, 16
                 if name in arguments.compiled and frames in arguments.compiled_frames:
-                    yield "training", name, "compiled", frames, 16 if gpu else 1
+                    yield "training", name, "compiled", frames, 16
+
+
+def cpu_comparisons(arguments):
+    """What is run on a CPU, group by group: the arguments of `run_side_by_side`."""
+
+    def inference_step(name, frames, dtype):
+        torch.manual_seed(0)
+        model, forward = MODELS[name](frames)
+        model.to(dtype).eval()
+        clips = torch.randn(1, frames, 3, SIZE, SIZE, dtype=dtype)
+        return torch.no_grad()(lambda: forward(clips))
+
+    for frames in arguments.frames:
+        for dtype in (torch.float32, torch.bfloat16) if frames == min(arguments.frames) else (torch.float32,):
+            steps = {name: inference_step(name, frames, dtype) for name in MODELS}
+            yield f"inference {str(dtype)[6:]}", frames, 1, steps, arguments.warmup, arguments.repeats
+
+    if not arguments.no_training:
+        torch.manual_seed(0)
+        model = VideoMambaForVideoClassification(VideoMambaConfig.from_pretrained(TINY))
+        clips = torch.randn(8, model.config.num_frames, 3, model.config.image_size, model.config.image_size)
+        labels = torch.arange(8)
+
+        def training_step():
+            model(clips, labels=labels).loss.backward()
+            model.zero_grad(set_to_none=True)
+
+        steps = {f"VideoMamba tiny ({b})": use_scan_backend(b)(training_step) for b in ("torch", "numba")}
+        yield "training", model.config.num_frames, 8, steps, arguments.warmup, arguments.repeats
+
+    frames = min(arguments.frames)
+    step = inference_step("VideoMamba-S", frames, torch.float32)
+    steps = {f"VideoMamba-S ({b})": use_scan_backend(b)(step) for b in ("sequential", "numba")}
+    yield "inference float32", frames, 1, steps, 0, 1
+
+
+def run_side_by_side(task, frames, batch, steps, warmup, repeats):
+    """Rows of the table for steps that take turns."""
+    times = {name: [] for name in steps}
+    for turn in range(warmup + repeats):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if turn >= warmup:
+                times[name].append(time.perf_counter() - start)
+    return [table_row(task, name, "eager", frames, batch, times[name], float("nan")) for name in steps]
 
 
 def plot(rows, path, title):
@@ -215,6 +260,12 @@ def plot(rows, path, title):
     figure.savefig(path, dpi=120)
 
 
+def cpu_name():
+    """What the ratios depend on: the kind of processor, its vectors and matrix units, and PyTorch's threads."""
+    units = torch.backends.cpu.get_cpu_capability() + (" with AMX" if torch.cpu._is_amx_tile_supported() else "")
+    return f"{platform.machine()} CPU, {units}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
 def replace_file(path, write):
     """`write(temporary path)`, then rename: nobody finds half a file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
@@ -222,34 +273,49 @@ def replace_file(path, write):
     os.replace(temporary, path)
 
 
+def print_ratios(rows):
+    """How the first of some rows compares with each of the others, by the fastest and by the median steps."""
+    first, *others = rows
+    for row in others:
+        fastest, median = (float(first[column]) / float(row[column]) for column in ("min_ms", "median_ms"))
+        print(f"    {first['model']} takes {fastest:.2f} × (medians: {median:.2f} ×) the time of {row['model']}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--frames", type=int, nargs="+", help="default: 8 16 32 64 128 on a GPU, 8 16 on a CPU")
+    parser.add_argument("--frames", type=int, nargs="+", help="default: 8 16 32 64 128 on a GPU, 16 64 on a CPU")
     parser.add_argument(
-        "--compiled", nargs="*", default=[], metavar="MODEL", help="models to time with torch.compile too"
+        "--compiled", nargs="*", default=[], metavar="MODEL", help="models to time with torch.compile too, on a GPU"
     )
     parser.add_argument(
         "--compiled-frames", type=int, nargs="+", help="at these clip lengths; default: all of --frames"
     )
     parser.add_argument("--no-training", action="store_true")
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--warmup", type=int, help="default: 2 steps on a GPU, 1 on a CPU")
+    parser.add_argument("--repeats", type=int, help="default: 10 steps on a GPU, 4 on a CPU")
     parser.add_argument("--output", type=Path, default=Path("results"), metavar="FOLDER")
     arguments = parser.parse_args()
     gpu = arguments.device.startswith("cuda")
-    arguments.frames = arguments.frames or ([8, 16, 32, 64, 128] if gpu else [8, 16])
+    defaults = {"frames": [8, 16, 32, 64, 128], "warmup": 2, "repeats": 10}
+    if not gpu:
+        defaults = {"frames": [16, 64], "warmup": 1, "repeats": 4}
+    for name, value in defaults.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
     arguments.compiled_frames = arguments.compiled_frames or arguments.frames
     unknown = set(arguments.compiled) - set(MODELS)
     if unknown:
         parser.error(f"--compiled: no model {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
+    if arguments.compiled and not gpu:
+        parser.error("--compiled: compiled models are timed on a GPU only")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    processor = torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    processor = torch.cuda.get_device_name() if gpu else cpu_name()
     title = (
         f"{processor}, torch {torch.__version__}, transformers {transformers.__version__}, {time.strftime('%Y-%m-%d')}"
     )
     print(f"{title}\nRandom weights, {SIZE}² pixels, medians of {arguments.repeats}\n")
-    print("".join(f"{column:>26}" if column == "model" else f"{column:>12}" for column in COLUMNS))
+    print("".join(f"{column:>26}" if column == "model" else f"{column:>18}" for column in COLUMNS))
     rows = []
 
     def write_csv(path):
@@ -258,20 +324,30 @@ def main():
             writer.writeheader()
             writer.writerows(rows)
 
+    def add(row):
+        rows.append(row)
+        print("".join(f"{row[c]!s:>26}" if c == "model" else f"{row[c]!s:>18}" for c in COLUMNS), flush=True)
+        replace_file(arguments.output / "benchmark.csv", write_csv)
+
+    if not gpu:
+        for comparison in cpu_comparisons(arguments):
+            found = run_side_by_side(*comparison)
+            for row in found:
+                add(row)
+            print_ratios(found)
+        print(f"\nWrote {arguments.output / 'benchmark.csv'}")
+        return
     for case in cases(arguments):
         try:
-            rows.append(run_case(*case, arguments))
+            row = run_case(*case, arguments)
         except (RuntimeError, ValueError) as error:  # out of memory, or a size that the model refuses
-            rows.append(dict(zip(COLUMNS, [*case, *["nan"] * 5], strict=True)))
+            row = dict(zip(COLUMNS, [*case, *["nan"] * 5], strict=True))
             print(f"{case}: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
-        row = rows[-1]
-        print("".join(f"{row[c]!s:>26}" if c == "model" else f"{row[c]!s:>12}" for c in COLUMNS), flush=True)
+        add(row)
         gc.collect()
-        if gpu:
-            torch.cuda.empty_cache()
-        replace_file(arguments.output / "benchmark.csv", write_csv)
+        torch.cuda.empty_cache()
     for frames in sorted({16, *arguments.frames} & {16, 64}):
-        scan_alone(FULL_BATCH[frames] if gpu else 1, frames, arguments)
+        scan_alone(FULL_BATCH[frames], frames, arguments)
     replace_file(arguments.output / "benchmark.png", lambda path: plot(rows, path, title))
     print(f"\nWrote {arguments.output / 'benchmark.csv'} and benchmark.png")
 

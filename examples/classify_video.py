@@ -43,7 +43,7 @@ def main():
                 answers = classifier(video, top_k=args.top_k)
             except (OSError, ValueError) as error:
                 sys.exit(str(error))
-            print(f"{video} ({time.perf_counter() - start:.2f} s)")
+            print(f"{os.path.basename(video)} ({time.perf_counter() - start:.2f} s)")
             for answer in answers:
                 print(f"  {answer['score']:6.1%}  {answer['label']}")
 

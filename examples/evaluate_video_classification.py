@@ -1,0 +1,161 @@
+#!/usr/bin/env python
+"""Measures a video classifier as papers do: several views of each clip, and the mean of their scores.
+
+    python examples/evaluate_video_classification.py --model_name_or_path you/videomamba-k400 \
+        --validation_dir clips/validation --num_clips 5 --num_crops 3 --output_dir results
+
+`--num_clips` parts of a clip, spread evenly from its beginning to its end, are each seen in `--num_crops` squares,
+spread evenly along the longer side of the frames. One part is the one in the middle, as the model's own processor
+takes it; one square is the one in the middle. With `accelerate launch` the clips are shared among processes; each clip
+is counted once. The output folder gets `results.json`, `predictions.csv`, `scores.npz`, `classes.csv` and
+`confusion_matrix.png`.
+"""
+
+import os
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader, Subset
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from video_classification_data import (
+    IGNORED,
+    Clips,
+    DataArguments,
+    DecodeFailures,
+    clip_name,
+    load_accuracy,
+    load_clips,
+    match_labels,
+    parse_arguments,
+    read_frames,
+)
+from video_classification_model import ModelArguments, load_model, write_json, write_predictions
+
+
+@dataclass
+class EvaluationArguments:
+    """How to look at the clips."""
+
+    output_dir: str = field(metadata={"help": "Where the results go."})
+    num_clips: int = field(default=1, metadata={"help": "Parts of a video to look at."})
+    num_crops: int = field(default=1, metadata={"help": "Squares of its frames to look at."})
+    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Videos a process and step."})
+    max_views_per_step: int = field(default=64, metadata={"help": "Views that go through the model at once."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read videos, for each process."})
+    bf16: bool = field(default=False, metadata={"help": "Mixed precision with bfloat16."})
+    use_cpu: bool = field(default=False, metadata={"help": "Leave the GPU alone."})
+    bootstrap_samples: int = field(default=2000, metadata={"help": "Draws for the 95 % intervals."})
+
+
+class ViewsTransform:
+    """Reads a video once and cuts its views out of it: float32 (views, T, C, H, W)."""
+
+    def __init__(self, reader, processor, num_clips, num_crops):
+        self.reader, self.processor, self.num_clips, self.num_crops = reader, processor, num_clips, num_crops
+        self.size = (processor.crop_size["height"], processor.crop_size["width"])
+        self.shortest_edge = processor.size.get("shortest_edge") or max(self.size)
+
+    def sample(self, metadata):
+        """Frame indices (num_clips · T,). A video shorter than a part is spread over it, as the reader does."""
+        total, (frames, stride) = metadata.total_num_frames, (self.reader.num_frames, self.reader.frame_stride)
+        span = (frames - 1) * stride + 1 if stride is not None else total
+        if self.num_clips == 1 or span >= total:
+            return np.tile(self.reader.sample_frames(metadata), self.num_clips)
+        starts = np.linspace(0, total - span, self.num_clips).round().astype(int)
+        return (starts[:, None] + stride * np.arange(frames)).ravel()
+
+    def __call__(self, video, label):
+        views = self.num_clips * self.num_crops
+        if label == IGNORED:
+            return {"views": torch.zeros(views, self.reader.num_frames, 3, *self.size), "labels": label}
+        frames = v2.functional.resize(read_frames(self.reader, video, self.sample), self.shortest_edge, antialias=True)
+        height, width = self.size
+        spare = (max(0, frames.shape[-2] - height), max(0, frames.shape[-1] - width))
+        crops = []
+        for share in np.linspace(0, 1, self.num_crops) if self.num_crops > 1 else [0.5]:
+            # The places along the longer side; in the middle of the shorter one.
+            top = spare[0] * (share if spare[0] > spare[1] else 0.5)
+            left = spare[1] * (share if spare[1] >= spare[0] else 0.5)
+            crops.append(v2.functional.crop(frames, round(top), round(left), height, width))
+        views = torch.stack(crops).float() / 255
+        views = v2.functional.normalize(views, self.processor.image_mean, self.processor.image_std)
+        return {"views": views.unflatten(1, (self.num_clips, -1)).flatten(0, 1), "labels": label}
+
+
+def bootstrap(right, samples, seed=0):
+    """The 95 % interval of the mean of `right` (one entry a video), by drawing as many videos with replacement."""
+    rng = np.random.default_rng(seed)
+    means = [rng.choice(right, len(right)).mean() for _ in range(samples)]
+    return [float(bound) for bound in np.percentile(means, [2.5, 97.5])]
+
+
+@torch.no_grad()
+def main():
+    model_args, data_args, args = parse_arguments(ModelArguments, DataArguments, EvaluationArguments)
+    if model_args.model_name_or_path is None:
+        raise ValueError("Name the model to evaluate with --model_name_or_path.")
+    if min(args.num_clips, args.num_crops) < 1:
+        raise ValueError(f"--num_clips {args.num_clips} and --num_crops {args.num_crops} must both be at least 1.")
+    if data_args.streaming:
+        raise ValueError("Evaluation shares the clips among processes by their numbers: leave out --streaming.")
+    process = PartialState(cpu=args.use_cpu)
+    os.makedirs(args.output_dir, exist_ok=True)
+    failures = DecodeFailures(args.output_dir, data_args.max_decode_failures)
+    with process.main_process_first():  # it writes the caches that the others read
+        if process.is_main_process:
+            failures.forget()
+        splits, names = load_clips(data_args, ["validation"], 0, failures)
+    model, names, reader, processor, _ = load_model(model_args, names, training=False)
+    clips = match_labels(splits["validation"], names)
+    model.eval().to(process.device)
+
+    # Each process takes every n-th clip: none twice, none left out, whatever the number of processes.
+    dataset = Clips(clips, ViewsTransform(reader, processor, args.num_clips, args.num_crops), failures)
+    own = range(process.process_index, len(clips), process.num_processes)
+    loader = DataLoader(Subset(dataset, own), args.per_device_eval_batch_size, num_workers=args.dataloader_num_workers)
+    scores, labels = [], []
+    for batch in tqdm(loader, desc="evaluation", disable=not process.is_main_process):
+        views = batch["views"].flatten(0, 1)
+        chunks = []
+        for chunk in views.split(args.max_views_per_step):
+            with torch.autocast(process.device.type, torch.bfloat16, enabled=args.bf16):
+                logits = model(**{processor.model_input_names[0]: chunk.to(process.device)}).logits
+            chunks.append(logits.float().softmax(-1).cpu())
+        scores.append(torch.cat(chunks).unflatten(0, (len(batch["labels"]), -1)).mean(1))
+        labels += batch["labels"].tolist()
+    parts = list(zip(own, torch.cat(scores).numpy() if scores else [], labels, strict=True))
+    parts = sorted(gather_object(parts) if process.num_processes > 1 else parts, key=lambda part: part[0])
+    if not process.is_main_process:
+        return
+
+    scores, labels = np.stack([part[1] for part in parts]), np.array([part[2] for part in parts])
+    if [part[0] for part in parts] != list(range(len(clips))):
+        raise RuntimeError(f"{len(parts)} results came back for {len(clips)} clips.")
+    counted = labels != IGNORED
+    results = load_accuracy().compute(predictions=scores, references=labels)
+    del results["accuracy_low"], results["accuracy_high"]
+    ranks = np.argsort(-scores[counted], axis=-1, kind="stable")[:, :5]
+    right = ranks == labels[counted, None]
+    for name, hits in (("accuracy", right[:, 0]), ("top5_accuracy", right.any(-1))):
+        results[f"{name}_low"], results[f"{name}_high"] = bootstrap(hits.astype(float), args.bootstrap_samples)
+    results |= {"clips": int(counted.sum()), "skipped": int((~counted).sum())}
+    results |= {"views": f"{args.num_clips} x {args.num_crops}"}
+    clip_names = [clip_name(video) for video in clips["video"]]
+    write_predictions(args.output_dir, clip_names, labels, scores, names)
+    np.savez_compressed(f"{args.output_dir}/scores.npz", scores=scores, labels=labels)
+    write_json(f"{args.output_dir}/results.json", results)
+    print(
+        f"{results['clips']} clips, {results['views']} views: top-1 {results['accuracy']:.1%} "
+        f"({results['accuracy_low']:.1%} to {results['accuracy_high']:.1%}), top-5 {results['top5_accuracy']:.1%} "
+        f"({results['top5_accuracy_low']:.1%} to {results['top5_accuracy_high']:.1%}), "
+        f"mean of classes {results['mean_class_accuracy']:.1%}; {results['skipped']} could not be read"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+#!/usr/bin/env python
+"""Trains or fine-tunes a video classifier with the `Trainer` on labelled clips, or evaluates one.
+
+    python examples/run_video_classification.py --train_dir clips/train --validation_dir clips/validation \
+        --model_name_or_path you/videomamba-k400 --output_dir my-classifier --do_train --do_eval
+
+A folder of clips has one sub-folder for each label (`clips/train/pan left/a.mp4`). Without `--model_name_or_path` a
+new VideoMamba of the given size is trained from scratch. Interrupted training goes on from the last checkpoint in
+`--output_dir` when the same command is run again. The output folder is a complete Hub repository.
+
+`--recipe examples/recipes/k400.args` sets the flags in that file; flags of the command line go before them.
+"""
+
+import os
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from video_classification_data import (
+    Clips,
+    ClipStream,
+    DataArguments,
+    DecodeFailures,
+    EvalTransform,
+    TrainTransform,
+    clip_name,
+    load_accuracy,
+    load_clips,
+    match_labels,
+    parse_arguments,
+    parse_swaps,
+)
+from video_classification_model import (
+    ModelArguments,
+    draw_curve,
+    finish_push,
+    load_model,
+    newest_checkpoint,
+    parameter_groups,
+    seal_checkpoint,
+    start_push,
+    write_card,
+    write_predictions,
+)
+
+
+class KeepExact(TrainerCallback):
+    """Tells the clips which epoch it is, and seals each checkpoint when all processes have written their part."""
+
+    def __init__(self, clips):
+        self.clips = clips
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.clips.set_epoch(int(state.epoch))
+
+    def on_save(self, args, state, control, **kwargs):
+        PartialState().wait_for_everyone()
+        if args.should_save:
+            seal_checkpoint(f"{args.output_dir}/checkpoint-{state.global_step}")
+
+
+def main():
+    model_args, data_args, training_args = parse_arguments(ModelArguments, DataArguments, TrainingArguments)
+    wanted = ["train"] * training_args.do_train + ["validation"] * training_args.do_eval
+    if not wanted:
+        raise ValueError("Nothing to do: add --do_train, --do_eval or both.")
+    if data_args.streaming and training_args.do_train and training_args.max_steps <= 0:
+        raise ValueError("A streamed data set has no known length: say with --max_steps how long to train.")
+    settings = {**vars(model_args), **vars(data_args), **training_args.to_dict()}
+    output_dir, token = training_args.output_dir, training_args.hub_token
+    # The Trainer would push in the background and write its own card; here it is one commit at the end.
+    push, training_args.push_to_hub = training_args.push_to_hub, False
+    repo_id = training_args.hub_model_id or os.path.basename(os.path.abspath(output_dir))
+    if push and training_args.process_index == 0:
+        repo_id = start_push(repo_id, token, training_args.hub_private_repo, settings)
+    training_args.remove_unused_columns = False  # the transforms name the columns
+    set_seed(training_args.seed)
+
+    failures = DecodeFailures(output_dir, data_args.max_decode_failures)
+    checkpoint = training_args.resume_from_checkpoint
+    if training_args.do_train and checkpoint is None:
+        checkpoint = newest_checkpoint(output_dir)
+    with training_args.main_process_first():  # it writes the caches that the others read
+        if checkpoint is None and training_args.process_index == 0:
+            failures.forget()
+        splits, names = load_clips(data_args, wanted, training_args.seed, failures)
+    model, names, reader, processor, image_processor = load_model(model_args, names, training_args.do_train)
+    splits = {split: match_labels(clips, names) for split, clips in splits.items()}
+    mirror, reversal = parse_swaps(data_args.mirror_swaps, names), parse_swaps(data_args.reversal_swaps, names)
+    make = ClipStream if data_args.streaming else Clips
+    train_clips = eval_clips = optimizer = None
+    if training_args.do_train:
+        vary = TrainTransform(reader, processor, data_args, mirror, reversal)
+        train_clips = make(splits["train"], vary, failures, training_args.seed, training=True)
+        groups = parameter_groups(
+            model, training_args.learning_rate, training_args.weight_decay, model_args.layer_decay
+        )
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(training_args, model)
+        optimizer = (kind, {**options, "params": groups})
+    if training_args.do_eval:
+        eval_clips = make(splits["validation"], EvalTransform(reader, processor), failures)
+    metric = load_accuracy()
+
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_clips,
+        eval_dataset=eval_clips,
+        compute_metrics=lambda p: metric.compute(predictions=p.predictions, references=p.label_ids),
+        processing_class=processor,
+        optimizer_cls_and_kwargs=optimizer,
+        callbacks=[KeepExact(train_clips)] if training_args.do_train else None,
+    )
+    if training_args.do_train:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.save_state()
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+        if trainer.is_world_process_zero():
+            image_processor.save_pretrained(output_dir)
+            draw_curve(output_dir, trainer.state.log_history)
+    metrics = None
+    if training_args.do_eval:
+        result = trainer.predict(eval_clips, metric_key_prefix="eval")
+        metrics = result.metrics | {"eval_samples": int((result.label_ids >= 0).sum())}
+        for view, flip, swaps in (("mirrored", (-1,), mirror), ("reversed", (0,), reversal)):
+            if swaps is not None and swaps != list(range(len(names))):
+                turned = make(splits["validation"], EvalTransform(reader, processor, flip, swaps), failures)
+                metrics |= trainer.predict(turned, metric_key_prefix=f"eval_{view}").metrics
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+        if trainer.is_world_process_zero():
+            scores = torch.from_numpy(np.asarray(result.predictions)).float().softmax(-1).numpy()
+            if data_args.streaming:
+                clip_names = [f"clip {number}" for number in range(len(scores))]
+            else:
+                clip_names = [clip_name(video) for video in splits["validation"]["video"]]
+            write_predictions(output_dir, clip_names, result.label_ids, scores, names)
+    if training_args.do_train and trainer.is_world_process_zero():
+        write_card(output_dir, repo_id if push else None, model_args, data_args, metrics, settings)
+        if push:
+            print(finish_push(repo_id, token, output_dir))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,306 @@
+#!/usr/bin/env python
+"""Trains or fine-tunes a video classifier with a plain loop, for those who want to change it, on Accelerate.
+
+    accelerate launch examples/run_video_classification_no_trainer.py --train_dir clips/train \
+        --validation_dir clips/validation --model_name_or_path you/videomamba-k400 --output_dir my-classifier
+
+It takes the data and recipe files of `run_video_classification.py`. After each epoch it evaluates; the output folder
+is a complete Hub repository of the best model so far. Interrupted training goes on from the last checkpoint in
+`--output_dir` when the same command is run again, as if it had never stopped.
+"""
+
+import math
+import os
+import shutil
+import time
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, set_seed
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import get_scheduler
+
+from video_classification_data import (
+    Clips,
+    ClipStream,
+    DataArguments,
+    DecodeFailures,
+    EvalTransform,
+    TrainTransform,
+    load_accuracy,
+    load_clips,
+    match_labels,
+    number_from,
+    parse_arguments,
+    parse_swaps,
+)
+from video_classification_model import (
+    ModelArguments,
+    draw_curve,
+    finish_push,
+    load_model,
+    newest_checkpoint,
+    parameter_groups,
+    read_json,
+    seal_checkpoint,
+    start_push,
+    write_card,
+    write_json,
+)
+
+
+@dataclass
+class LoopArguments:
+    """How to train. The names are those of `transformers.TrainingArguments`."""
+
+    output_dir: str = field(metadata={"help": "Where the best model, checkpoints and logs go."})
+    num_train_epochs: float = field(default=3, metadata={"help": "Times to go through the training clips."})
+    max_steps: int = field(default=-1, metadata={"help": "Optimizer steps, if above 0, instead of epochs."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Clips a process and step."})
+    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Clips a process and step of evaluation."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches to an optimizer step."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "The highest one, after the warm-up."})
+    weight_decay: float = field(default=0.05, metadata={"help": "Of AdamW, for matrices and kernels."})
+    warmup_steps: float = field(default=0.0, metadata={"help": "Steps, or below 1 the share of all steps."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Course of the learning rate."})
+    label_smoothing_factor: float = field(default=0.0, metadata={"help": "Share of each label spread over all."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Longer gradients are cut to this length."})
+    bf16: bool = field(default=False, metadata={"help": "Mixed precision with bfloat16."})
+    fp16: bool = field(default=False, metadata={"help": "Mixed precision with float16."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Less memory for about a third more time."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read clips, for each process."})
+    use_cpu: bool = field(default=False, metadata={"help": "Leave the GPU alone."})
+    seed: int = field(default=42, metadata={"help": "Of all that is random."})
+    save_steps: int = field(default=500, metadata={"help": "Steps from checkpoint to checkpoint; ends of epochs too."})
+    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints to keep."})
+    logging_steps: int = field(default=50, metadata={"help": "Steps over which a reported loss is averaged."})
+    report_to: str = field(default="none", metadata={"help": "tensorboard, wandb or another tracker of Accelerate."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Upload the best model at the end."})
+    hub_model_id: str | None = field(default=None, metadata={"help": "Its repository; else named as output_dir."})
+    hub_token: str | None = field(default=None, metadata={"help": "Else the one of `hf auth login`."})
+    hub_private_repo: bool | None = field(default=None, metadata={"help": "Create it as a private one."})
+
+
+def discard(folder, name):
+    """Deletes a checkpoint, under another name, so that none is ever seen half deleted."""
+    if os.path.exists(f"{folder}/{name}"):
+        os.replace(f"{folder}/{name}", f"{folder}/discarded.part")
+        shutil.rmtree(f"{folder}/discarded.part")
+
+
+def save_checkpoint(accelerator, args, state):
+    """Writes a checkpoint under another name, renames it when it is complete, and deletes the oldest."""
+    part, name = f"{args.output_dir}/checkpoint.part", f"checkpoint-{state['step']}"
+    if accelerator.is_main_process:
+        shutil.rmtree(part, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(part)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_json(f"{part}/state.json", state)
+        seal_checkpoint(part)
+        shutil.rmtree(f"{args.output_dir}/discarded.part", ignore_errors=True)
+        discard(args.output_dir, name)
+        os.replace(part, f"{args.output_dir}/{name}")
+        steps = sorted(int(name[11:]) for name in os.listdir(args.output_dir) if name[:11] == "checkpoint-")
+        for step in steps[: -args.save_total_limit]:
+            discard(args.output_dir, f"checkpoint-{step}")
+    accelerator.wait_for_everyone()
+
+
+def save_model(accelerator, model, processors, output_dir):
+    """Writes model and processors under other names, then renames the files."""
+    weights, part = accelerator.get_state_dict(model), f"{output_dir}/model.part"
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(model).save_pretrained(part, state_dict=weights)
+        for processor in processors:
+            processor.save_pretrained(part)
+        for name in os.listdir(part):
+            os.replace(f"{part}/{name}", f"{output_dir}/{name}")
+        os.rmdir(part)
+    accelerator.wait_for_everyone()
+
+
+class Stopwatch:
+    """How long the loop waits for clips, which tells whether reading them keeps up with the model."""
+
+    def __init__(self):
+        self.start, self.waited, self.clips = time.perf_counter(), 0.0, 0
+
+    def watch(self, batches, key):
+        batches = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            self.clips += len(batch[key])
+            yield batch
+
+    def read(self, processes):
+        elapsed = time.perf_counter() - self.start
+        values = {"clips_per_second": processes * self.clips / elapsed, "waiting": self.waited / elapsed}
+        self.__init__()
+        return values
+
+
+@torch.no_grad()
+def evaluate(accelerator, model, loader, key):
+    model.eval()
+    metric = load_accuracy()
+    scores, labels = [], []
+    for batch in tqdm(loader, desc="evaluation", disable=not accelerator.is_main_process, leave=False):
+        logits = model(**{key: batch[key]}).logits.float()
+        logits, expected = accelerator.gather_for_metrics((logits, batch["labels"]))
+        scores.append(logits.cpu())
+        labels.append(expected.cpu())
+    model.train()
+    found = metric.compute(predictions=torch.cat(scores).numpy(), references=torch.cat(labels).numpy())
+    return {f"eval_{name}": value for name, value in found.items()}
+
+
+def main():
+    model_args, data_args, args = parse_arguments(ModelArguments, DataArguments, LoopArguments)
+    if data_args.streaming and args.max_steps <= 0:
+        raise ValueError("A streamed data set has no known length: say with --max_steps how long to train.")
+    os.makedirs(args.output_dir, exist_ok=True)
+    accelerator = Accelerator(
+        mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else None,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        cpu=args.use_cpu,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=args.output_dir,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+    )
+    settings = {**vars(model_args), **vars(data_args), **vars(args), "hub_token": None}
+    repo_id = args.hub_model_id or os.path.basename(os.path.abspath(args.output_dir))
+    if args.push_to_hub and accelerator.is_main_process:
+        repo_id = start_push(repo_id, args.hub_token, args.hub_private_repo, settings)
+    set_seed(args.seed)
+
+    failures = DecodeFailures(args.output_dir, data_args.max_decode_failures)
+    has_validation = bool(data_args.validation_dir or data_args.validation_list or data_args.dataset_name)
+    checkpoint = newest_checkpoint(args.output_dir)
+    with accelerator.main_process_first():  # it writes the caches that the others read
+        if checkpoint is None and accelerator.is_main_process:
+            failures.forget()
+        splits, names = load_clips(data_args, ["train"] + ["validation"] * has_validation, args.seed, failures)
+    model, names, reader, processor, image_processor = load_model(model_args, names, training=True)
+    splits = {split: match_labels(clips, names) for split, clips in splits.items()}
+    mirror, reversal = parse_swaps(data_args.mirror_swaps, names), parse_swaps(data_args.reversal_swaps, names)
+    key = processor.model_input_names[0]
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+
+    make = ClipStream if data_args.streaming else Clips
+    vary = TrainTransform(reader, processor, data_args, mirror, reversal)
+    clips = make(splits["train"], vary, failures, args.seed, training=True)
+    loader = DataLoader(
+        clips,
+        batch_size=args.per_device_train_batch_size,
+        shuffle=None if data_args.streaming else True,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    groups = parameter_groups(model, args.learning_rate, args.weight_decay, model_args.layer_decay)
+    model, optimizer, loader = accelerator.prepare(model, torch.optim.AdamW(groups), loader)
+    eval_loader = None
+    if has_validation:
+        eval_clips = make(splits["validation"], EvalTransform(reader, processor), failures)
+        eval_loader = accelerator.prepare(
+            DataLoader(eval_clips, args.per_device_eval_batch_size, num_workers=args.dataloader_num_workers)
+        )
+    total = args.max_steps
+    if total <= 0:
+        total = math.ceil(args.num_train_epochs * math.ceil(len(loader) / args.gradient_accumulation_steps))
+    warmup = args.warmup_steps if args.warmup_steps >= 1 else math.ceil(total * args.warmup_steps)
+    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, int(warmup), total)
+    accelerator.register_for_checkpointing(scheduler)
+
+    # All there is to know about the place in the run, but for weights and optimizer.
+    state = {"step": 0, "epoch": 0, "batch": 0, "loss_sum": 0.0, "history": [], "best": None}
+    if checkpoint is not None:
+        accelerator.load_state(checkpoint)
+        state = read_json(f"{checkpoint}/state.json")
+        accelerator.print(f"Going on from {checkpoint}.")
+    if accelerator.log_with:
+        accelerator.init_trackers("runs", {name: str(value) for name, value in settings.items()})
+
+    loss_sum = torch.tensor(state["loss_sum"], device=accelerator.device)
+    told = False
+    progress = tqdm(total=total, initial=state["step"], disable=not accelerator.is_main_process)
+    model.train()
+    while state["step"] < total:
+        batches = accelerator.skip_first_batches(loader, state["batch"]) if state["batch"] else loader
+        for epoch_aware in (clips, loader, batches):
+            epoch_aware.set_epoch(state["epoch"])
+        stopwatch = Stopwatch()
+        for batch in stopwatch.watch(batches, key):
+            # What is random in a step follows from its place in the run, so that a resumed one repeats it.
+            torch.manual_seed(number_from(args.seed, state["epoch"], state["batch"], accelerator.process_index))
+            with accelerator.accumulate(model):
+                logits = model(**{key: batch[key]}).logits.float()
+                loss = F.cross_entropy(logits, batch["labels"], label_smoothing=args.label_smoothing_factor)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            loss_sum += loss.detach() / args.gradient_accumulation_steps
+            state["batch"] += 1
+            if not accelerator.sync_gradients:
+                continue
+            values = {"learning_rate": scheduler.get_last_lr()[-1]}
+            scheduler.step()
+            state["step"] += 1
+            progress.update()
+            if state["step"] % args.logging_steps == 0:
+                mean = accelerator.reduce(loss_sum, "mean").item() / args.logging_steps
+                if not math.isfinite(mean):
+                    raise FloatingPointError(f"The loss is {mean} at step {state['step']}: lower --learning_rate.")
+                loss_sum.zero_()
+                values["loss"] = mean
+                state["history"].append({"step": state["step"], **values})
+                speed = stopwatch.read(accelerator.num_processes)
+                accelerator.log({**values, **speed}, step=state["step"])
+                rate, waiting = speed["clips_per_second"], speed["waiting"]
+                progress.set_postfix_str(f"loss {mean:.4f}, {rate:.1f} clips/s, {waiting:.0%} waiting for clips")
+                if waiting > 0.3 and state["step"] > args.logging_steps and not told:
+                    told = True
+                    accelerator.print(
+                        f"\n{waiting:.0%} of the time goes by waiting for clips: raise --dataloader_num_workers (now "
+                        f"{args.dataloader_num_workers}), or keep the decoded frames with --frame_cache."
+                    )
+            if state["step"] == total:
+                break
+            if state["step"] % args.save_steps == 0:
+                state["loss_sum"] = accelerator.reduce(loss_sum, "mean").item()
+                save_checkpoint(accelerator, args, state)
+        state.update(epoch=state["epoch"] + 1, batch=0)
+        if eval_loader is not None:
+            metrics = evaluate(accelerator, model, eval_loader, key)
+            state["history"].append({"step": state["step"], **metrics})
+            accelerator.log(metrics, step=state["step"])
+            accelerator.print(f"step {state['step']}: {metrics}")
+        if eval_loader is None or state["best"] is None or metrics["eval_accuracy"] > state["best"]["eval_accuracy"]:
+            save_model(accelerator, model, (processor, image_processor), args.output_dir)
+            state["best"] = metrics if eval_loader is not None else None
+        state["loss_sum"] = accelerator.reduce(loss_sum, "mean").item()
+        save_checkpoint(accelerator, args, state)
+
+    if accelerator.is_main_process:
+        write_json(f"{args.output_dir}/history.json", state["history"])
+        draw_curve(args.output_dir, state["history"])
+        pushed_to = repo_id if args.push_to_hub else None
+        write_card(args.output_dir, pushed_to, model_args, data_args, state["best"], settings)
+        if args.push_to_hub:
+            print(finish_push(repo_id, args.hub_token, args.output_dir))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""What the training and evaluation scripts do with a model: make it, group its weights, keep it, describe it."""
+
+import csv
+import json
+import logging
+import os
+import re
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from huggingface_hub import EvalResult, HfApi, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForVideoClassification,
+    AutoVideoProcessor,
+)
+
+from modeling_videomamba import VideoMambaConfig, VideoMambaImageProcessor, VideoMambaVideoProcessor
+from video_classification_data import first_line
+
+
+logger = logging.getLogger(__name__)
+
+SEAL = "complete.json"  # in a checkpoint: the sizes and checksums of its files, written when all else is
+
+
+@dataclass
+class ModelArguments:
+    """Which model: a trained one, or the size of a new VideoMamba."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Folder or Hub repository to start from; a new VideoMamba if left out."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that comes with that repository."})
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Give the model a new head if the clips have other labels than it knows."}
+    )
+    hidden_size: int = field(default=384, metadata={"help": "Width of a new model."})
+    num_hidden_layers: int = field(default=24, metadata={"help": "Layers of a new model."})
+    num_frames: int = field(default=16, metadata={"help": "Frames a new model sees of a clip."})
+    frame_stride: int = field(
+        default=2, metadata={"help": "Every n-th frame around the middle is read, unless the model's processor says."}
+    )
+    image_size: int = field(default=224, metadata={"help": "Height and width of a new model's frames in pixels."})
+    class_token_position: str = field(default="first", metadata={"help": "first, middle or none, for a new model."})
+    drop_path_rate: float | None = field(
+        default=None,
+        metadata={"help": "Stochastic depth in training: 0 in a new model, and else as the model has it."},
+    )
+    layer_decay: float = field(
+        default=1.0, metadata={"help": "Learning rate of each layer as a share of that of the next one."}
+    )
+
+
+def load_model(args, names, training):
+    """
+    The model, the names of its labels, and what prepares clips for it.
+
+    Args:
+        args (`ModelArguments`).
+        names (`list[str]`): the labels of the clips. A trained model keeps its own, in its own order, if they are the
+            same or if it is only evaluated.
+        training (`bool`).
+
+    Returns:
+        The model; its label names; a processor that reads files, and the video and image processors that belong to the
+        model (a stock video processor cannot read files without torchcodec).
+    """
+    trust = {"trust_remote_code": args.trust_remote_code}
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+    if args.model_name_or_path is None:
+        config = VideoMambaConfig(
+            **labels,
+            hidden_size=args.hidden_size,
+            num_hidden_layers=args.num_hidden_layers,
+            num_frames=args.num_frames,
+            image_size=args.image_size,
+            class_token_position=args.class_token_position,
+            drop_path_rate=args.drop_path_rate or 0.0,
+        )
+        model = AutoModelForVideoClassification.from_config(config)
+        sizes = {
+            "size": {"shortest_edge": config.image_size},
+            "crop_size": {"height": config.image_size, "width": config.image_size},
+        }
+        processor = VideoMambaVideoProcessor(num_frames=config.num_frames, frame_stride=args.frame_stride, **sizes)
+        return model, names, processor, processor, VideoMambaImageProcessor(**sizes)
+
+    config = AutoConfig.from_pretrained(args.model_name_or_path, **trust)
+    known = [config.id2label[number] for number in range(config.num_labels)]
+    if not training or set(names) == set(known):
+        names = known
+    elif not args.ignore_mismatched_sizes:
+        raise ValueError(
+            f"{args.model_name_or_path} knows {_shorten(known)}, but the clips have {_shorten(names)}. To replace the "
+            "head by one for these labels, on the same backbone, which is how one fine-tunes to a new data set, "
+            "say --ignore_mismatched_sizes; if the labels should be the same, rename the clips' folders or labels."
+        )
+    else:
+        config.id2label, config.label2id = labels["id2label"], labels["label2id"]
+    if args.drop_path_rate is not None:
+        config.drop_path_rate = args.drop_path_rate
+    model = AutoModelForVideoClassification.from_pretrained(
+        args.model_name_or_path, config=config, ignore_mismatched_sizes=args.ignore_mismatched_sizes, **trust
+    )
+    processor = AutoVideoProcessor.from_pretrained(args.model_name_or_path, **trust)
+    image_processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, **trust)
+    reader = processor
+    if not hasattr(processor, "frame_stride"):
+        reader = VideoMambaVideoProcessor(num_frames=config.num_frames, frame_stride=args.frame_stride)
+    return model, names, reader, processor, image_processor
+
+
+def _shorten(names):
+    return f"{len(names)} labels {names[:5]}{' and so on' if len(names) > 5 else ''}"
+
+
+def parameter_groups(model, learning_rate, weight_decay, layer_decay):
+    """
+    Weights for an optimizer. A, D, biases, norms, position embeddings and the class token are not decayed; with
+    `layer_decay` below 1, the learning rate falls from the head, which has all of it, to the embeddings.
+    """
+    named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    layers = {name: int(match[1]) for name, _ in named if (match := re.search(r"\.(\d+)\.", name))}
+    depth = 1 + max(layers.values(), default=0)
+    groups = {}
+    for name, weight in named:
+        own = name.rpartition(".")[2]
+        plain = weight.ndim < 2 or own in ("A_log", "D") or re.search("bias|norm|position_embedding|cls_token", name)
+        below = depth - layers[name] if name in layers else (depth + 1 if "embeddings" in name else 0)
+        settings = (0.0 if plain else weight_decay, learning_rate * layer_decay**below)
+        groups.setdefault(settings, []).append(weight)
+    return [{"params": weights, "weight_decay": decay, "lr": rate} for (decay, rate), weights in groups.items()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def seal_checkpoint(folder):
+    """Writes down, in one step, what a complete checkpoint holds."""
+    paths = sorted(path for path in Path(folder).rglob("*") if path.is_file() and path.name != SEAL)
+    files = {str(path.relative_to(folder)): _fingerprint(path) for path in paths}
+    part = Path(folder, f"{SEAL}.part")
+    part.write_text(json.dumps(files, indent=1))
+    os.replace(part, Path(folder, SEAL))
+
+
+def newest_checkpoint(folder):
+    """The newest complete, undamaged `checkpoint-<step>` in `folder`, or None. Says which ones it passes over."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
+    for path in sorted(found, key=lambda path: -int(path.name.partition("-")[2])):
+        try:
+            files = read_json(path / SEAL)
+            damaged = [name for name, fingerprint in files.items() if _fingerprint(path / name) != fingerprint]
+        except (OSError, ValueError) as error:
+            damaged = [str(error)]
+        if not damaged:
+            return str(path)
+        logger.warning("%s is incomplete or damaged (%s). Going on from the one before.", path, ", ".join(damaged))
+    return None
+
+
+def _fingerprint(path):
+    checksum, size = 0, 0
+    with open(path, "rb") as file:
+        while chunk := file.read(2**22):
+            checksum, size = zlib.crc32(chunk, checksum), size + len(chunk)
+    return [size, checksum]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run leaves behind
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_predictions(folder, clip_names, labels, scores, names):
+    """
+    `predictions.csv`, one row a clip; `classes.csv`, one row a class; and the picture `confusion_matrix.png`.
+
+    `scores` are probabilities, (clips, labels). Clips that could not be read, with the label -100, are left out.
+    """
+    kept = np.flatnonzero(np.asarray(labels) >= 0)
+    expected, scores = np.asarray(labels)[kept], np.asarray(scores)[kept]
+    predicted = scores.argmax(-1)
+    with open(f"{folder}/predictions.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["clip", "label", "predicted", "score"])
+        for place, label, guess, score in zip(kept, expected, predicted, scores.max(-1), strict=True):
+            writer.writerow([clip_names[place], names[label], names[guess], f"{score:.4f}"])
+    counts = np.zeros((len(names), len(names)), int)
+    np.add.at(counts, (expected, predicted), 1)
+    with open(f"{folder}/classes.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["label", "clips", "recognised", "recall", "precision"])
+        for number, name in enumerate(names):
+            right, clips, guesses = counts[number, number], counts[number].sum(), counts[:, number].sum()
+            shares = [f"{right / total:.4f}" if total else "" for total in (clips, guesses)]
+            writer.writerow([name, clips, right, *shares])
+
+    from matplotlib.figure import Figure  # a second to import, which runs that never get here are spared
+
+    side = min(40, 1.5 + 0.6 * len(names))
+    figure = Figure(figsize=(side + 0.5, side), layout="tight")
+    axes = figure.subplots()
+    axes.imshow(counts / counts.sum(1, keepdims=True).clip(1), cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    title = f"{np.mean(predicted == expected):.1%} of {len(expected)} clips"
+    axes.set(xlabel="predicted", ylabel="label", title=title)
+    if len(names) <= 60:
+        for row, column in np.argwhere(counts):
+            colour = "white" if counts[row, column] > counts[row].sum() / 2 else "black"
+            axes.text(column, row, counts[row, column], ha="center", va="center", color=colour)
+    figure.savefig(f"{folder}/confusion_matrix.png", dpi=80)
+
+
+def draw_curve(folder, history):
+    """`training_curve.png` from entries with `step` and `loss`, or `step` and `eval_accuracy`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), layout="tight")
+    left = figure.subplots()
+    right = left.twinx()
+    for axes, key, colour in ((left, "loss", "tab:blue"), (right, "eval_accuracy", "tab:orange")):
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        axes.plot(*zip(*points, strict=True), color=colour, marker="." if key == "eval_accuracy" else None)
+        axes.set_ylabel(key, color=colour)
+    right.set_ylim(0, 1)
+    left.set_xlabel("optimizer steps")
+    figure.savefig(f"{folder}/training_curve.png", dpi=80)
+
+
+def write_card(folder, repo_id, model_args, data_args, metrics, settings):
+    """
+    `README.md`: a model card with the metrics where the Hub looks for them, and `training_args.json`.
+
+    `repo_id` is where it will be on the Hub, or None; `metrics` are those of the validation clips, or None; `settings`
+    are all arguments of the run.
+    """
+    source = data_args.dataset_name or data_args.train_list or data_args.train_dir or data_args.validation_dir
+    base = model_args.model_name_or_path
+    clips = data_args.dataset_name or Path(source).absolute().parent.name
+    title = repo_id.rpartition("/")[2] if repo_id else Path(folder).absolute().name
+    results = [
+        EvalResult(
+            task_type="video-classification",
+            dataset_type=data_args.dataset_name or "videofolder",
+            dataset_name=clips,
+            dataset_split=data_args.validation_split,
+            metric_type=kind,
+            metric_name=name,
+            metric_value=round(metrics[f"eval_{name}"], 4),
+        )
+        for kind, name in (("accuracy", "accuracy"), ("accuracy", "top5_accuracy"), ("recall", "mean_class_accuracy"))
+        if metrics and f"eval_{name}" in metrics
+    ]
+    card = ModelCardData(
+        model_name=title,
+        library_name="transformers",
+        pipeline_tag="video-classification",
+        datasets=[data_args.dataset_name] if data_args.dataset_name else None,
+        base_model=base if base and not os.path.exists(base) else None,
+        eval_results=results or None,
+    )
+    measured = "".join(f"| {result.metric_name} | {result.metric_value:.4f} |\n" for result in results)
+    if measured:
+        low, high = (metrics[f"eval_accuracy_{bound}"] for bound in ("low", "high"))
+        measured = (
+            f"| on the validation clips | |\n| --- | --- |\n{measured}\n"
+            f"The 95 % interval (Wilson's) of the accuracy is {low:.4f} to {high:.4f}.\n\n"
+        )
+    origin = f"fine-tuned from {base if card.base_model else Path(base).name}" if base else "trained from scratch"
+    Path(folder, "README.md").write_text(
+        f"---\n{card.to_yaml()}\n---\n\n# {title}\n\nA video classifier, {origin} on {clips}.\n\n```python\n"
+        f'from transformers import pipeline\n\nclassifier = pipeline("video-classification", '
+        f'model="{repo_id or "."}", trust_remote_code=True)\nclassifier("clip.mp4")\n```\n\n{measured}'
+        "![training curve](training_curve.png)\n\nThe arguments of the run are in `training_args.json`.\n"
+    )
+    write_json(f"{folder}/training_args.json", settings)
+
+
+def write_json(path, value):
+    part = Path(f"{path}.part")
+    part.write_text(json.dumps(value, indent=1, sort_keys=True, default=str) + "\n")
+    os.replace(part, path)
+
+
+def read_json(path):
+    return json.loads(Path(path).read_text())
+
+
+def start_push(repo_id, token, private, settings):
+    """Creates the Hub repository and writes the arguments into it, so that missing rights show before training."""
+    api = HfApi(token=token)
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        content = json.dumps(settings, indent=1, sort_keys=True, default=str).encode()
+        api.upload_file(
+            path_or_fileobj=content,
+            path_in_repo="training_args.json",
+            repo_id=repo_id,
+            commit_message="Training starts: its arguments",
+        )
+    except Exception as error:  # those of the network's client are not of one family
+        kind = PermissionError if isinstance(error, HfHubHTTPError) else ConnectionError
+        raise kind(
+            f"Cannot write to the Hub repository {repo_id} ({first_line(error)}). Log in with a token that has write "
+            "permission (`hf auth login`), check --hub_model_id and the network, or leave out --push_to_hub."
+        ) from error
+    return repo_id
+
+
+def finish_push(repo_id, token, folder):
+    """Uploads what a run left in `folder`, but for checkpoints, logs, pickles and the predictions for each clip."""
+    return HfApi(token=token).upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        allow_patterns=["*.safetensors", "*.json", "*.py", "*.md", "*.png", "classes.csv"],
+        ignore_patterns=["checkpoint-*", "runs/*", "*.part/*"],
+        commit_message="End of training",
+    )

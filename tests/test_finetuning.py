@@ -1,0 +1,638 @@
+"""The training and evaluation scripts: their data, resuming after kills, two processes, pushing, bad input.
+
+The scripts run in processes forked from a server that has imported them once, because that takes seconds.
+"""
+
+import contextlib
+import csv
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoModelForVideoClassification, AutoVideoProcessor, TrainingArguments
+
+from hub_server import HubServer
+from modeling_videomamba import (
+    VideoMambaConfig,
+    VideoMambaForVideoClassification,
+    VideoMambaImageProcessor,
+    VideoMambaVideoProcessor,
+)
+from modeling_videomamba.selective_scan import use_scan_backend
+from video_files import write_moving_bars, write_video
+
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+import evaluate_video_classification as evaluation  # noqa: E402
+import run_video_classification_no_trainer as plain_loop  # noqa: E402
+import video_classification_data as data  # noqa: E402
+import video_classification_model as models  # noqa: E402
+
+
+NAMES = ["to the left", "to the right"]
+TINY = ["--hidden_size", 16, "--num_hidden_layers", 1, "--image_size", 32, "--num_frames", 4, "--frame_stride", 2]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return write_moving_bars(tmp_path_factory.mktemp("clips"), {"train": 4, "validation": 2})
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with HubServer(large_files=True).serve() as server:
+        server.readers.add("hf_reader")
+        yield server
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running scripts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def hub_environment(hub, home):
+    return {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "0",
+        "HF_TOKEN": "hf_writer",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "OMP_NUM_THREADS": "1",
+        "VIDEOMAMBA_SCAN_BACKEND": "torch",
+    }
+
+
+def run_script(name, arguments, log, environment):
+    """In a process of its own: the script as if called from the command line, what it prints in the file `log`."""
+    os.environ.update(environment)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    torch.set_num_threads(1)
+    sys.argv = [name, *map(str, arguments)]
+    importlib.import_module(name).main()
+
+
+@pytest.fixture(scope="module")
+def scripts(hub, tmp_path_factory):
+    """`start(name, arguments, environment)` starts a script and returns its process and the path of its log."""
+    home = tmp_path_factory.mktemp("home")
+    environment = hub_environment(hub, home)
+    environment["PYTHONPATH"] = os.pathsep.join(str(EXAMPLES.parent / name) for name in ("examples", "", "tests"))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_finetuning", "run_video_classification", "torch.utils.tensorboard"])
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in environment.items():
+            patch.setenv(key, value)
+        starter = context.Process(target=time.sleep, args=(0,))  # the server takes the environment of the first start
+        starter.start()
+        starter.join()
+    count = iter(range(1000))
+
+    def start(name, arguments, environment=None):
+        log = home / f"{name}-{next(count)}.log"
+        process = context.Process(target=run_script, args=(name, arguments, str(log), environment or {}))
+        process.start()
+        return process, log
+
+    return start
+
+
+def run(scripts, name, *arguments, environment=None, fails=False):
+    """Runs a script to its end and returns what it printed."""
+    process, log = scripts(name, arguments, environment)
+    process.join(120)
+    text = log.read_text() if log.exists() else ""
+    assert (process.exitcode != 0) == fails, text
+    return text
+
+
+def run_twice(scripts, name, *arguments):
+    """Runs a script in two processes, with the environment that `torchrun` gives them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    started = [scripts(name, arguments, environment) for environment in ranks]
+    for process, log in started:
+        process.join(120)
+        assert process.exitcode == 0, log.read_text()
+
+
+def training(folders, output, *more):
+    clips = ["--train_dir", folders / "train", "--validation_dir", folders / "validation"]
+    return [*clips, "--output_dir", output, "--use_cpu", *TINY, "--logging_steps", 1, *more]
+
+
+def losses(output):
+    path = output / "history.json"
+    history = json.loads(path.read_text()) if path.exists() else read_trainer_state(output)
+    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+
+
+def read_trainer_state(output):
+    return json.loads((output / "trainer_state.json").read_text())["log_history"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def touch(*paths):
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def listed(source, root, split="train", limit=0):
+    clips = data.read_list(str(source), str(root), split, 1, data.DecodeFailures(str(root.parent / "log"), limit))
+    names = clips.features["label"].names
+    return {os.path.relpath(v["path"], root): names[n] for v, n in zip(clips["video"], clips["label"], strict=True)}
+
+
+def test_reads_the_lists_of_kinetics(tmp_path):
+    root, source = tmp_path / "videos", tmp_path / "train.csv"
+    touch(root / "abseiling" / "-3B32lodo2M_000059_000069.mp4", root / "0QuUVTUdlO8_000060_000070.mkv")
+    source.write_text(
+        "label,youtube_id,time_start,time_end,split,is_cc\n"
+        'abseiling,-3B32lodo2M,59,69,train,0\n"zumba, slow",0QuUVTUdlO8,60,70,train,0\nyoga,missing0000,0,10,train,0\n'
+    )
+    with pytest.raises(RuntimeError, match=r"--max_decode_failures 0.*missing0000_000000_000010 \(yoga\)"):
+        listed(source, root)
+    found = {"abseiling/-3B32lodo2M_000059_000069.mp4": "abseiling", "0QuUVTUdlO8_000060_000070.mkv": "zumba, slow"}
+    shutil.rmtree(tmp_path / "log")
+    assert listed(source, root, limit=1) == found
+
+
+def test_reads_plain_lists(tmp_path):
+    root, source = tmp_path / "videos", tmp_path / "clips.csv"
+    touch(root / "a" / "1.mp4", root / "b" / "1.mp4")
+    source.write_text("video,label\na/1.mp4,fight\nb/1.mp4,peace\n")
+    assert listed(source, root) == {"a/1.mp4": "fight", "b/1.mp4": "peace"}
+    source.write_text("file,class\na/1.mp4,fight\n")
+    with pytest.raises(ValueError, match="lists no train clips: columns label, youtube_id.* were expected"):
+        listed(source, root)
+    with pytest.raises(ValueError, match="--video_root"):
+        data.read_list(str(source), None, "train", 1, None)
+
+
+def test_reads_the_lists_of_something_something(tmp_path):
+    root, source = tmp_path / "videos", tmp_path / "something-something-v2-train.json"
+    touch(root / "78687.webm", root / "42326.webm")
+    rows = [("78687", "Holding [something] next to [something]"), ("42326", "Folding [something]")]
+    rows = [{"id": i, "label": "holding a potato", "template": t, "placeholders": ["a potato"]} for i, t in rows]
+    source.write_text(json.dumps(rows))
+    assert listed(source, root) == {
+        "78687.webm": "Holding something next to something",
+        "42326.webm": "Folding something",
+    }
+
+
+def test_reads_the_splits_of_hmdb51(tmp_path):
+    root, source = tmp_path / "videos", tmp_path / "splits"
+    source.mkdir()
+    names = ["a_brush_hair_u_nm_np1_ba_goo_0", "b#c_brush_hair_h_cm_np1_le_goo_0", "d_brush_hair_u_cm_np2_ri_goo_1"]
+    touch(*(root / "brush_hair" / f"{name}.avi" for name in names), root / "sit" / "e_sit_f_cm_np1_fr_med_2.avi")
+    uses = zip(names, (1, 2, 0), strict=True)
+    (source / "brush_hair_test_split1.txt").write_text("".join(f"{name}.avi {use} \n" for name, use in uses))
+    (source / "brush_hair_test_split2.txt").write_text(f"{names[2]}.avi 1 \n")
+    (source / "sit_test_split1.txt").write_text("e_sit_f_cm_np1_fr_med_2.avi 1 \n")
+    assert listed(source, root) == {
+        f"brush_hair/{names[0]}.avi": "brush_hair",
+        "sit/e_sit_f_cm_np1_fr_med_2.avi": "sit",
+    }
+    assert listed(source, root, "validation") == {f"brush_hair/{names[1]}.avi": "brush_hair"}
+    with pytest.raises(ValueError, match="lists no train clips"):
+        listed(tmp_path, root)
+
+
+def still_clip(folder):
+    frame = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+    frame = np.repeat(np.repeat(frame[::8, ::8], 8, 0), 8, 1)
+    return {
+        "path": write_video(folder / "still.mp4", [frame] * 8, options={"crf": "0"}, pix_fmt="yuv444p"),
+        "bytes": None,
+    }
+
+
+def tiny_processor():
+    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    return VideoMambaVideoProcessor(num_frames=4, frame_stride=2, **sizes)
+
+
+def test_augmentation_is_the_same_for_all_frames_and_repeats_with_the_seed(tmp_path):
+    """Of a still clip all frames stay alike; clips, epochs and seeds differ; the same three give the same clip."""
+    processor, rows = tiny_processor(), [{"video": still_clip(tmp_path), "label": 0}] * 12
+    args = data.DataArguments(rand_augment=2, rand_augment_magnitude=9, random_erasing=0.5, mirror_swaps="")
+    vary = data.TrainTransform(processor, processor, args, [0], None)
+    clips = data.Clips(rows, vary, None, seed=1, training=True)
+    state = torch.get_rng_state()
+    seen = [clips[index]["pixel_values"] for index in range(12)]
+    assert torch.equal(state, torch.get_rng_state()), "drawing must not disturb the other random numbers"
+    for frames in seen:
+        assert frames.shape == (4, 3, 32, 32) and torch.equal(frames, frames[:1].expand_as(frames))
+    assert len({frames.sum().item() for frames in seen}) == 12
+    erased = [bool((frames[0] == 0).all(0).any()) for frames in seen]
+    assert any(erased) and not all(erased)
+    again = data.Clips(rows, vary, None, seed=1, training=True)
+    assert torch.equal(again[5]["pixel_values"], seen[5])
+    again.set_epoch(1)
+    assert not torch.equal(again[5]["pixel_values"], seen[5])
+
+
+def test_names_and_skips_clips_that_cannot_be_read(tmp_path, caplog):
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    rows = [{"video": {"path": str(tmp_path / "broken.mp4"), "bytes": None}, "label": 1}]
+    rows += [{"video": still_clip(tmp_path), "label": 0}, {"video": {"path": "gone.mp4", "bytes": None}, "label": 1}]
+    processor = tiny_processor()
+    show = data.EvalTransform(processor, processor)
+    failures = data.DecodeFailures(str(tmp_path / "out"), 1)
+
+    seen = data.Clips(rows, show, failures)[0]
+    assert seen["labels"] == -100 and seen["pixel_values"].shape == (4, 3, 32, 32)
+    assert "broken.mp4" in caplog.text
+    replaced = data.Clips(rows, show, failures, training=True)[0]  # known by now: does not count twice
+    assert replaced["labels"] == 0
+    with pytest.raises(RuntimeError, match="2 clips cannot be read.*--max_decode_failures 1.*gone.mp4"):
+        data.Clips(rows, show, failures)[2]
+    assert failures.names() == {str(tmp_path / "broken.mp4"), "gone.mp4"}
+    with pytest.raises(RuntimeError, match="2 clips cannot be read"):  # the same again, without mending anything
+        data.Clips(rows, show, data.DecodeFailures(str(tmp_path / "out"), 1))[2]
+
+
+def test_accuracy_by_hand():
+    """Seven labels; label 0 is right in 1 of 2 clips, label 6 in 0 of 1 but second; one clip could not be read."""
+    scores = np.zeros((4, 7))
+    scores[0, 0] = 1
+    scores[1] = [0, 7, 6, 5, 4, 3, 2]
+    scores[2] = [1, 9, 1, 1, 1, 1, 8]
+    found = data.load_accuracy().compute(predictions=scores, references=[0, 0, 6, -100])
+    assert found["accuracy"] == pytest.approx(1 / 3)
+    assert found["top5_accuracy"] == pytest.approx(2 / 3)
+    assert found["mean_class_accuracy"] == pytest.approx((1 / 2 + 0) / 2)
+
+
+def test_weight_decay_and_layer_decay_reach_the_right_weights():
+    config = VideoMambaConfig(hidden_size=16, num_hidden_layers=2, image_size=32, num_frames=4)
+    model = VideoMambaForVideoClassification(config)
+    groups = models.parameter_groups(model, 1.0, 0.05, 0.5)
+    name_of = {weight: name for name, weight in model.named_parameters()}
+    found = {name_of[weight]: (group["weight_decay"], group["lr"]) for group in groups for weight in group["params"]}
+    assert set(found) == set(name_of.values())
+    decayed = {name.removeprefix("videomamba.") for name, (decay, _) in found.items() if decay}
+    mixer = ("in_proj.weight", "conv_weight", "x_proj_weight", "dt_proj_weight", "out_proj.weight")
+    assert decayed == {
+        *("embeddings.patch_embeddings.projection.weight", "classifier.weight"),
+        *(f"layers.{layer}.mixer.{name}" for layer in range(2) for name in mixer),
+    }
+    rates = {name: rate for name, (_, rate) in found.items()}
+    assert rates["classifier.weight"] == rates["videomamba.norm.weight"] == 1
+    assert rates["videomamba.layers.1.mixer.A_log"] == 0.5 and rates["videomamba.layers.0.norm.weight"] == 0.25
+    assert rates["videomamba.embeddings.cls_token"] == 0.125
+
+
+@pytest.mark.parametrize("name, epochs, mirror", [("k400", 30, ""), ("ssv2", 35, None), ("hmdb51", 50, "")])
+def test_recipes_hold_the_settings_of_the_paper(name, epochs, mirror, tmp_path, monkeypatch):
+    command = [
+        "script",
+        "--use_cpu",
+        "--output_dir",
+        str(tmp_path),
+        "--recipe",
+        str(EXAMPLES / f"recipes/{name}.args"),
+    ]
+    monkeypatch.setattr(sys, "argv", [*command, "--seed", "7"])
+    for arguments in (TrainingArguments, plain_loop.LoopArguments):
+        model, clips, loop = data.parse_arguments(models.ModelArguments, data.DataArguments, arguments)
+        assert loop.use_cpu and loop.seed == 7
+        assert (model.num_frames, model.frame_stride, model.image_size) == (16, 2, 224)
+        assert (loop.num_train_epochs, loop.learning_rate, loop.per_device_train_batch_size) == (epochs, 3e-4, 64)
+        assert loop.lr_scheduler_type == "cosine" and loop.warmup_steps * epochs == pytest.approx(1, abs=1e-3)
+        assert loop.label_smoothing_factor > 0 and clips.rand_augment > 0 and clips.random_erasing > 0
+        assert clips.mirror_swaps == mirror and clips.reversal_swaps is None
+    monkeypatch.setattr(sys, "argv", [*command[:-1], "no such recipe"])
+    with pytest.raises(FileNotFoundError, match="no such recipe"):
+        data.parse_arguments(plain_loop.LoopArguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+VARIED = ["--rand_augment", 1, "--random_erasing", 0.5, "--mirror_swaps", "to the left:to the right"]
+
+
+def test_killed_ten_times_it_goes_on_as_if_nothing_had_happened(folders, scripts, tmp_path):
+    """The plain loop: the same losses to the bit, and never half a checkpoint; a damaged one is passed over."""
+    settings = [
+        *VARIED,
+        "--num_hidden_layers",
+        2,
+        "--drop_path_rate",
+        0.5,
+        "--per_device_train_batch_size",
+        2,
+        "--num_train_epochs",
+        20,
+    ]
+    settings += ["--save_steps", 1, "--save_total_limit", 3, "--gradient_accumulation_steps", 2]
+    name = "run_video_classification_no_trainer"
+    run(scripts, name, *training(folders, tmp_path / "whole", *settings))
+    expected = losses(tmp_path / "whole")
+    assert list(expected) == list(range(1, 41)) and len(set(expected.values())) > 35
+
+    output, rng = tmp_path / "killed", random.Random(0)
+    for kill in range(10):
+        before = checkpoints(output)
+        process, log = scripts(name, training(folders, output, *settings))
+        # Let it make a checkpoint of its own; then any moment will do.
+        deadline = time.monotonic() + 60
+        while process.is_alive() and time.monotonic() < deadline and checkpoints(output)[-1:] == before[-1:]:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.1))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, log.read_text()
+        found = checkpoints(output)
+        assert all((output / f"checkpoint-{step}" / models.SEAL).exists() for step in found)
+        assert models.newest_checkpoint(output) == str(output / f"checkpoint-{found[-1]}")
+        if kill == 4:  # one byte in the middle of the newest one goes wrong
+            damaged = output / f"checkpoint-{found[-1]}" / "optimizer.bin"
+            content = bytearray(damaged.read_bytes())
+            content[len(content) // 2] ^= 1
+            damaged.write_bytes(content)
+        if kill == 5:
+            assert f"checkpoint-{before[-1]} is incomplete or damaged (optimizer.bin)" in log.read_text()
+            assert f"Going on from {output}/checkpoint-{before[-2]}" in log.read_text()
+    run(scripts, name, *training(folders, output, *settings))
+    assert losses(output) == expected
+    assert (output / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def checkpoints(folder):
+    return sorted(int(path.name[11:]) for path in folder.glob("checkpoint-*"))
+
+
+def test_two_processes_train_and_evaluate_as_one(folders, scripts, tmp_path):
+    """The same clips to a step, half in each process: the same losses but for rounding, with both scripts."""
+    settings = [*VARIED, "--num_train_epochs", 2, "--max_grad_norm", 0.1, "--label_smoothing_factor", 0.1]
+    for name in ("run_video_classification_no_trainer", "run_video_classification"):
+        more = settings
+        if name == "run_video_classification":
+            more = [*settings, "--do_train", "--do_eval", "--report_to", "none", "--save_strategy", "no"]
+        one, two = tmp_path / name / "one", tmp_path / name / "two"
+        run(scripts, name, *training(folders, one, *more, "--per_device_train_batch_size", 4))
+        run_twice(scripts, name, *training(folders, two, *more, "--per_device_train_batch_size", 2))
+        assert len(losses(one)) == 4 and len(set(losses(one).values())) == 4
+        assert losses(two) == pytest.approx(losses(one), abs=2e-6)
+
+    # Three clips for two processes: one of them gets a clip more, and none is counted twice.
+    few = tmp_path / "few" / "validation"
+    shutil.copytree(folders / "validation", few)
+    (few / NAMES[0] / "1.mp4").unlink()
+    look = ["--model_name_or_path", one, "--validation_dir", few, "--use_cpu", "--num_clips", 2, "--num_crops", 3]
+    run(scripts, "evaluate_video_classification", *look, "--output_dir", tmp_path / "alone")
+    run_twice(scripts, "evaluate_video_classification", *look, "--output_dir", tmp_path / "together")
+    for file in ("predictions.csv", "classes.csv", "results.json"):
+        assert (tmp_path / "alone" / file).read_text() == (tmp_path / "together" / file).read_text()
+    with open(tmp_path / "together" / "predictions.csv", newline="") as file:
+        rows = [row["clip"] for row in csv.DictReader(file)]
+    assert len(rows) == len(set(rows)) == 3
+
+
+def test_a_damaged_checkpoint_of_the_trainer_is_passed_over(folders, scripts, tmp_path):
+    settings = [*VARIED, "--do_train", "--max_steps", 6, "--save_steps", 2, "--report_to", "none"]
+    name, output = "run_video_classification", tmp_path / "out"
+    command = training(folders, output, *settings, "--per_device_train_batch_size", 4)
+    run(scripts, name, *command)
+    expected, weights = losses(output), (output / "model.safetensors").read_bytes()
+    (output / "checkpoint-6" / models.SEAL).unlink()  # as if killed while it was written
+    scheduler = output / "checkpoint-4" / "scheduler.pt"
+    scheduler.write_bytes(scheduler.read_bytes()[:-100])
+    (output / "model.safetensors").unlink()
+    text = run(scripts, name, *command)
+    assert "checkpoint-6 is incomplete or damaged" in text and "(scheduler.pt)" in text
+    assert losses(output) == expected and (output / "model.safetensors").read_bytes() == weights
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_views_lie_where_papers_put_them(tmp_path):
+    """Of 30 numbered frames of 64 x 96: clips at the two ends; crops at the left, in the middle, at the right."""
+    processor = tiny_processor()
+    path = write_video(tmp_path / "numbered.mp4", 30, size=(64, 96), options={"crf": "0"}, pix_fmt="yuv444p")
+    video = {"path": path, "bytes": None}
+    views = evaluation.ViewsTransform(processor, processor, 2, 3)
+    found = views(video, 1)["views"]
+    assert found.shape == (6, 4, 3, 32, 32)
+    frames, _ = processor.fetch_videos(path)
+    shrunk = torch.nn.functional.interpolate(
+        frames.permute(0, 3, 1, 2).float(), (32, 48), mode="bilinear", antialias=True, align_corners=False
+    )
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (processor.image_mean, processor.image_std))
+    expected = [
+        ((shrunk[start : start + 7 : 2, :, :, left : left + 32] / 255 - mean) / std)
+        for left in (0, 8, 16)
+        for start in (0, 23)
+    ]
+    torch.testing.assert_close(found, torch.stack(expected), atol=0.02, rtol=0)  # rounded to whole numbers, or not
+
+    one = evaluation.ViewsTransform(processor, processor, 1, 1)(video, 0)["views"]
+    torch.testing.assert_close(one, processor(path, return_tensors="pt")["pixel_values"], atol=1e-5, rtol=0)
+
+
+def test_scores_are_the_mean_over_views(folders, tmp_path, monkeypatch):
+    """Against a loop over views with the model alone; the report's numbers against those of the predictions."""
+    config = VideoMambaConfig(hidden_size=16, num_hidden_layers=1, image_size=32, num_frames=4, initializer_range=1.0)
+    config.id2label, config.label2id = dict(enumerate(NAMES)), {name: i for i, name in enumerate(NAMES)}
+    torch.manual_seed(0)
+    model = VideoMambaForVideoClassification(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    tiny_processor().save_pretrained(tmp_path / "model")
+    broken = tmp_path / "clips" / NAMES[0] / "broken.mp4"
+    shutil.copytree(folders / "validation", tmp_path / "clips")
+    broken.write_bytes(b"no video")
+    command = ["--model_name_or_path", tmp_path / "model", "--validation_dir", tmp_path / "clips", "--use_cpu"]
+    command += ["--output_dir", tmp_path / "out", "--num_clips", 2, "--num_crops", 2, "--max_decode_failures", 1]
+    VideoMambaImageProcessor().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, [*command, "--max_views_per_step", 3])])
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        evaluation.main()
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["clips"] == 4 and results["skipped"] == 1 and "1 could not be read" in printed.getvalue()
+
+    processor = AutoVideoProcessor.from_pretrained(tmp_path / "model")
+    transform = evaluation.ViewsTransform(processor, processor, 2, 2)
+    saved = np.load(tmp_path / "out" / "scores.npz")
+    with open(tmp_path / "out" / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    right = []
+    for row, scores in zip(rows, saved["scores"][saved["labels"] >= 0], strict=True):
+        with torch.no_grad():
+            views = [model(view[None]).logits.softmax(-1)[0] for view in transform(row_clip(row), 0)["views"]]
+        expected = torch.stack(views).mean(0)
+        np.testing.assert_allclose(scores, expected, atol=1e-5)
+        assert row["label"] == Path(row["clip"]).parent.name and row["predicted"] == NAMES[expected.argmax()]
+        right.append(row["label"] == row["predicted"])
+    assert results["accuracy"] == np.mean(right)
+    assert (tmp_path / "out" / "confusion_matrix.png").stat().st_size > 1000
+
+
+def row_clip(row):
+    return {"path": row["clip"], "bytes": None}
+
+
+def test_bootstrap_interval_is_that_of_the_binomial():
+    """Of 400 clips with 300 right, the normal approximation gives 0.75 +- 1.96 * 0.02165."""
+    low, high = evaluation.bootstrap(np.repeat([1.0, 0.0], [300, 100]), 4000)
+    assert low == pytest.approx(0.7076, abs=0.004) and high == pytest.approx(0.7924, abs=0.004)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Hub
+# ---------------------------------------------------------------------------------------------------------------------
+
+# In a process with an empty cache, in which `import modeling_videomamba` fails.
+FROM_THE_HUB = """
+import json, sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "modeling_videomamba":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+import torch
+from datasets import Video, load_dataset
+from transformers import AutoModelForVideoClassification, pipeline
+
+name, pixels, clip, output = sys.argv[1:]
+model = AutoModelForVideoClassification.from_pretrained(name, trust_remote_code=True).eval()
+with torch.no_grad():
+    logits = model(torch.load(pixels, weights_only=True)).logits
+torch.save(logits, output)
+scores = pipeline("video-classification", model=name, trust_remote_code=True)(clip)
+clips = load_dataset("you/clips", split="validation").cast_column("video", Video(decode=False))
+print(json.dumps([scores, list(clips["label"]), clips.features["label"].names]))
+"""
+
+
+def test_trains_on_a_data_set_of_the_hub_and_pushes_what_others_can_load(folders, hub, scripts, tmp_path):
+    paths = sorted(folders.rglob("*.mp4"))
+    hub.files["datasets/you/clips"] = {str(path.relative_to(folders)): path.read_bytes() for path in paths}
+    settings = ["--dataset_name", "you/clips", "--use_cpu", *TINY, "--max_steps", 2, "--push_to_hub"]
+    settings += ["--logging_steps", 1, "--report_to", "none", "--hub_token", "hf_secret"]
+    trainer = ["--do_train", "--do_eval", "--hub_model_id", "you/trained", "--hub_private_repo", "True"]
+    run(scripts, "run_video_classification", *settings, *trainer, "--output_dir", tmp_path / "trained")
+    plain = ["--hub_model_id", "you/plain", "--streaming"]
+    run(scripts, "run_video_classification_no_trainer", *settings, *plain, "--output_dir", tmp_path / "plain")
+    assert hub.created == {"you/trained": True, "you/plain": False}
+
+    wanted = {"README.md", "config.json", "model.safetensors", "training_args.json", "training_curve.png"}
+    wanted |= {"video_preprocessor_config.json", "preprocessor_config.json", "modeling_videomamba.py"}
+    for name in ("trained", "plain"):
+        files = hub.files[f"you/{name}"]
+        assert wanted <= set(files)
+        assert not [file for file in files if "checkpoint" in file or file.endswith((".bin", ".pt", ".part", ".mp4"))]
+        assert files["model.safetensors"] == (tmp_path / name / "model.safetensors").read_bytes()
+        assert files["model.safetensors"] in hub.uploaded.values(), "weights go to large file storage"
+        assert "hf_secret" not in files["training_args.json"].decode()
+        card = ModelCard(files["README.md"].decode()).data
+        assert {result.metric_name for result in card.eval_results} == {
+            *("accuracy", "top5_accuracy", "mean_class_accuracy"),
+        }
+        assert card.datasets == ["you/clips"] and card.pipeline_tag == "video-classification"
+
+    model = AutoModelForVideoClassification.from_pretrained(tmp_path / "trained").eval()
+    clip = folders / "validation" / NAMES[0] / "0.mp4"
+    pixels = AutoVideoProcessor.from_pretrained(tmp_path / "trained")(str(clip), return_tensors="pt")["pixel_values"]
+    torch.save(pixels, tmp_path / "pixels.pt")
+    inputs = ["you/trained", tmp_path / "pixels.pt", clip, tmp_path / "logits.pt"]
+    environment = {**os.environ, **hub_environment(hub, tmp_path / "empty")}
+    done = subprocess.run(
+        [sys.executable, "-c", FROM_THE_HUB, *map(str, inputs)],
+        **{"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 120},
+    )
+    assert done.returncode == 0, done.stderr
+    scores, labels, names = json.loads(done.stdout.splitlines()[-1])
+    with torch.no_grad(), use_scan_backend("torch"):
+        expected = model(pixels).logits
+    assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), expected)
+    found = {entry["label"]: entry["score"] for entry in scores}
+    expected = dict(zip(NAMES, expected.softmax(-1)[0].tolist(), strict=True))
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert sorted(labels) == [0, 0, 1, 1] and names == NAMES
+
+
+def test_says_before_training_that_it_may_not_push(folders, hub, scripts, tmp_path):
+    for name in ("run_video_classification", "run_video_classification_no_trainer"):
+        more = ["--push_to_hub", "--hub_model_id", "you/forbidden"] + ["--do_train"] * (name[-1] == "n")
+        command = training(folders, tmp_path / name, *more, "--hub_token", "hf_reader")
+        text = run(scripts, name, *command, fails=True)
+        assert "PermissionError: Cannot write to the Hub repository you/forbidden" in text and "hf auth login" in text
+        assert "you/forbidden" not in hub.files and not list(tmp_path.rglob("*.safetensors"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load(splits=("train", "validation"), **arguments):
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()}
+    return data.load_clips(data.DataArguments(**arguments), splits, 0, None)
+
+
+def test_bad_data_is_refused_with_advice(folders, tmp_path):
+    both = {"train_dir": folders / "train", "validation_dir": folders / "validation"}
+    splits, names = load(**both)
+    assert names == NAMES and len(splits["train"]) == 8
+    with pytest.raises(ValueError, match=r"no column \['film'\], only \['video', 'label'\].*--video_column"):
+        load(**both, video_column="film")
+    with pytest.raises(ValueError, match=r"no column \['label'\]"):
+        load(["validation"], validation_dir=folders / "validation" / NAMES[0])
+    with pytest.raises(ValueError, match="must hold videos"):
+        load(**both, video_column="label")
+    with pytest.raises(ValueError, match="--streaming is for a data set of the Hub"):
+        load(**both, streaming=True)
+    with pytest.raises(FileNotFoundError, match="no folder .*nowhere"):
+        load(["train"], train_dir=tmp_path / "nowhere")
+    with pytest.raises(ConnectionError, match="you/nowhere could not be loaded.*--train_dir"):
+        load(dataset_name="you/nowhere")
+    shutil.copytree(folders / "validation" / NAMES[0], tmp_path / "validation" / NAMES[0])
+    shutil.copytree(folders / "validation" / NAMES[0], tmp_path / "strange" / "upwards")
+    missing = {"train_dir": folders / "train", "validation_dir": tmp_path / "validation"}
+    with pytest.raises(ValueError, match=r"no validation clip of \['to the right'\].*--allow_missing_classes"):
+        load(**missing)
+    with pytest.raises(ValueError, match=r"labels \['upwards'\], which the model or the training clips lack"):
+        load(train_dir=folders / "train", validation_dir=tmp_path / "strange")
+
+
+def test_says_that_frames_are_repeated(tmp_path, caplog):
+    data._say_that_frames_repeat.cache_clear()
+    video = {"path": write_video(tmp_path / "short.mp4", 3), "bytes": None}
+    for _ in range(2):
+        assert len(data.read_frames(tiny_processor(), video)) == 4
+    assert caplog.text.count("fewer than the 4 frames") == 1

@@ -1,0 +1,217 @@
+"""The Trainer example, end to end on a dozen tiny clips."""
+
+import csv
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForVideoClassification,
+    VideoMAEConfig,
+    VideoMAEForVideoClassification,
+    VideoMAEImageProcessor,
+    VideoMAEVideoProcessor,
+    pipeline,
+)
+
+from video_files import write_moving_bars
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+import run_video_classification as example  # noqa: E402
+import video_classification_data as data  # noqa: E402
+
+
+NAMES = ["to the left", "to the right"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Eight training and four validation clips of a bright bar that moves to the left or to the right."""
+    return write_moving_bars(tmp_path_factory.mktemp("clips"), {"train": 4, "validation": 2})
+
+
+def run(folders, output, *arguments):
+    """Runs the example as a user does, on the CPU, with a very small model unless told otherwise."""
+    command = ["--train_dir", folders / "train", "--validation_dir", folders / "validation", "--output_dir", output]
+    command += ["--use_cpu", "--report_to", "none", "--disable_tqdm", "True", "--per_device_train_batch_size", 4]
+    command += ["--logging_steps", 1, "--jitter", 0, "--seed", 0]
+    if "--model_name_or_path" not in arguments:
+        command += ["--hidden_size", 16, "--num_hidden_layers", 2, "--image_size", 32]
+        command += ["--num_frames", 4, "--frame_stride", 2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [example.__file__, *map(str, command), *map(str, arguments)])
+        example.main()
+
+
+@pytest.fixture(scope="module")
+def trained(folders, tmp_path_factory):
+    """Forty steps from scratch, with a checkpoint at the twentieth."""
+    output = tmp_path_factory.mktemp("trained")
+    run(
+        *(folders, output, "--do_train", "--do_eval", "--max_steps", 40, "--save_steps", 20, "--learning_rate", 1e-2),
+        *("--min_crop_area", 1, "--mirror_swaps", "to the left:to the right", "--dataloader_num_workers", 1),
+        *("--reversal_swaps", "to the left:to the right", "--frame_cache", output / "frames"),
+    )
+    return output
+
+
+def test_learns_which_way_the_bar_goes(trained):
+    losses = [entry["loss"] for entry in json.loads((trained / "trainer_state.json").read_text())["log_history"][:-1]]
+    assert abs(losses[0] - np.log(2)) < 0.4
+    assert np.mean(losses[-5:]) < 0.3
+    results = json.loads((trained / "all_results.json").read_text())
+    for view in ("", "mirrored_", "reversed_"):
+        assert results[f"eval_{view}accuracy"] == 1.0
+    assert results["eval_samples"] == 4
+
+
+def test_output_is_a_complete_repository(trained, folders):
+    files = {path.name for path in trained.iterdir()}
+    assert {"README.md", "config.json", "model.safetensors", "predictions.csv", "confusion_matrix.png"} <= files
+    assert {"preprocessor_config.json", "video_preprocessor_config.json", "modeling_videomamba.py"} <= files
+    with open(trained / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["predicted"] for row in rows] == [Path(row["clip"]).parent.name for row in rows] and len(rows) == 4
+    classify = pipeline("video-classification", model=str(trained), device="cpu")
+    for name in NAMES:
+        answer = classify(str(folders / "validation" / name / "0.mp4"), top_k=2)
+        assert answer[0]["label"] == name and answer[0]["score"] > 0.8
+
+
+def test_interrupted_training_goes_on_to_the_same_weights(trained, folders, tmp_path):
+    """The last twenty steps again, from the checkpoint in the middle: the same losses and weights to the bit."""
+    shutil.copytree(trained / "checkpoint-20", tmp_path / "checkpoint-20")
+    run(
+        *(folders, tmp_path, "--do_train", "--max_steps", 40, "--save_steps", 20, "--learning_rate", 1e-2),
+        *("--min_crop_area", 1, "--mirror_swaps", "to the left:to the right", "--dataloader_num_workers", 0),
+        *("--reversal_swaps", "to the left:to the right", "--frame_cache", trained / "frames"),
+    )
+    first, second = (json.loads((folder / "trainer_state.json").read_text()) for folder in (trained, tmp_path))
+    assert second["global_step"] == 40
+    for before, after in zip(first["log_history"][:40], second["log_history"][:40], strict=True):
+        assert (before["step"], before["loss"]) == (after["step"], after["loss"])
+    started, expected, ended = (
+        load_file(folder / "model.safetensors") for folder in (trained / "checkpoint-20", trained, tmp_path)
+    )
+    assert all(torch.equal(expected[name], ended[name]) for name in expected)
+    assert any(not torch.equal(started[name], ended[name]) for name in started)
+
+
+def test_fine_tunes_to_new_labels_and_keeps_known_ones(trained, folders, tmp_path):
+    renamed = tmp_path / "clips" / "train"
+    shutil.copytree(folders / "train" / NAMES[0], renamed / "west")
+    shutil.copytree(folders / "train" / NAMES[1], renamed / "east")
+    shutil.copytree(folders / "train" / NAMES[1], renamed / "again")
+    arguments = ("--model_name_or_path", trained, "--do_train", "--max_steps", 1)
+    with pytest.raises(ValueError, match="knows 2 labels.*clips have 3 labels.*--ignore_mismatched_sizes"):
+        run(tmp_path / "clips", tmp_path / "new", *arguments)
+    run(tmp_path / "clips", tmp_path / "new", *arguments, "--ignore_mismatched_sizes")
+    model = AutoModelForVideoClassification.from_pretrained(tmp_path / "new")
+    assert model.config.id2label == {0: "again", 1: "east", 2: "west"} and model.classifier.out_features == 3
+
+    run(folders, tmp_path / "same", "--model_name_or_path", trained, "--do_eval")
+    assert json.loads((tmp_path / "same" / "eval_results.json").read_text())["eval_accuracy"] == 1.0
+    with pytest.raises(ValueError, match="again.*which the model or the training clips lack"):
+        shutil.copytree(renamed, tmp_path / "clips" / "validation")
+        run(tmp_path / "clips", tmp_path / "same", "--model_name_or_path", trained, "--do_eval")
+
+
+def test_other_models_train_too(folders, tmp_path):
+    """A stock model, whose own processor could not read the files here."""
+    config = VideoMAEConfig(
+        **{"image_size": 32, "num_frames": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+        **{"intermediate_size": 16},
+    )
+    VideoMAEForVideoClassification(config).save_pretrained(tmp_path / "start")
+    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    VideoMAEVideoProcessor(**sizes).save_pretrained(tmp_path / "start")
+    VideoMAEImageProcessor(**sizes).save_pretrained(tmp_path / "start")
+    arguments = ("--do_train", "--do_eval", "--max_steps", 2, "--min_crop_area", 0.5)
+    arguments += ("--model_name_or_path", tmp_path / "start", "--ignore_mismatched_sizes")
+    run(folders, tmp_path / "end", *arguments)
+    model = AutoModelForVideoClassification.from_pretrained(tmp_path / "end")
+    assert isinstance(model, VideoMAEForVideoClassification) and model.config.label2id == {NAMES[0]: 0, NAMES[1]: 1}
+
+
+class FakeProcessor:
+    """Gives frames whose value is their number and their column, so that flips can be seen."""
+
+    model_input_names = ["pixel_values"]
+    crop_size = {"height": 8, "width": 8}
+    image_mean, image_std = [0.0] * 3, [1.0] * 3
+    num_frames, frame_stride = 4, 2
+    sample_frames, total_num_frames = None, 8
+    reads = 0
+
+    def fetch_videos(self, source, sample_indices_fn):
+        self.reads += 1
+        time, column = torch.meshgrid(torch.arange(4), torch.arange(8), indexing="ij")
+        return (10 * time + column)[:, None, :, None].expand(4, 8, 8, 3).to(torch.uint8), self
+
+    def __call__(self, frames, return_tensors):
+        return {"pixel_values": frames[None]}
+
+
+@pytest.mark.parametrize("flip", [(), (-1,), (0,)])
+def test_turned_views_take_the_swapped_labels(flip):
+    clip = {"path": None, "bytes": b"a clip"}
+    swaps = data.parse_swaps("a:b", ["a", "b", "c"]) if flip else None
+    turn = data.EvalTransform(FakeProcessor(), FakeProcessor(), flip, swaps)
+    frames = turn(clip, 0)["pixel_values"]
+    first, last = frames[0, 0, 0, 0], frames[-1, 0, 0, -1]
+    assert (first, last) == {(): (0, 37), (-1,): (7, 30), (0,): (30, 7)}[flip]
+    assert [turn(clip, label)["labels"] for label in (0, 2)] == ([1, 2] if flip else [0, 2])
+
+
+def test_training_clips_turn_together_with_their_labels():
+    arguments = data.DataArguments(min_crop_area=1.0, jitter=0.0)
+    vary = data.TrainTransform(FakeProcessor(), FakeProcessor(), arguments, [1, 0], [0, 1])
+    vary.vary = torch.nn.Identity()
+    seen = set()
+    for _ in range(64):
+        out = vary({"path": None, "bytes": b"a clip"}, 0)
+        frames = out["pixel_values"]
+        mirrored, backwards = bool(frames[0, 0, 0, 0] % 10 == 7), bool(frames[0, 0, 0, 0] >= 30)
+        assert out["labels"] == int(mirrored)
+        seen.add((mirrored, backwards))
+    assert len(seen) == 4
+
+
+def test_frame_cache_reads_each_clip_once(tmp_path):
+    reader, clip = FakeProcessor(), {"path": None, "bytes": b"a clip"}
+    first, second = (data.read_frames_once(reader, clip, str(tmp_path), 4) for _ in range(2))
+    assert reader.reads == 1 and first.shape == (4, 3, 4, 4) and torch.equal(first, second)
+    data.read_frames_once(reader, {"path": None, "bytes": b"another"}, str(tmp_path), 4)
+    assert reader.reads == 2 and len(list(tmp_path.iterdir())) == 2
+
+
+def test_accuracy_has_wilsons_interval():
+    logits = np.zeros((100, 2))
+    logits[:50, 1] = 1
+    found = data.load_accuracy().compute(predictions=logits, references=np.ones(100, int))
+    # Newcombe's worked values for 50 of 100.
+    found = [found[name] for name in ("accuracy", "accuracy_low", "accuracy_high")]
+    np.testing.assert_allclose(found, [0.5, 0.4038, 0.5962], atol=1e-4)
+
+
+def test_labels_are_numbered_as_the_model_does():
+    clips = Dataset.from_dict({"label": [0, 1, 1]}).cast_column("label", ClassLabel(names=["b", "c"]))
+    assert data.match_labels(clips, ["a", "c", "b"])["label"] == [2, 1, 1]
+
+
+def test_errors_say_what_is_missing(folders, tmp_path):
+    with pytest.raises(ValueError, match="Nothing to do"):
+        run(folders, tmp_path)
+    with pytest.raises(ValueError, match="either folders .* or a data set"):
+        run(folders, tmp_path, "--do_train", "--dataset_name", "someone/clips")
+    with pytest.raises(ValueError, match="'up:down' is not a pair"):
+        run(folders, tmp_path, "--do_train", "--mirror_swaps", "up:down")
+    with pytest.raises(ValueError, match="no column"):
+        run(folders, tmp_path, "--do_train", "--label_column", "class")
