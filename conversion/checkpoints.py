@@ -328,7 +328,9 @@ def build_model(checkpoint, config, remap, with_head):
         for name in wanted
         if name in shapes and shapes[name] != wanted[name]
     ]
-    problems += [f"{name} holds NaN or infinity" for name in remap.target if not remap.target[name].isfinite().all()]
+    # The extremes tell: NaN is passed on to both, and neither makes a tensor of the weights' size.
+    extremes = {name: torch.stack(tensor.aminmax()) for name, tensor in remap.target.items()}
+    problems += [f"{name} holds NaN or infinity" for name in extremes if not extremes[name].isfinite().all()]
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise CheckpointError(f"{checkpoint.origin} does not convert: {'; '.join(problems[:5])}{more}.")
