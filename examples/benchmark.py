@@ -14,7 +14,7 @@ shows the throughput.
 On a CPU, models take turns step by step, so that whatever else the machine does slows all of them alike, and the
 ratios of their times are printed: compare those, not the times. Inference is of one clip, in float32 and, for the
 shortest clips, in bfloat16 too. A training step is one of the tiny checkpoint's model. A Python loop over tokens runs
-once, for scale.
+twice, for scale.
 """
 
 import argparse
@@ -197,7 +197,7 @@ def cpu_comparisons(arguments):
     for frames in arguments.frames:
         for dtype in (torch.float32, torch.bfloat16) if frames == min(arguments.frames) else (torch.float32,):
             steps = {name: inference_step(name, frames, dtype) for name in MODELS}
-            yield f"inference {str(dtype)[6:]}", frames, 1, steps, arguments.warmup, arguments.repeats
+            yield "inference", str(dtype)[6:], frames, 1, steps, arguments.warmup, arguments.repeats
 
     if not arguments.no_training:
         torch.manual_seed(0)
@@ -210,15 +210,15 @@ def cpu_comparisons(arguments):
             model.zero_grad(set_to_none=True)
 
         steps = {f"VideoMamba tiny ({b})": use_scan_backend(b)(training_step) for b in ("torch", "numba")}
-        yield "training", model.config.num_frames, 8, steps, arguments.warmup, arguments.repeats
+        yield "training", "float32", model.config.num_frames, 8, steps, arguments.warmup, arguments.repeats
 
     frames = min(arguments.frames)
     step = inference_step("VideoMamba-S", frames, torch.float32)
     steps = {f"VideoMamba-S ({b})": use_scan_backend(b)(step) for b in ("sequential", "numba")}
-    yield "inference float32", frames, 1, steps, 0, 1
+    yield "inference", "float32", frames, 1, steps, 0, 2
 
 
-def run_side_by_side(task, frames, batch, steps, warmup, repeats):
+def run_side_by_side(task, mode, frames, batch, steps, warmup, repeats):
     """Rows of the table for steps that take turns."""
     times = {name: [] for name in steps}
     for turn in range(warmup + repeats):
@@ -227,7 +227,7 @@ def run_side_by_side(task, frames, batch, steps, warmup, repeats):
             step()
             if turn >= warmup:
                 times[name].append(time.perf_counter() - start)
-    return [table_row(task, name, "eager", frames, batch, times[name], float("nan")) for name in steps]
+    return [table_row(task, name, mode, frames, batch, times[name], float("nan")) for name in steps]
 
 
 def plot(rows, path, title):
@@ -315,7 +315,7 @@ def main():
         f"{processor}, torch {torch.__version__}, transformers {transformers.__version__}, {time.strftime('%Y-%m-%d')}"
     )
     print(f"{title}\nRandom weights, {SIZE}² pixels, medians of {arguments.repeats}\n")
-    print("".join(f"{column:>26}" if column == "model" else f"{column:>18}" for column in COLUMNS))
+    print("".join(f"{column:>26}" if column == "model" else f"{column:>12}" for column in COLUMNS))
     rows = []
 
     def write_csv(path):
@@ -326,7 +326,7 @@ def main():
 
     def add(row):
         rows.append(row)
-        print("".join(f"{row[c]!s:>26}" if c == "model" else f"{row[c]!s:>18}" for c in COLUMNS), flush=True)
+        print("".join(f"{row[c]!s:>26}" if c == "model" else f"{row[c]!s:>12}" for c in COLUMNS), flush=True)
         replace_file(arguments.output / "benchmark.csv", write_csv)
 
     if not gpu:

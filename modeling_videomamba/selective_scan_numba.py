@@ -106,7 +106,10 @@ if IMPORT_ERROR is None:
 
     @intrinsic
     def _disjoint(context):
-        """Promise LLVM that the calling function's array arguments do not overlap, so that it need not make sure."""
+        """
+        Have LLVM vectorise the calling function in earnest: with a promise that its array arguments do not overlap, so
+        that it need not make sure, and with 512-bit vectors if the CPU has them, where by itself it stays with 256.
+        """
 
         def generate(context, builder, signature, args):
             for argument in builder.function.args:
@@ -114,21 +117,18 @@ if IMPORT_ERROR is None:
                 # Of the pointers, those to data, not to what Numba knows about their memory.
                 if isinstance(pointee, ir.FloatType) or pointee == ir.IntType(16):
                     argument.add_attribute("noalias")
+            # llvmlite does not know this attribute and would refuse it; `set.add` passes by its check.
+            set.add(builder.function.attributes, '"prefer-vector-width"="512"')
             return context.get_dummy_value()
 
         return types.void(), generate
 
     @intrinsic
     def _hot(context):
-        """
-        Have LLVM compile the calling function by itself, so that its loops have all registers, and for 512-bit vectors
-        if the CPU has them: by itself it stays with 256.
-        """
+        """Have LLVM compile the calling function by itself, so that its loops have all registers."""
 
         def generate(context, builder, signature, args):
             builder.function.attributes.add("noinline")
-            # llvmlite does not know this attribute and would refuse it; `set.add` passes by its check.
-            set.add(builder.function.attributes, '"prefer-vector-width"="512"')
             return context.get_dummy_value()
 
         return types.void(), generate
@@ -699,12 +699,19 @@ def _blocks(channels):
     return (channels + BLOCK - 1) // BLOCK
 
 
-def _shared_arguments(conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, order):
+def _visits(order, length):
+    """What the kernels trust: both directions' order of visits (2, L), in which each token has its turn."""
+    forward = torch.arange(length)
+    if not torch.equal(order.long().sort().values, forward):
+        raise ValueError(
+            f"`order` must hold each position from 0 to {length - 1} once, for {length} tokens; got the shape "
+            f"{tuple(order.shape)} with {order.unique().numel()} positions from {order.min()} to {order.max()}."
+        )
+    return torch.stack([forward, order])
+
+
+def _shared_arguments(conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, visits):
     """What the kernels take, of the parameters: (weight, bias, visits) of `_convolve`, (A, ..., visits) of `_scan`."""
-    (length,) = order.shape
-    if length and not 0 <= order.min() <= order.max() < length:
-        raise ValueError(f"`order` must hold positions among {length} tokens, got {order.min()} to {order.max()}.")
-    visits = torch.stack([torch.arange(length), order])
     weight, A = conv_weight.float().transpose(1, 2).contiguous(), -LOG2E * A_log.float().exp().transpose(1, 2)
     convolution = weight, conv_bias.float().contiguous(), visits
     return convolution, (A.contiguous(), D.float().contiguous(), dt_proj_bias.float().contiguous(), visits)
@@ -724,7 +731,7 @@ def _forward(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_
     xz = xz.contiguous()
     out, states = _outputs(xz, A_log, keep_states)
     convolution, scan = _shared_arguments(
-        conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, order
+        conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, _visits(order, xz.shape[1])
     )
     for clips in _groups(xz, 2):
         shape = (2, *out[clips].shape)
@@ -745,7 +752,7 @@ def _backward(grad, states, xz, conv_weight, conv_bias, x_proj_weight, dt_proj_w
     xz, grad = xz.contiguous(), grad.to(xz.dtype).contiguous()
     channels, taps, num_states = conv_weight.shape[1], conv_weight.shape[2], A_log.shape[2]
     convolution, scan = _shared_arguments(
-        conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, order
+        conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, _visits(order, xz.shape[1])
     )
     blocks = _blocks(channels)
     d_xz = torch.empty_like(xz)

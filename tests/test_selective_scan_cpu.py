@@ -207,9 +207,18 @@ def test_is_the_default_on_a_cpu(monkeypatch):
     assert seam.select_scan_backend(cpu, torch.float64) == "torch"
 
 
-def test_order_out_of_range_is_refused():
-    with pytest.raises(ValueError, match="positions among 4 tokens, got 0 to 4"):
-        backend.bidirectional_selective_scan(*random_inputs(1, 4, 3), order=torch.tensor([4, 2, 1, 0]))
+@pytest.mark.parametrize(
+    ("order", "found"),
+    [
+        ([4, 2, 1, 0], r"\(4,\) with 4 positions from 0 to 4"),
+        ([-1, 2, 1, 0], r"\(4,\) with 4 positions from -1 to 2"),
+        ([3, 2, 2, 0], r"\(4,\) with 3 positions from 0 to 3"),
+        ([2, 1, 0], r"\(3,\) with 3 positions from 0 to 2"),
+    ],
+)
+def test_order_that_is_no_permutation_is_refused(order, found):
+    with pytest.raises(ValueError, match=f"position from 0 to 3 once, for 4 tokens; got the shape {found}"):
+        backend.bidirectional_selective_scan(*random_inputs(1, 4, 3), order=torch.tensor(order))
 
 
 def run_python(code, **environment):
