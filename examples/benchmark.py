@@ -13,8 +13,8 @@ shows the throughput.
 
 On a CPU, models take turns step by step, so that whatever else the machine does slows all of them alike, and the
 ratios of their times are printed: compare those, not the times. Inference is of one clip, in float32 and, for the
-shortest clips, in bfloat16 too. A training step is one of the tiny checkpoint's model. A Python loop over tokens runs
-twice, for scale.
+shortest clips, in bfloat16 too. A training step is one of the tiny checkpoint's model. Two Python loops over tokens
+run twice, for scale: ours, and that of transformers' Mamba, which is what a scan costs on a CPU today.
 """
 
 import argparse
@@ -28,7 +28,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import VideoMAEConfig, VideoMAEForVideoClassification
+from transformers import MambaConfig, VideoMAEConfig, VideoMAEForVideoClassification
+from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassification, use_scan_backend
 from modeling_videomamba.selective_scan import BACKENDS, bidirectional_selective_scan, select_scan_backend
@@ -214,7 +215,11 @@ def cpu_comparisons(arguments):
 
     frames = min(arguments.frames)
     step = inference_step("VideoMamba-S", frames, torch.float32)
-    steps = {f"VideoMamba-S ({b})": use_scan_backend(b)(step) for b in ("sequential", "numba")}
+    # What Mamba costs on a CPU today: the Python loop of transformers' own mixer, for 24 layers and two directions.
+    mixer = MambaMixer(MambaConfig(hidden_size=384, state_size=16, time_step_rank=24), layer_idx=0)
+    tokens = torch.randn(1, 1 + frames // 2 * (SIZE // 16) ** 2, 384)
+    steps = {"transformers' Mamba × 48": torch.no_grad()(lambda: [mixer(tokens) for _ in range(48)])}
+    steps |= {f"VideoMamba-S ({b})": use_scan_backend(b)(step) for b in ("sequential", "torch", "numba")}
     yield "inference", "float32", frames, 1, steps, 0, 2
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 
-CHUNK = 64  # tokens a chunk
+CHUNK = 32  # tokens a chunk
 
 
 def unusable_reason(device, dtype):
@@ -45,7 +45,7 @@ def _causal_conv(x, weight, bias):
     padded = F.pad(x, (0, 0, taps - 1, 0))
     out = bias[:, None, None]
     for k in range(taps):
-        out = out + padded[:, :, k : k + length] * weight[:, None, None, :, k]
+        out = torch.addcmul(out, padded[:, :, k : k + length], weight[:, None, None, :, k])
     return out
 
 
@@ -119,10 +119,15 @@ def _hand_on(ends, decay, batch, reverse=False):
     return starts.flatten(0, 1)
 
 
-def _advance(state, decay, step, delta, input, A, B):
+def _steps(x, dim):
+    """Views of x (T, CHUNK, ...) for each step, with an axis of 1 at `dim` to broadcast over states or channels."""
+    return x.unsqueeze(dim).unbind(1)
+
+
+def _advance(state, decay, delta, input, A, B):
     """One step of the recurrence, in place: state (T, N, E); `decay` is a buffer of the same shape."""
-    torch.mul(delta[:, step, None], A, out=decay).exp_()
-    return state.mul_(decay).addcmul_(input[:, step, None], B[:, step, :, None])
+    torch.mul(delta, A, out=decay).exp_()
+    return state.mul_(decay).addcmul_(input, B)
 
 
 def _scan_forward(u, delta, A, B, C):
@@ -140,15 +145,16 @@ def _scan_forward(u, delta, A, B, C):
             for tile in tiles:
                 state = ends[g, tile].zero_()
                 decay = torch.empty_like(state)
-                for step in range(CHUNK):
-                    _advance(state, decay, step, delta[g, tile], input[g, tile], A[g], B[g, tile])
+                views = _steps(delta[g, tile], 2), _steps(input[g, tile], 2), _steps(B[g, tile], 3)
+                for d, v, b in zip(*views, strict=True):
+                    _advance(state, decay, d, v, A[g], b)
             starts[g] = _hand_on(ends[g], torch.exp(delta[g].sum(1)[:, None] * A[g]), batch)
         for tile in tiles:
             state = starts[g, tile].clone()
             decay = torch.empty_like(state)
-            for step in range(CHUNK if several else length):
-                _advance(state, decay, step, delta[g, tile], input[g, tile], A[g], B[g, tile])
-                torch.bmm(C[g, tile, step, None], state, out=y[g, tile, step, None])
+            views = [_steps(t[g, tile], 2) for t in (delta, input, C, y)]
+            for d, v, c, out, b in zip(*views, _steps(B[g, tile], 3), strict=True):
+                torch.bmm(c, _advance(state, decay, d, v, A[g], b), out=out)
     return y.reshape(u.shape[0], batch, -1, channels)[:, :, :length].contiguous(), starts
 
 

@@ -122,8 +122,8 @@ def test_oracle_against_the_mamba_of_transformers():
         ((1, 1, 1), "first", 3, 3),  # length 2
         ((3, 1, 5), "none", 1, 17),  # length 15
         ((4, 2, 2), "middle", 2, 7),  # length 17
-        ((4, 4, 4), "none", 1, 8),  # exactly one chunk
-        ((4, 4, 4), "first", 3, 8),  # one token more
+        ((2, 4, 4), "none", 1, 8),  # exactly one chunk
+        ((2, 4, 4), "first", 3, 8),  # one token more
         ((5, 7, 6), "first", 1, 20),  # 211
     ],
 )
