@@ -38,11 +38,9 @@ class VideoMambaPatchEmbeddings(nn.Module):
         # Tubelets do not overlap: their convolution is one matrix product, which GPUs run several times as fast.
         weight = self.projection.weight
         frames, rows, columns = weight.shape[2:]
-        sizes = (pixel_values.shape[1], *pixel_values.shape[3:])
-        grid = [size // step for size, step in zip(sizes, weight.shape[2:], strict=True)]
-        clip = pixel_values[:, : grid[0] * frames, :, : grid[1] * rows, : grid[2] * columns].to(weight.dtype)
-        tubelets = clip.unflatten(4, (grid[2], columns)).unflatten(3, (grid[1], rows)).unflatten(1, (grid[0], frames))
-        tubelets = tubelets.permute(0, 1, 4, 6, 3, 2, 5, 7).flatten(4).flatten(1, 3)
+        # Views (B, n_t, C, n_h, n_w, frames, rows, columns); what does not fill a tubelet is left out.
+        tubelets = pixel_values.to(weight.dtype).unfold(1, frames, frames).unfold(3, rows, rows)
+        tubelets = tubelets.unfold(4, columns, columns).permute(0, 1, 3, 4, 2, 5, 6, 7).flatten(4).flatten(1, 3)
         return F.linear(tubelets, weight.flatten(1), self.projection.bias)
 
 
