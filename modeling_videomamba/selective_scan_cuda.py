@@ -81,7 +81,7 @@ struct Args {
     io_t *out, *du, *ddelta;
     float *states, *sums, *sub, *adjoint, *da, *dvec;
     void *dbc;
-    int B, L, E;
+    int B, L;
     int mode;  // along a general order: 1 + the direction that this launch walks
     int chunk, chunks;  // tokens in one, and how many
 };
@@ -92,31 +92,46 @@ DEV float rcp(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "
 DEV float half_to_float(u16 v) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(v)); return y; }
 DEV u16 float_to_half(float v) { u16 y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(v)); return y; }
 DEV u16 float_to_bf16(float v) { u16 y; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(v)); return y; }
-DEV u32 pack16(float a, float b) {
-    u32 y;
-#if IO == 1
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(b), "f"(a));
-#else
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(b), "f"(a));
-#endif
-    return y;
-}
+DEV u32 pack_half(float a, float b) { u32 y; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(b), "f"(a)); return y; }
+DEV u32 pack_bf16(float a, float b) { u32 y; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(b), "f"(a)); return y; }
 // d (16x8) += a (16x4) b (4x8); tf32 operands, of which the hardware reads the upper 19 bits.
-DEV void mma4(float *d, float a0, float a1, float b) {
+DEV void mma_tf32_k4(float *d, float a0, float a1, float b) {
     asm("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(b)));
 }
-DEV float round_tf32(float v) { u32 y; asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(v)); return __uint_as_float(y); }
-// d (16x8) += a (16x16) b (16x8) in the type of the activations.
-DEV void mma16(float *d, const u32 *a, u32 b0, u32 b1) {
-#if IO == 1
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#endif
+DEV void mma_tf32_k8(float *d, float a0, float a1, float a2, float a3, float b0, float b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)),
+          "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}
+DEV float round_tf32(float v) { u32 y; asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(v)); return __uint_as_float(y); }
+// d (16x8) += a (16x16 or 16x8) b, in 16-bit types.
+#define MMA_K16(TYPE)                                                                                               \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "       \
+        "{%0,%1,%2,%3};"                                                                                            \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                            \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+#define MMA_K8(TYPE)                                                                                                \
+    asm("mma.sync.aligned.m16n8k8.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"   \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                            \
+        : "r"(a[0]), "r"(a[1]), "r"(b))
+DEV void mma_bf16_k16(float *d, const u32 *a, u32 b0, u32 b1) { MMA_K16("bf16"); }
+#if IO == 1
+DEV u32 pack16(float a, float b) { return pack_half(a, b); }
+DEV void mma_k16(float *d, const u32 *a, u32 b0, u32 b1) { MMA_K16("f16"); }
+DEV void mma_k8(float *d, const u32 *a, u32 b) { MMA_K8("f16"); }
+#else
+DEV u32 pack16(float a, float b) { return pack_bf16(a, b); }
+DEV void mma_k16(float *d, const u32 *a, u32 b0, u32 b1) { MMA_K16("bf16"); }
+DEV void mma_k8(float *d, const u32 *a, u32 b) { MMA_K8("bf16"); }
+#endif
+// Of an 8x8 matrix of 16-bit values, a row in four lanes: its transpose.
+DEV u32 transpose(u32 v) {
+    u32 y;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(v));
+    return y;
 }
 template <int BYTES> DEV void copy_async(void *to, const void *from, bool valid) {
     u32 address = (u32)__cvta_generic_to_shared(to), bytes = valid ? BYTES : 0;
@@ -167,21 +182,16 @@ DEV void store2(io_t *p, float a, float b) {
     *(u32 *)p = pack16(a, b);
 #endif
 }
-// Four neighbours, `left` of which exist; at a multiple of four if VEC.
-DEV void load4(float *to, const io_t *from, int left) {
-    if (VEC) {
+// Four neighbours at a multiple of four.
+DEV void unpack4(float *to, const io_t *from) {
 #if IO == 0
-        float4 v = left > 0 ? *(const float4 *)from : make_float4(0.f, 0.f, 0.f, 0.f);
-        to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+    float4 v = *(const float4 *)from;
+    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
 #else
-        uint2 v = left > 0 ? *(const uint2 *)from : make_uint2(0u, 0u);
-        to[0] = value((u16)v.x), to[1] = value((u16)(v.x >> 16));
-        to[2] = value((u16)v.y), to[3] = value((u16)(v.y >> 16));
+    uint2 v = *(const uint2 *)from;
+    to[0] = value((u16)v.x), to[1] = value((u16)(v.x >> 16));
+    to[2] = value((u16)v.y), to[3] = value((u16)(v.y >> 16));
 #endif
-    } else {
-#pragma unroll
-        for (int e = 0; e < 4; e++) to[e] = e < left ? value(from[e]) : 0.f;
-    }
 }
 DEV void store4(io_t *to, const float *from, int left) {
     if (VEC) {
@@ -230,10 +240,10 @@ DEV float softplus(float v) {
 #if EXACT
     return v > 20.f ? v : log1pf(expf(v));
 #else
-    // max(v, 0) + log1p(e^-|v|), log1p(t) / t by a polynomial of relative error 1.3e-6: small steps stay accurate.
+    // max(v, 0) + log1p(e^-|v|), log1p(t) / t by a polynomial of relative error 5.7e-5: small steps stay accurate.
     float t = ex2(fabsf(v) * -LOG2E);
-    float p = fmaf(fmaf(fmaf(0.014140995f, t, -0.06640171f), t, 0.14922377f), t, -0.23503855f);
-    p = fmaf(fmaf(fmaf(p, t, 0.33109447f), t, -0.49986964f), t, 0.99999875f);
+    float p = fmaf(fmaf(0.04134728f, t, -0.15742719f), t, 0.30630095f);
+    p = fmaf(fmaf(p, t, -0.49697782f), t, 0.99994328f);
     return fmaf(p, t, fmaxf(v, 0.f));
 #endif
 }
@@ -257,8 +267,9 @@ DEV float softplus_slope(float delta) {
 // ------------------------------------------------------------------------------------------------------------------
 // A walk: one warp, one direction, 16 M channels, tiles of 16 tokens. Tiles are aligned in the sequence (for a general
 // order: in the steps), so both directions of a chunk meet at a tile border.
-// A warp holds its states as the tensor cores hold a 16x8 result: lane (g, q) = (lane / 4, lane % 4) has, of channels
-// g and g + 8 of each block of 16, the states 2q and 2q + 1 of each group of 8.
+// A warp holds its states as the tensor cores hold a 16x8 result: lane (g, q) = (lane / 4, lane % 4) has the channels
+// g S to g S + S - 1 of the warp's, S = 2M, and of each group of 8 states the states 2q and 2q + 1. Rows g and g + 8 of
+// the i-th result are the channels g S + 2i and g S + 2i + 1.
 // ------------------------------------------------------------------------------------------------------------------
 
 struct Walk {
@@ -282,37 +293,40 @@ struct Walk {
         w.row = (size_t)w.b * p.L;
         return w;
     }
-    // Where tile i lies, and the token of its step r: -1 if it is past the end.
+    // Where tile i lies, the place of its step r, and the token there, if the place is before `last`.
     __device__ __forceinline__ int begin(int i) const { return first + (reversed ? tiles - 1 - i : i) * TILE; }
-    __device__ __forceinline__ int token(int begin, int r) const {
-        int place = begin + (reversed ? TILE - 1 - r : r);
-        if (place >= last) return -1;
-        if (ORDERED && order) return (int)order[place];
+    __device__ __forceinline__ int place(int begin, int r) const {
+        return begin + (reversed ? TILE - 1 - r : r);
+    }
+    __device__ __forceinline__ int token(int place) const {
+        if (ORDERED && order) return place < last ? (int)order[place] : 0;
         return place;
     }
 };
 
-// Two lanes copy one of the 16 rows of a tile; rows past the end (token < 0) and columns past `columns` become zero.
-template <int COLUMNS, int BYTES>
-DEV void load_rows(io_t *to, const io_t *from, int stride, int columns, int token, int lane) {
+// Two lanes copy one of the 16 rows of a tile, from the row of a token; rows that do not exist and columns past `left`
+// become zero. Rows lie STRIDE values apart, in shared memory SPACING.
+template <int COLUMNS, int SPACING, int STRIDE, int BYTES>
+DEV void load_row(io_t *to, const io_t *from, int left, int token, bool exists, int lane) {
     const int PER = BYTES / sizeof(io_t), PIECES = COLUMNS / PER;
     const int odd = lane & 1;
-    const io_t *source = from + (size_t)max(token, 0) * stride + odd * PER;
-    to += (lane >> 1) * COLUMNS + odd * PER;
-    columns = token < 0 ? 0 : columns - odd * PER;
+    from += (long long)token * STRIDE + odd * PER;
+    to += (lane >> 1) * SPACING + odd * PER;
 #pragma unroll
     for (int i = 0; i < PIECES; i += 2) {
         if (PIECES % 2 && i == PIECES - 1 && odd) break;
-        if (BYTES >= 4)
-            copy_async<BYTES < 4 ? 4 : BYTES>(to + i * PER, source + i * PER, i * PER < columns);
-        else
-            to[i * PER] = i * PER < columns ? source[i * PER] : (io_t)0;
+        bool valid = exists && (i + odd) * PER < left;
+        if (BYTES >= 4) copy_async<BYTES < 4 ? 4 : BYTES>(to + i * PER, from + i * PER, valid);
+        else to[i * PER] = valid ? from[i * PER] : (io_t)0;
     }
 }
 #define PROJ_BYTES (PROJ * sizeof(io_t))
 #define PROJ_PIECE (PROJ_BYTES % 16 == 0 ? 16 : PROJ_BYTES % 8 == 0 ? 8 : PROJ_BYTES % 4 == 0 ? 4 : 2)
 #define CHANNEL_PIECE (VEC ? 16 : (int)sizeof(io_t) == 4 ? 4 : 2)
-
+// A tile of channels in shared memory: values from row to row (32 channels: so that lanes of four rows meet no bank
+// twice), and bytes of a tile of the projection.
+#define ROW(M) (16 * M + (M > 1 ? 16 : 0))
+#define PROJ_TILE ((TILE * PROJ * (int)sizeof(io_t) + 15) / 16 * 16)
 DEV u32 pair16(const io_t *p) {
 #if IO == 0
     return 0;
@@ -321,87 +335,87 @@ DEV u32 pair16(const io_t *p) {
 #endif
 }
 
-// What makes Δ of a warp's channels: the bias, and dt_proj's rows as the tensor cores want a right factor.
-#define KS ((R + 15) / 16)
-template <int M> struct StepSize {
-    float bias[2 * M][2];
-    u32 weight[2 * M][KS][2];
+// What makes Δ of a warp's channels: dt_proj's rows as the tensor cores want a right factor, 8 ranks a word, and bias.
+#define EIGHTS ((R + 7) / 8)
+#define WORDS(M) ((2 * M * EIGHTS + 3) / 4 * 4)
+#define STEP_SIZE_BYTES(M) (EXACT ? 0 : WORDS(M) * 128 + 64 * M)
 
-    __device__ __forceinline__ void load(const Args &p, const Walk &w) {
-#pragma unroll
-        for (int s = 0; s < 2 * M; s++) {
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                int channel = w.channel + s * 8 + 2 * w.q + e;
-                bias[s][e] = channel < p.E ? parameter(p.dt_b, (size_t)w.dir * p.E + channel) : 0.f;
-            }
+template <int M> struct StepSize {
+    u32 *weight;  // [four words][lane][4]
+    float *bias;
+
+    __device__ __forceinline__ void load(const Args &p, const Walk &w, char *to) {
+        weight = (u32 *)to, bias = (float *)(to + WORDS(M) * 128);
 #if !EXACT
-            size_t at = ((size_t)w.dir * p.E + min(w.channel + s * 8 + w.g, p.E - 1)) * R;
-#pragma unroll
-            for (int k = 0; k < KS; k++)
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    int r = 16 * k + 8 * i + 2 * w.q;
-                    if (16 * k + 8 * i >= R) weight[s][k][i] = 0;
-                    else if (PT == IO && R % 8 == 0) weight[s][k][i] = *(const u32 *)((const u16 *)p.dt_w + at + r);
-                    else weight[s][k][i] = pack16(r < R ? parameter(p.dt_w, at + r) : 0.f,
-                                                  r + 1 < R ? parameter(p.dt_w, at + r + 1) : 0.f);
-                }
-#endif
-        }
-    }
-    // Δ of a tile: softplus(time_step dt_proj' + bias), into delta[t][g][slot]; channel = slot * 8 + g. Steps past the
-    // end get Δ = 0, which changes no state.
-    __device__ __forceinline__ void apply(const Args &p, const Walk &w, int begin, const io_t *proj,
-                                          float *delta) const {
-        const int LD = 16 * M + 4, S = 2 * M;
-        float acc[S][4];
-        int g = w.g, q = w.q;
+        const int S = 2 * M;
 #pragma unroll
         for (int s = 0; s < S; s++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) acc[s][e] = bias[s][e & 1];
+            for (int k = 0; k < EIGHTS; k++) {
+                int r = 8 * k + 2 * w.q, word = s * EIGHTS + k;
+                size_t at = ((size_t)w.dir * CHANNELS + min(w.channel + w.g * S + s, CHANNELS - 1)) * R + r;
+                weight[(word / 4 * 32 + w.lane) * 4 + word % 4] =
+                    pack16(r < R ? parameter(p.dt_w, at) : 0.f, r + 1 < R ? parameter(p.dt_w, at + 1) : 0.f);
+            }
+        for (int c = w.lane; c < 16 * M; c += 32)
+            bias[c] = w.channel + c < CHANNELS ? parameter(p.dt_b, (size_t)w.dir * CHANNELS + w.channel + c) : 0.f;
+        sync_warp();
+#endif
+    }
+    // Δ of a tile: softplus(time_step dt_proj' + bias), into delta[t][channel]. Steps past the end get a Δ too; their
+    // inputs and the gradients that come back to them are zero.
+    __device__ __forceinline__ void apply(const Args &p, const Walk &w, const io_t *proj, float *delta) const {
+        const int LD = 16 * M + 4, S = 2 * M;
+        const int g = w.g, q = w.q;
+        float acc[S][4];
 #if EXACT
         for (int s = 0; s < S; s++)
-            for (int e = 0; e < 2; e++) {
-                int channel = min(w.channel + s * 8 + 2 * q + e, p.E - 1);
-                size_t at = ((size_t)w.dir * p.E + channel) * R;
-                float low = 0.f, high = 0.f;
-                for (int r = 0; r < R; r++) {
-                    float factor = parameter(p.dt_w, at + r);
-                    low = fmaf(value(proj[g * PROJ + r]), factor, low);
-                    high = fmaf(value(proj[(g + 8) * PROJ + r]), factor, high);
-                }
-                acc[s][e] += low, acc[s][e + 2] += high;
+            for (int e = 0; e < 4; e++) {
+                int channel = min(w.channel + (2 * q + (e & 1)) * S + s, CHANNELS - 1);
+                acc[s][e] = parameter(p.dt_b, (size_t)w.dir * CHANNELS + channel);
+                for (int r = 0; r < R; r++)
+                    acc[s][e] = fmaf(value(proj[(g + 8 * (e >> 1)) * PROJ + r]),
+                                     parameter(p.dt_w, ((size_t)w.dir * CHANNELS + channel) * R + r), acc[s][e]);
             }
 #else
+        u32 words[WORDS(M)];
 #pragma unroll
-        for (int k = 0; k < KS; k++) {
+        for (int i = 0; i < WORDS(M); i += 4) {
+            uint4 v = *(const uint4 *)(weight + (i * 8 + w.lane) * 4);
+            words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
+        }
+        float start[2 * S];
+        load_vector<2 * S>(start, bias + 2 * q * S);
+#pragma unroll
+        for (int s = 0; s < S; s++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) acc[s][e] = start[(e & 1) * S + s];
+#pragma unroll
+        for (int k = 0; k < EIGHTS; k += 2) {
             u32 a[4];
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                int r = 16 * k + 2 * q + 8 * (i >> 1);
+                int r = 8 * (k + (i >> 1)) + 2 * q;
                 const io_t *at = proj + (g + 8 * (i & 1)) * PROJ + r;
-                if (16 * k + 8 * (i >> 1) >= R) a[i] = 0;
+                if (8 * (k + (i >> 1)) >= R) a[i] = 0;
                 else if (PROJ % 2 == 0 && R % 2 == 0) a[i] = R % 8 == 0 || r < R ? *(const u32 *)at : 0u;
                 else a[i] = r + 1 < R ? pair16(at) : r < R ? (u32)*(const u16 *)at : 0u;
             }
 #pragma unroll
-            for (int s = 0; s < S; s++) mma16(acc[s], a, weight[s][k][0], weight[s][k][1]);
+            for (int s = 0; s < S; s++) {
+                if (k + 1 < EIGHTS) mma_k16(acc[s], a, words[s * EIGHTS + k], words[s * EIGHTS + k + 1]);
+                else mma_k8(acc[s], a, words[s * EIGHTS + k]);
+            }
         }
 #endif
-        const bool reversed = w.reversed;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            int r = g + 8 * half;
-            bool valid = begin + (reversed ? TILE - 1 - r : r) < w.last;
+            float v[2 * S];
 #pragma unroll
-            for (int e = 0; e < 2; e++) {
-                float v[S];
+            for (int s = 0; s < S; s++)
 #pragma unroll
-                for (int s = 0; s < S; s++) v[s] = softplus(valid ? acc[s][e + 2 * half] : -1e30f);
-                store_vector<S>(delta + r * LD + (2 * q + e) * S, v);
-            }
+                for (int e = 0; e < 2; e++) v[e * S + s] = softplus(acc[s][2 * half + e]);
+            store_vector<2 * S>(delta + (g + 8 * half) * LD + 2 * q * S, v);
         }
     }
 };
@@ -413,41 +427,54 @@ template <int M> DEV void load_A(const Args &p, const Walk &w, float a[M][NT][4]
         for (int nt = 0; nt < NT; nt++)
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                int channel = w.channel + i * 16 + w.g + 8 * (e >> 1), n = nt * 8 + 2 * w.q + (e & 1);
-                bool valid = channel < p.E && n < N;
-                a[i][nt][e] = valid ? -expf(parameter(p.a_log, ((size_t)w.dir * p.E + channel) * N + n)) * LOG2E : 0.f;
+                int channel = w.channel + w.g * 2 * M + 2 * i + (e >> 1), n = nt * 8 + 2 * w.q + (e & 1);
+                bool valid = channel < CHANNELS && n < N;
+                a[i][nt][e] =
+                    valid ? -expf(parameter(p.a_log, ((size_t)w.dir * CHANNELS + channel) * N + n)) * LOG2E : 0.f;
             }
 }
-// States lie in memory as the lanes hold them: [dir][b][part][block of 16][group of 8 states][lane][4].
-DEV float *fragment(float *states, const Args &p, const Walk &w, int parts, int part, int block) {
-    int blocks = (p.E + 15) / 16;
-    size_t at = ((size_t)(w.dir * p.B + w.b) * parts + part) * blocks + w.channel / 16 + block;
+// States of a walk over 16 channels lie in memory as the lanes hold them: [dir][b][part][block of 16][group of 8
+// states][lane][4].
+DEV float *fragment(float *states, const Args &p, const Walk &w, int parts, int part) {
+    int blocks = (CHANNELS + 15) / 16;
+    size_t at = ((size_t)(w.dir * p.B + w.b) * parts + part) * blocks + w.channel / 16;
     return states + (at * NT * 32 + w.lane) * 4;
 }
-template <int M>
-DEV void load_states(float h[M][NT][4], float *states, const Args &p, const Walk &w, int parts, int part) {
-    int blocks = (p.E + 15) / 16;
+DEV void load_states(float h[NT][4], float *states, const Args &p, const Walk &w, int parts, int part) {
 #pragma unroll
-    for (int i = 0; i < M; i++)
-#pragma unroll
-        for (int nt = 0; nt < NT; nt++) {
-            bool valid = w.channel / 16 + i < blocks;
-            if (valid) load_vector<4>(h[i][nt], fragment(states, p, w, parts, part, i) + nt * 128);
-        }
+    for (int nt = 0; nt < NT; nt++) load_vector<4>(h[nt], fragment(states, p, w, parts, part) + nt * 128);
 }
-template <int M>
-DEV void store_states(float h[M][NT][4], float *states, const Args &p, const Walk &w, int parts, int part) {
-    int blocks = (p.E + 15) / 16;
+DEV void store_states(float h[NT][4], float *states, const Args &p, const Walk &w, int parts, int part) {
 #pragma unroll
-    for (int i = 0; i < M; i++)
-#pragma unroll
-        for (int nt = 0; nt < NT; nt++)
-            if (w.channel / 16 + i < blocks)
-                store_vector<4>(fragment(states, p, w, parts, part, i) + nt * 128, h[i][nt]);
+    for (int nt = 0; nt < NT; nt++) store_vector<4>(fragment(states, p, w, parts, part) + nt * 128, h[nt]);
 }
-// B or C (at `offset` of the projection) of a token and a state.
+// B or C (at `offset` of the projection) of a token and a state; and of two neighbouring states, the first even.
 DEV float projected(const io_t *proj, int t, int offset, int n) {
-    return n < N ? value(proj[t * PROJ + offset + n]) : 0.f;
+    return N % 8 == 0 || n < N ? value(proj[t * PROJ + offset + n]) : 0.f;
+}
+DEV void projected2(float *to, const io_t *proj, int t, int offset, int n) {
+    if (R % 2 == 0 && N % 2 == 0) {
+        float2 v = N % 8 == 0 || n < N ? load2(proj + t * PROJ + offset + n) : make_float2(0.f, 0.f);
+        to[0] = v.x, to[1] = v.y;
+    } else
+        to[0] = projected(proj, t, offset, n), to[1] = projected(proj, t, offset, n + 1);
+}
+// S neighbouring activations, at a multiple of S.
+template <int S> DEV void load_channels_of_lane(float *to, const io_t *from) {
+    if (S == 2) {
+        float2 v = load2(from);
+        to[0] = v.x, to[1] = v.y;
+    } else
+        unpack4(to, from);
+}
+
+// Contraction over the states at one step of four: channel row g collects in `low`, row g + 8 in `high`. A factor lies
+// in lane (g, q) for step g / 2 and state 2q + g % 2, and is let through at its own step. After the four, lane (g, q)
+// has the sums of step q: low[0] + low[3] and high[0] + high[3]; the other elements are by-products. (One product of
+// depth 8 would do for two of depth 4, but wants the states in other registers than they are in.)
+DEV void contract(float *low, float *high, const float *x, float factor) {
+    mma_tf32_k4(low, x[0], x[1], factor);
+    mma_tf32_k4(high, x[2], x[3], factor);
 }
 
 // Kinds of walk. SCAN: outputs. STATES: the state a chunk ends with, from zero, or (if p.sub) the state before every 8
@@ -456,39 +483,37 @@ DEV float projected(const io_t *proj, int t, int offset, int n) {
 #define STATES 1
 #define ADJOINT 2
 
-// Contraction over the states at one step of four: channel g collects in `low`, channel g + 8 in `high`. A factor lies
-// in lane (g, q) for step g / 2 and state 2q + g % 2, and is let through at its own step. After the four, lane (g, q)
-// has the sums of step q: low[0] + low[3] and high[0] + high[3]; the other elements are by-products.
-DEV void contract(float *low, float *high, const float *x, float factor) {
-    mma4(low, x[0], x[1], factor);
-    mma4(high, x[2], x[3], factor);
-}
+// Bytes of shared memory of a warp.
+#define FORWARD_SHARED(M, KIND) (2 * (PROJ_TILE + TILE * ROW(M) * (int)sizeof(io_t)) + TILE * (16 * M + 4) * 4 \
+                                 + (KIND == SCAN ? 2 * TILE * ROW(M) * (int)sizeof(io_t) : 0) + STEP_SIZE_BYTES(M))
+#define BACKWARD_SHARED (2 * (PROJ_TILE + 3 * TILE * 16 * (int)sizeof(io_t)) + 5 * TILE * 20 * 4 + NT * 512 \
+                         + TILE * 16 * (int)sizeof(io_t) + (EXACT ? NT * 512 : STEP_SIZE_BYTES(1)))
 
 template <int M, int KIND> DEV void walk_forward(const Args &p) {
-    const int LD = 16 * M + 4, S = 2 * M;
+    const int LD = 16 * M + 4, S = 2 * M, LU = ROW(M);
     extern __shared__ __align__(16) char shared[];
     Walk w = Walk::start(p, M);
     if (ORDERED && w.dir != p.mode - 1) return;
     if (KIND == ADJOINT) w.reversed = !w.reversed;
     const bool meeting = KIND == SCAN && !ORDERED;
-    if (w.channel >= p.E) {
+    if (w.channel >= CHANNELS) {
         if (meeting) block_barrier(W * 64);
         return;
     }
-    const int g = w.g, q = w.q, lane = w.lane, left = p.E - w.channel;
-    const int PROJ_TILE = (TILE * PROJ * sizeof(io_t) + 15) / 16 * 16, U_TILE = TILE * 16 * M * sizeof(io_t);
-    const int STAGE = PROJ_TILE + U_TILE;
-    char *mine = shared + (threadIdx.x >> 5) * (2 * STAGE + TILE * LD * 4);
+    const int g = w.g, q = w.q, lane = w.lane, left = CHANNELS % (16 * M) ? CHANNELS - w.channel : 16 * M;
+    const int U_TILE = TILE * LU * sizeof(io_t), STAGE = PROJ_TILE + U_TILE;
+    char *mine = shared + (threadIdx.x >> 5) * FORWARD_SHARED(M, KIND);
     float *delta = (float *)(mine + 2 * STAGE);
+    io_t *gate = (io_t *)(delta + TILE * LD), *before = gate + TILE * LU;  // of SCAN alone
     const io_t *proj_rows = p.proj + ((size_t)w.dir * p.B * p.L + w.row) * PROJ;
-    const io_t *u_rows = p.u + ((size_t)(KIND == ADJOINT ? 0 : w.dir) * p.B * p.L + w.row) * p.E + w.channel;
-    const io_t *z_rows = p.xz + (w.row * 2 + 1) * p.E + w.channel;
-    io_t *out_rows = p.out + w.row * p.E + w.channel;
+    const io_t *u_rows = p.u + ((size_t)(KIND == ADJOINT ? 0 : w.dir) * p.B * p.L + w.row) * CHANNELS + w.channel;
+    const io_t *z_rows = p.xz + (w.row * 2 + 1) * CHANNELS + w.channel;
+    io_t *out_rows = p.out + w.row * CHANNELS + w.channel;
 
     float a[M][NT][4], h[M][NT][4], total[S];
     load_A<M>(p, w, a);
     StepSize<M> step_size;
-    if (M == 1) step_size.load(p, w);
+    step_size.load(p, w, mine + FORWARD_SHARED(M, KIND) - STEP_SIZE_BYTES(M));
 #pragma unroll
     for (int i = 0; i < M; i++)
 #pragma unroll
@@ -497,48 +522,60 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
             for (int e = 0; e < 4; e++) h[i][nt][e] = 0.f;
 #pragma unroll
     for (int s = 0; s < S; s++) total[s] = 0.f;
-    if (p.chunks > 1 && (KIND == SCAN || p.sub)) load_states<M>(h, p.states, p, w, p.chunks, blockIdx.y);
+    if (M == 1 && p.chunks > 1 && (KIND == SCAN || p.sub)) load_states(h[0], p.states, p, w, p.chunks, blockIdx.y);
     const int four = lane % (4 * M) * 4, here = left - four;  // channels of this lane in the epilogue
+    const int ROUNDS = M * 2, PER = 8 / M, row = lane / (4 * M);
     float skip[4], in_step[4], out_step[4];
 #pragma unroll
     for (int j = 0; j < 4; j++) in_step[j] = q == j, out_step[j] = g >> 1 == j;
 #pragma unroll
     for (int e = 0; e < 4; e++)
-        skip[e] = KIND == SCAN && e < here ? parameter(p.skip, (size_t)w.dir * p.E + w.channel + four + e) : 0.f;
+        skip[e] = KIND == SCAN && e < here ? parameter(p.skip, (size_t)w.dir * CHANNELS + w.channel + four + e) : 0.f;
 
     for (int tile = -1; tile < w.tiles; tile++) {
         if (tile + 1 < w.tiles) {
             char *stage = mine + ((tile + 1) & 1) * STAGE;
-            int token = w.token(w.begin(tile + 1), lane >> 1);
-            load_rows<PROJ, PROJ_PIECE>((io_t *)stage, proj_rows, PROJ, PROJ, token, lane);
-            load_rows<16 * M, CHANNEL_PIECE>((io_t *)(stage + PROJ_TILE), u_rows, p.E, left, token, lane);
+            int place = w.place(w.begin(tile + 1), lane >> 1), token = w.token(place);
+            bool exists = place < w.last;
+            load_row<PROJ, PROJ, PROJ, PROJ_PIECE>((io_t *)stage, proj_rows, PROJ, token, exists, lane);
+            load_row<16 * M, LU, CHANNELS, CHANNEL_PIECE>((io_t *)(stage + PROJ_TILE), u_rows, left, token, exists, lane);
         }
         copy_commit();
         if (tile < 0) continue;
-        copy_wait<1>();
-        sync_warp();
         const int begin = w.begin(tile);
+        // The first direction to come by a token leaves its output; the second adds its own, and gates.
+        const bool second =
+            KIND == SCAN && (ORDERED ? p.mode == 2 : 2 * tile > w.tiles - 1 || (2 * tile == w.tiles - 1 && w.dir));
+        if (meeting && w.dir && tile == w.tiles / 2) block_barrier(W * 64);
+        if (second) {
+            int place = w.place(begin, lane >> 1), token = w.token(place);
+            bool exists = place < w.last;
+            load_row<16 * M, LU, 2 * CHANNELS, CHANNEL_PIECE>(gate, z_rows, left, token, exists, lane);
+            load_row<16 * M, LU, CHANNELS, CHANNEL_PIECE>(before, out_rows, left, token, exists, lane);
+        }
+        if (KIND == SCAN) copy_commit();
+        copy_wait<KIND == SCAN ? 2 : 1>();
+        sync_warp();
         const io_t *proj = (io_t *)(mine + (tile & 1) * STAGE), *u = (io_t *)(mine + (tile & 1) * STAGE + PROJ_TILE);
-        if (M > 1) step_size.load(p, w);  // from the cache: registers are dearer
-        step_size.apply(p, w, begin, proj, delta);
+        step_size.apply(p, w, proj, delta);
         sync_warp();
         const int in_at = KIND == ADJOINT ? R + N : R;
         // Unrolled, the loop outgrows the instruction cache; rolled, it wants its addresses ready.
-        const io_t *b_at = proj + q * PROJ + in_at + g, *c_at = proj + (g >> 1) * PROJ + R + N + 2 * q + (g & 1);
-        const io_t *u_at = u + q * 16 * M + g;
-        float *d_at = delta + g * S, *mine_at = d_at + q * LD;
+        const io_t *b_at = proj + q * PROJ + in_at, *c_at = proj + (g >> 1) * PROJ, *u_at = u + q * LU + g * S;
+        float *d_at = delta + g * S;
 #pragma unroll 1
         for (int t4 = 0; t4 < TILE; t4 += 4) {
-            if (KIND == STATES && p.sub && t4 % 8 == 0) {
+            if (KIND == STATES && M == 1 && p.sub && t4 % 8 == 0) {
                 int part = (begin + (w.reversed ? 8 - t4 : t4)) / 8;
-                if (part < (p.L + 7) / 8) store_states<M>(h, p.sub, p, w, (p.L + 7) / 8, part);
+                if (part < (p.L + 7) / 8) store_states(h[0], p.sub, p, w, (p.L + 7) / 8, part);
             }
 #if EXACT
-            for (int t = t4; t < t4 + 4; t++) {
+            for (int j = 0; j < 4; j++) {
+                const io_t *proj_at = proj + (t4 + j) * PROJ;
                 float sum[S];
 #pragma unroll
                 for (int s = 0; s < S; s++) {
-                    float step = delta[t * LD + g * S + s], v = value(u[t * 16 * M + s * 8 + g]);
+                    float step = d_at[j * LD + s], v = value(u_at[(j - q) * LU + s]);
                     if (KIND != ADJOINT) v *= step;
                     sum[s] = 0.f, total[s] += step;
 #pragma unroll
@@ -548,9 +585,9 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
                             int n = nt * 8 + 2 * q + e;
                             float &state = h[s / 2][nt][(s & 1) * 2 + e];
                             float factor = decay(step, a[s / 2][nt][(s & 1) * 2 + e]);
-                            float in = v * projected(proj, t, in_at, n);
+                            float in = v * projected(proj_at, 0, in_at, n);
                             state = KIND == ADJOINT ? (state + in) * factor : fmaf(state, factor, in);
-                            if (KIND == SCAN) sum[s] = fmaf(state, projected(proj, t, R + N, n), sum[s]);
+                            if (KIND == SCAN) sum[s] = fmaf(state, projected(proj_at, 0, R + N, n), sum[s]);
                         }
                     if (KIND == SCAN) {
                         sum[s] += exchange(sum[s], 1);
@@ -558,20 +595,18 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
                     }
                 }
                 sync_warp();
-                if (KIND == SCAN && q == 0) store_vector<S>(delta + t * LD + g * S, sum);
+                if (KIND == SCAN && q == 0) store_vector<S>(d_at + j * LD, sum);
             }
 #else
-            float b[NT], c[NT], in[S], y[S];
-            load_vector<S>(in, mine_at);
+            float b[NT], c[NT], in[S], y[S], step[S];
+            load_vector<S>(step, d_at + q * LD);
+            load_channels_of_lane<S>(in, u_at);
+#pragma unroll
+            for (int s = 0; s < S; s++) in[s] = round_tf32(KIND == ADJOINT ? in[s] : in[s] * step[s]);
 #pragma unroll
             for (int nt = 0; nt < NT; nt++) {
-                b[nt] = N % 8 == 0 || nt * 8 + g < N ? value(b_at[nt * 8]) : 0.f;
-                c[nt] = KIND == SCAN && (N % 8 == 0 || nt * 8 + 2 * q + (g & 1) < N) ? value(c_at[nt * 8]) : 0.f;
-            }
-#pragma unroll
-            for (int s = 0; s < S; s++) {
-                float v = value(u_at[s * 8]);
-                in[s] = round_tf32(KIND == ADJOINT ? v : v * in[s]);
+                b[nt] = projected(b_at, 0, 0, nt * 8 + g);
+                c[nt] = KIND == SCAN ? projected(c_at, 0, R + N, nt * 8 + 2 * q + (g & 1)) : 0.f;
             }
 #pragma unroll
             for (int i = 0; i < M; i++) {
@@ -583,12 +618,11 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
                     if (KIND == STATES) total[2 * i] += d[0], total[2 * i + 1] += d[1];
 #pragma unroll
                     for (int nt = 0; nt < NT; nt++) {
-                        float *x = h[i][nt], bs = b[nt] * in_step[j];
-                        if (KIND == ADJOINT) mma4(x, in[2 * i], in[2 * i + 1], bs);
+                        float *x = h[i][nt], now = b[nt] * in_step[j];
+                        if (KIND == ADJOINT) mma_tf32_k4(x, in[2 * i], in[2 * i + 1], now);
 #pragma unroll
-                        for (int e = 0; e < 4; e++)
-                            x[e] *= decay(d[e >> 1], a[i][nt][e]);
-                        if (KIND != ADJOINT) mma4(x, in[2 * i], in[2 * i + 1], bs);
+                        for (int e = 0; e < 4; e++) x[e] *= decay(d[e >> 1], a[i][nt][e]);
+                        if (KIND != ADJOINT) mma_tf32_k4(x, in[2 * i], in[2 * i + 1], now);
                         if (KIND == SCAN) contract(low, high, x, c[nt] * out_step[j]);
                     }
                 }
@@ -596,60 +630,41 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
             }
             if (KIND == SCAN) {  // Δ of these steps is used up: their outputs take its place
                 sync_warp();
-                store_vector<S>(mine_at, y);
+                store_vector<S>(d_at + q * LD, y);
             }
-            b_at += 4 * PROJ, c_at += 4 * PROJ, u_at += 4 * 16 * M, d_at += 4 * LD, mine_at += 4 * LD;
 #endif
+            b_at += 4 * PROJ, c_at += 4 * PROJ, u_at += 4 * LU, d_at += 4 * LD;
         }
-        sync_warp();
         if (KIND == SCAN) {
-            // The first direction to come by a token leaves its output; the second adds its own, and gates.
-            const bool second = ORDERED ? p.mode == 2 : 2 * tile > w.tiles - 1 || (2 * tile == w.tiles - 1 && w.dir);
-            if (meeting && w.dir && tile == w.tiles / 2) block_barrier(W * 64);
-            const int ROUNDS = TILE * 4 * M / 32, PER = 8 / M;
-            const float *from = delta + (lane / (4 * M)) * LD + (four & 7) * S + four / 8;
-            const io_t *in = u + (lane / (4 * M)) * 16 * M + four;
-            if (!second) {
+            copy_wait<0>();
+            sync_warp();
 #pragma unroll
-                for (int k = 0; k < ROUNDS; k++) {
-                    int token = w.token(begin, k * PER + lane / (4 * M));
-                    float y[4];
-                    load4(y, in + k * PER * 16 * M, 4);
+            for (int k = 0; k < ROUNDS; k++) {
+                int r = k * PER + row, place = w.place(begin, r);
+                float x[4], y[4];
+                unpack4(x, u + r * LU + four);
+                load_vector<4>(y, delta + r * LD + four);
 #pragma unroll
-                    for (int e = 0; e < 4; e++) y[e] = fmaf(skip[e], y[e], from[k * PER * LD + e * S]);
-                    if (token >= 0) store4(out_rows + (size_t)token * p.E + four, y, here);
+                for (int e = 0; e < 4; e++) y[e] = fmaf(skip[e], x[e], y[e]);
+                if (second) {
+                    float z[4], other[4];
+                    unpack4(z, gate + r * LU + four);
+                    unpack4(other, before + r * LU + four);
+#pragma unroll
+                    for (int e = 0; e < 4; e++) y[e] = (y[e] + other[e]) * 0.5f * z[e] * sigmoid(z[e]);
                 }
-            } else {
-                float z[ROUNDS][4], y[ROUNDS][4];
-#pragma unroll
-                for (int k = 0; k < ROUNDS; k++) {
-                    int token = w.token(begin, k * PER + lane / (4 * M));
-                    load4(z[k], z_rows + (size_t)max(token, 0) * 2 * p.E + four, token < 0 ? 0 : here);
-                    load4(y[k], out_rows + (size_t)max(token, 0) * p.E + four, token < 0 ? 0 : here);
-                }
-#pragma unroll
-                for (int k = 0; k < ROUNDS; k++) {
-                    int token = w.token(begin, k * PER + lane / (4 * M));
-                    float x[4];
-                    load4(x, in + k * PER * 16 * M, 4);
-#pragma unroll
-                    for (int e = 0; e < 4; e++) {
-                        y[k][e] += fmaf(skip[e], x[e], from[k * PER * LD + e * S]);
-                        y[k][e] *= 0.5f * z[k][e] * sigmoid(z[k][e]);
-                    }
-                    if (token >= 0) store4(out_rows + (size_t)token * p.E + four, y[k], here);
-                }
+                if (place < w.last) store4(out_rows + (long long)w.token(place) * CHANNELS + four, y, here);
             }
             if (meeting && !w.dir && tile == (w.tiles - 1) / 2) block_barrier(W * 64);
-            sync_warp();
         }
+        sync_warp();
     }
-    if (KIND != SCAN && !p.sub) {
-        store_states<M>(h, KIND == ADJOINT ? p.adjoint : p.states, p, w, p.chunks, blockIdx.y);
+    if (M == 1 && KIND != SCAN && !p.sub) {
+        store_states(h[0], KIND == ADJOINT ? p.adjoint : p.states, p, w, p.chunks, blockIdx.y);
         if (KIND == STATES && q == 0)
             for (int s = 0; s < S; s++)
-                if (s * 8 + g < left)
-                    p.sums[((size_t)(w.dir * p.B + w.b) * p.chunks + blockIdx.y) * p.E + w.channel + s * 8 + g] =
+                if (g * S + s < left)
+                    p.sums[((size_t)(w.dir * p.B + w.b) * p.chunks + blockIdx.y) * CHANNELS + w.channel + g * S + s] =
                         total[s];
     }
 }
@@ -674,21 +689,21 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) adjoint(const Ar
 // What each chunk ends with, from zero, becomes what it starts with. A thread a state; p.mode 1: p.adjoint instead of
 // p.states, against the walk.
 extern "C" __global__ void hand_on(const Args p) {
-    int blocks = (p.E + 15) / 16;
+    int blocks = (CHANNELS + 15) / 16;
     int i = blockIdx.x * blockDim.x + threadIdx.x, per = blocks * NT * 128;
     if (i >= per) return;
     int b = blockIdx.y, dir = blockIdx.z;
     int lane = i / 4 % 32, e = i % 4, nt = i / 128 % NT;
-    int channel = i / (128 * NT) * 16 + lane / 4 + 8 * (e >> 1), n = nt * 8 + 2 * (lane % 4) + (e & 1);
-    if (channel >= p.E || n >= N) return;
-    float a = -expf(parameter(p.a_log, ((size_t)dir * p.E + channel) * N + n)) * LOG2E, h = 0.f;
+    int channel = i / (128 * NT) * 16 + lane / 4 * 2 + (e >> 1), n = nt * 8 + 2 * (lane % 4) + (e & 1);
+    if (channel >= CHANNELS || n >= N) return;
+    float a = -expf(parameter(p.a_log, ((size_t)dir * CHANNELS + channel) * N + n)) * LOG2E, h = 0.f;
     bool down = (dir && !ORDERED) != (p.mode == 1);
     float *states = (p.mode ? p.adjoint : p.states) + (size_t)(dir * p.B + b) * p.chunks * per + i;
-    const float *sums = p.sums + (size_t)(dir * p.B + b) * p.chunks * p.E + channel;
+    const float *sums = p.sums + (size_t)(dir * p.B + b) * p.chunks * CHANNELS + channel;
 #pragma unroll 8
     for (int k = 0; k < p.chunks; k++) {
         int chunk = down ? p.chunks - 1 - k : k;
-        float end = states[(size_t)chunk * per], factor = exp2f(a * sums[(size_t)chunk * p.E]);
+        float end = states[(size_t)chunk * per], factor = exp2f(a * sums[(size_t)chunk * CHANNELS]);
         states[(size_t)chunk * per] = h;
         h = fmaf(h, factor, end);
     }
@@ -738,25 +753,25 @@ DEV int run_token(const Args &p, int dir, int start, int v) {
 
 #ifdef CONV_KERNEL
 extern "C" __global__ void conv(const Args p) {
-    int groups = (p.E + CV - 1) / CV, at = blockIdx.x * blockDim.x + threadIdx.x;
+    int groups = (CHANNELS + CV - 1) / CV, at = blockIdx.x * blockDim.x + threadIdx.x;
     int dir = at >= groups, channel = (at - dir * groups) * CV, b = blockIdx.z;
     if (at >= 2 * groups) return;
     float weight[K][CV], bias[CV], window[K][CV];
 #pragma unroll
     for (int c = 0; c < CV; c++) {
-        bias[c] = parameter(p.conv_b, (size_t)dir * p.E + channel + c);
+        bias[c] = parameter(p.conv_b, (size_t)dir * CHANNELS + channel + c);
 #pragma unroll
-        for (int k = 0; k < K; k++) weight[k][c] = parameter(p.conv_w, ((size_t)dir * p.E + channel + c) * K + k);
+        for (int k = 0; k < K; k++) weight[k][c] = parameter(p.conv_w, ((size_t)dir * CHANNELS + channel + c) * K + k);
     }
 #pragma unroll
     for (int k = 0; k < K - 1; k++) {
         int token = run_token(p, dir, blockIdx.y * RUN, k - (K - 1));
-        load_channels(window[k], p.xz + ((size_t)b * p.L + (token < 0 ? 0 : token)) * 2 * p.E + channel, token >= 0);
+        load_channels(window[k], p.xz + ((size_t)b * p.L + (token < 0 ? 0 : token)) * 2 * CHANNELS + channel, token >= 0);
     }
 #pragma unroll
     for (int v = 0; v < RUN; v++) {
         int token = run_token(p, dir, blockIdx.y * RUN, v);
-        const io_t *x = p.xz + ((size_t)b * p.L + (token < 0 ? 0 : token)) * 2 * p.E + channel;
+        const io_t *x = p.xz + ((size_t)b * p.L + (token < 0 ? 0 : token)) * 2 * CHANNELS + channel;
         load_channels(window[(v + K - 1) % K], x, token >= 0);
         float y[CV];
 #pragma unroll
@@ -766,7 +781,7 @@ extern "C" __global__ void conv(const Args p) {
             for (int k = 0; k < K; k++) y[c] = fmaf(weight[k][c], window[(v + k) % K][c], y[c]);
             y[c] *= sigmoid(y[c]);
         }
-        if (token >= 0) store_channels((io_t *)p.u + ((size_t)(dir * p.B + b) * p.L + token) * p.E + channel, y);
+        if (token >= 0) store_channels((io_t *)p.u + ((size_t)(dir * p.B + b) * p.L + token) * CHANNELS + channel, y);
     }
 }
 #endif
@@ -784,18 +799,18 @@ DEV void load_few(float *to, const io_t *from, bool valid) {
         to[0] = valid ? value(from[0]) : 0.f;
 }
 extern "C" __global__ void __launch_bounds__(128, 4) conv_backward(const Args p) {
-    int groups = (p.E + CB - 1) / CB, at = blockIdx.x * blockDim.x + threadIdx.x, channel = at * CB, b = blockIdx.z;
+    int groups = (CHANNELS + CB - 1) / CB, at = blockIdx.x * blockDim.x + threadIdx.x, channel = at * CB, b = blockIdx.z;
     if (at >= groups) return;
     float weight[2][K][CB], bias[2][CB], d_weight[2][K + 1][CB];
 #pragma unroll
     for (int dir = 0; dir < 2; dir++)
 #pragma unroll
         for (int c = 0; c < CB; c++) {
-            bias[dir][c] = parameter(p.conv_b, (size_t)dir * p.E + channel + c);
+            bias[dir][c] = parameter(p.conv_b, (size_t)dir * CHANNELS + channel + c);
             d_weight[dir][K][c] = 0.f;
 #pragma unroll
             for (int k = 0; k < K; k++) {
-                weight[dir][k][c] = parameter(p.conv_w, ((size_t)dir * p.E + channel + c) * K + k);
+                weight[dir][k][c] = parameter(p.conv_w, ((size_t)dir * CHANNELS + channel + c) * K + k);
                 d_weight[dir][k][c] = 0.f;
             }
         }
@@ -816,10 +831,10 @@ extern "C" __global__ void __launch_bounds__(128, 4) conv_backward(const Args p)
             for (int v = 1 - K; v < RUN + K - 1; v++) {
                 int token = run_token(p, dir, start, v);
                 size_t row = (size_t)b * p.L + (token < 0 ? 0 : token);
-                load_few(window[(v + K - 1) % K], p.xz + row * 2 * p.E + channel, token >= 0);
+                load_few(window[(v + K - 1) % K], p.xz + row * 2 * CHANNELS + channel, token >= 0);
                 if (v < 0) continue;
                 float du[CB];
-                load_few(du, p.du + ((size_t)dir * p.B * p.L + row) * p.E + channel, token >= 0);
+                load_few(du, p.du + ((size_t)dir * p.B * p.L + row) * CHANNELS + channel, token >= 0);
 #pragma unroll
                 for (int c = 0; c < CB; c++) {
                     float y = bias[dir][c];
@@ -844,7 +859,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) conv_backward(const Args p)
         for (int v = 0; v < RUN; v++) {
             int token = run_token(p, ORDERED && p.mode == 2, start, v);
             if (token < 0) continue;
-            io_t *to = p.out + ((size_t)b * p.L + token) * 2 * p.E + channel;
+            io_t *to = p.out + ((size_t)b * p.L + token) * 2 * CHANNELS + channel;
             float before[CB];
             load_few(before, to, ORDERED && p.mode == 2);
             if (VEC) store2(to, dx[v][0] + before[0], dx[v][CB - 1] + before[CB - 1]);
@@ -854,11 +869,11 @@ extern "C" __global__ void __launch_bounds__(128, 4) conv_backward(const Args p)
 #pragma unroll
     for (int dir = 0; dir < 2; dir++) {
         if (ORDERED && dir != p.mode - 1) continue;
-        float *to = p.dvec + (((size_t)b * gridDim.y + blockIdx.y) * 2 + dir) * (K + 1) * p.E + channel;
+        float *to = p.dvec + (((size_t)b * gridDim.y + blockIdx.y) * 2 + dir) * (K + 1) * CHANNELS + channel;
 #pragma unroll
         for (int k = 0; k <= K; k++)
 #pragma unroll
-            for (int c = 0; c < CB; c++) to[k * p.E + c] = d_weight[dir][k][c];
+            for (int c = 0; c < CB; c++) to[k * CHANNELS + c] = d_weight[dir][k][c];
     }
 }
 #endif
@@ -869,131 +884,207 @@ extern "C" __global__ void __launch_bounds__(128, 4) conv_backward(const Args p)
 // before them, keeps them in registers, and takes the adjoint λ = ∂/∂h back through them:
 //     λ_k = C_k ∂y_k + exp(Δ_{k+1} A) λ_{k+1}
 // ------------------------------------------------------------------------------------------------------------------
-#define SUMS (NT * 64 + 8)  // floats for a step and B or C; the 8 keep lanes off each other's banks
 #if IO == 2  // of the gradients of B and C, one a block of 16 channels
 typedef u16 partial_t;
 #else
 typedef float partial_t;
 #endif
-#define BACKWARD_SHARED (2 * ((TILE * PROJ * (int)sizeof(io_t) + 15) / 16 * 16) + 6 * TILE * 16 * (int)sizeof(io_t) \
-                         + 5 * TILE * 20 * 4 + 32 * SUMS)
+DEV void fetch_states(float *to, const Args &p, const Walk &w, int part) {
+    if (part >= (p.L + 7) / 8) return;
+#pragma unroll
+    for (int nt = 0; nt < NT; nt++)
+        copy_async<16>(to + (nt * 32 + w.lane) * 4, fragment(p.sub, p, w, (p.L + 7) / 8, part) + nt * 128, true);
+}
+// Adds the outer products of a step's vectors over its states, x, and over the channels: rows are states, column j is
+// filled from what lanes (j, 0..3) have in `factor`, the values of channels 4q, 4q + 2 and 4q + 1, 4q + 3.
+DEV void outer_product(float d[(NT + 1) / 2][4], const float x[NT][4], u32 factor0, u32 factor1) {
+#pragma unroll
+    for (int nt = 0; nt < NT; nt += 2) {
+        u32 a[4] = {transpose(pack_bf16(x[nt][0], x[nt][1])), 0, transpose(pack_bf16(x[nt][2], x[nt][3])), 0};
+        if (nt + 1 < NT) {
+            const float *more = x[nt + 1 < NT ? nt + 1 : 0];
+            a[1] = transpose(pack_bf16(more[0], more[1])), a[3] = transpose(pack_bf16(more[2], more[3]));
+        }
+        mma_bf16_k16(d[nt / 2], a, factor0, factor1);
+    }
+}
 extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const Args p) {
     const int LD = 20, S = 2;
     extern __shared__ __align__(16) char shared[];
     Walk w = Walk::start(p, 1);
     if (ORDERED && w.dir != p.mode - 1) return;
-    if (w.channel >= p.E) {
+    if (w.channel >= CHANNELS) {
         if (!ORDERED) block_barrier(W * 64);
         return;
     }
-    const int g = w.g, q = w.q, lane = w.lane, left = p.E - w.channel;
-    const int PROJ_TILE = (TILE * PROJ * sizeof(io_t) + 15) / 16 * 16, U_TILE = TILE * 16 * sizeof(io_t);
-    const int STAGE = PROJ_TILE + 3 * U_TILE;
+    const int g = w.g, q = w.q, lane = w.lane, left = CHANNELS % 16 ? CHANNELS - w.channel : 16;
+    const int U_TILE = TILE * 16 * sizeof(io_t), STAGE = PROJ_TILE + 3 * U_TILE;
     char *mine = shared + (threadIdx.x >> 5) * BACKWARD_SHARED;
     float *delta = (float *)(mine + 2 * STAGE), *dy = delta + TILE * LD, *dx = dy + TILE * LD, *ds = dx + TILE * LD,
-          *ys = ds + TILE * LD, *sums = ys + TILE * LD;
+          *ys = ds + TILE * LD, *saved = ys + TILE * LD;
+    io_t *before = (io_t *)(saved + NT * 128);
+    StepSize<1> step_size;
+    step_size.load(p, w, (char *)before + U_TILE);
+#if EXACT
+    float *sums = (float *)((char *)before + U_TILE);
+#endif
     const io_t *proj_rows = p.proj + ((size_t)w.dir * p.B * p.L + w.row) * PROJ;
-    const size_t rows = ((size_t)w.dir * p.B * p.L + w.row) * p.E + w.channel;
-    const io_t *dout_rows = p.dout + w.row * p.E + w.channel, *z_rows = p.xz + (w.row * 2 + 1) * p.E + w.channel;
-    io_t *dz_rows = p.out + (w.row * 2 + 1) * p.E + w.channel;
-    const size_t block = (size_t)w.dir * ((p.E + 15) / 16) + w.channel / 16;
+    const size_t rows = ((size_t)w.dir * p.B * p.L + w.row) * CHANNELS + w.channel;
+    const io_t *dout_rows = p.dout + w.row * CHANNELS + w.channel;
+    const io_t *z_rows = p.xz + (w.row * 2 + 1) * CHANNELS + w.channel;
+    io_t *dz_rows = p.out + (w.row * 2 + 1) * CHANNELS + w.channel;
+    const size_t block = (size_t)w.dir * ((CHANNELS + 15) / 16) + w.channel / 16;
     partial_t *dbc = (partial_t *)p.dbc + (block * p.B * p.L + w.row) * 2 * N;
 
-    float a[1][NT][4], lambda[1][NT][4], da[1][NT][4];
+    float a[1][NT][4], lambda[NT][4], da[NT][4];
     load_A<1>(p, w, a);
-    StepSize<1> step_size;
-    step_size.load(p, w);
 #pragma unroll
     for (int nt = 0; nt < NT; nt++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) lambda[0][nt][e] = da[0][nt][e] = 0.f;
-    if (p.chunks > 1) load_states<1>(lambda, p.adjoint, p, w, p.chunks, blockIdx.y);
-    const int four = lane % 4 * 4, here = left - four, place = (lane / 4) * LD + (four & 7) * S + four / 8;
-    float skip[4], d_skip[4], d_bias[4], in_step[4], out_step[4];
+        for (int e = 0; e < 4; e++) lambda[nt][e] = da[nt][e] = 0.f;
+    if (p.chunks > 1) load_states(lambda, p.adjoint, p, w, p.chunks, blockIdx.y);
+    const int four = lane % 4 * 4, here = left - four;
+    float skip[4], d_skip[4], d_bias[4], out_step[4];
 #pragma unroll
-    for (int j = 0; j < 4; j++) in_step[j] = q == j, out_step[j] = g >> 1 == j;
+    for (int j = 0; j < 4; j++) out_step[j] = g >> 1 == j;
 #pragma unroll
     for (int e = 0; e < 4; e++) {
         d_skip[e] = d_bias[e] = 0.f;
-        skip[e] = e < here ? parameter(p.skip, (size_t)w.dir * p.E + w.channel + four + e) : 0.f;
+        skip[e] = e < here ? parameter(p.skip, (size_t)w.dir * CHANNELS + w.channel + four + e) : 0.f;
     }
+    auto part_of = [&](int i, int t8) { return (w.begin(w.tiles - 1 - i) + (w.reversed ? 8 - t8 : t8)) / 8; };
+    auto load_stage = [&](int i) {
+        int place = w.place(w.begin(w.tiles - 1 - i), lane >> 1), token = w.token(place);
+        bool exists = place < w.last;
+        char *stage = mine + (i & 1) * STAGE;
+        io_t *tile = (io_t *)(stage + PROJ_TILE);
+        load_row<PROJ, PROJ, PROJ, PROJ_PIECE>((io_t *)stage, proj_rows, PROJ, token, exists, lane);
+        load_row<16, 16, CHANNELS, CHANNEL_PIECE>(tile, p.u + rows, left, token, exists, lane);
+        load_row<16, 16, CHANNELS, CHANNEL_PIECE>(tile + TILE * 16, dout_rows, left, token, exists, lane);
+        load_row<16, 16, 2 * CHANNELS, CHANNEL_PIECE>(tile + TILE * 32, z_rows, left, token, exists, lane);
+    };
+    load_stage(0);
+    fetch_states(saved, p, w, part_of(0, 8));
+    copy_commit();
 
-    for (int i = -1; i < w.tiles; i++) {
-        if (i + 1 < w.tiles) {
-            int token = w.token(w.begin(w.tiles - 2 - i), lane >> 1);
-            char *stage = mine + ((i + 1) & 1) * STAGE;
-            load_rows<PROJ, PROJ_PIECE>((io_t *)stage, proj_rows, PROJ, PROJ, token, lane);
-            load_rows<16, CHANNEL_PIECE>((io_t *)(stage + PROJ_TILE), p.u + rows, p.E, left, token, lane);
-            load_rows<16, CHANNEL_PIECE>((io_t *)(stage + PROJ_TILE + U_TILE), dout_rows, p.E, left, token, lane);
-            load_rows<16, CHANNEL_PIECE>((io_t *)(stage + PROJ_TILE + 2 * U_TILE), z_rows, 2 * p.E, left, token, lane);
-        }
-        copy_commit();
-        if (i < 0) continue;
-        copy_wait<1>();
+    for (int i = 0; i < w.tiles; i++) {
+        copy_wait<0>();
         sync_warp();
         const int begin = w.begin(w.tiles - 1 - i);
+        const bool second = ORDERED ? p.mode == 2 : 2 * i > w.tiles - 1 || (2 * i == w.tiles - 1 && w.dir);
+        if (!ORDERED && w.dir && i == w.tiles / 2) block_barrier(W * 64);
+        if (second) {
+            int place = w.place(begin, lane >> 1);
+            load_row<16, 16, 2 * CHANNELS, CHANNEL_PIECE>(before, dz_rows, left, w.token(place), place < w.last, lane);
+        }
         char *stage = mine + (i & 1) * STAGE;
         const io_t *proj = (io_t *)stage, *u = (io_t *)(stage + PROJ_TILE);
         const io_t *dout = u + TILE * 16, *z = dout + TILE * 16;
-        step_size.apply(p, w, begin, proj, delta);
+        step_size.apply(p, w, proj, delta);
         sync_warp();
 #pragma unroll
         for (int k = 0; k < 2; k++) {
-            float vo[4], vz[4], vu[4];
-            int at = (k * 8 + lane / 4) * 16 + four;
-            load4(vo, dout + at, 4);
-            load4(vz, z + at, 4);
-            load4(vu, u + at, 4);
+            float vo[4], vz[4], vu[4], step[4];
+            int row = k * 8 + lane / 4, at = row * 16 + four;
+            unpack4(vo, dout + at);
+            unpack4(vz, z + at);
+            unpack4(vu, u + at);
+            load_vector<4>(step, delta + row * LD + four);
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                dy[k * 8 * LD + place + e * S] = 0.5f * vo[e] * vz[e] * sigmoid(vz[e]);
-                dx[k * 8 * LD + place + e * S] = vu[e] * delta[k * 8 * LD + place + e * S];
-            }
+            for (int e = 0; e < 4; e++) vo[e] *= 0.5f * vz[e] * sigmoid(vz[e]), vu[e] *= step[e];
+            store_vector<4>(dy + row * LD + four, vo);
+            store_vector<4>(dx + row * LD + four, vu);
         }
         sync_warp();
 #pragma unroll 1
         for (int t8 = 8; t8 >= 0; t8 -= 8) {
-            int part = (begin + (w.reversed ? 8 - t8 : t8)) / 8;
-            if (part >= (p.L + 7) / 8) continue;
+            const bool valid = part_of(i, t8) < (p.L + 7) / 8;
             float h[9][NT][4];
-            load_states<1>(&h[0], p.sub, p, w, (p.L + 7) / 8, part);
-            const io_t *down = proj + (t8 + q) * PROJ + R + g;
-            const io_t *across = proj + (t8 + (g >> 1)) * PROJ + R + 2 * q + (g & 1);
-            float *delta_at = delta + t8 * LD + g * S, *dy_at = dy + t8 * LD + g * S, *dx_at = dx + t8 * LD + g * S;
-            float *ds_at = ds + (t8 + q) * LD + g * S, *ys_at = ys + (t8 + q) * LD + g * S;
+            if (t8 == 0) copy_wait<0>();
 #pragma unroll
-            for (int t4 = 0; t4 < 8; t4 += 4) {
+            for (int nt = 0; nt < NT; nt++) load_vector<4>(h[0][nt], saved + (nt * 32 + lane) * 4);
+            sync_warp();
+            if (t8 == 8) {
+                fetch_states(saved, p, w, part_of(i, 0));
+                if (i + 1 < w.tiles) load_stage(i + 1);
+            } else if (i + 1 < w.tiles)
+                fetch_states(saved, p, w, part_of(i + 1, 8));
+            copy_commit();
+            if (!valid) continue;
+            const io_t *proj_at = proj + t8 * PROJ;
+            float *delta_at = delta + t8 * LD + g * S, *dy_at = dy + t8 * LD + g * S, *dx_at = dx + t8 * LD + g * S;
+            float *ds_at = ds + t8 * LD + g * S, *ys_at = ys + t8 * LD + g * S;
 #if EXACT
 #pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    const int k = t4 + j, t = t8 + k;
-                    float sum[S] = {0.f, 0.f};
+            for (int k = 0; k < 8; k++) {
+                float sum[S] = {0.f, 0.f};
 #pragma unroll
-                    for (int nt = 0; nt < NT; nt++)
+                for (int nt = 0; nt < NT; nt++)
 #pragma unroll
-                        for (int e = 0; e < 4; e++) {
-                            int n = nt * 8 + 2 * q + (e & 1);
-                            float v = dx[t * LD + g * S + (e >> 1)] * projected(proj, t, R, n);
-                            float factor = decay(delta[t * LD + g * S + (e >> 1)], a[0][nt][e]);
-                            h[k + 1][nt][e] = fmaf(h[k][nt][e], factor, v);
-                            sum[e >> 1] = fmaf(h[k + 1][nt][e], projected(proj, t, R + N, n), sum[e >> 1]);
-                        }
-#pragma unroll
-                    for (int s = 0; s < S; s++) {
-                        sum[s] += exchange(sum[s], 1);
-                        sum[s] += exchange(sum[s], 2);
+                    for (int e = 0; e < 4; e++) {
+                        int n = nt * 8 + 2 * q + (e & 1);
+                        float v = dx_at[k * LD + (e >> 1)] * projected(proj_at, k, R, n);
+                        float factor = decay(delta_at[k * LD + (e >> 1)], a[0][nt][e]);
+                        h[k + 1][nt][e] = fmaf(h[k][nt][e], factor, v);
+                        sum[e >> 1] = fmaf(h[k + 1][nt][e], projected(proj_at, k, R + N, n), sum[e >> 1]);
                     }
-                    if (q == 0) store_vector<S>(ys + t * LD + g * S, sum);
+#pragma unroll
+                for (int s = 0; s < S; s++) {
+                    sum[s] += exchange(sum[s], 1);
+                    sum[s] += exchange(sum[s], 2);
                 }
-#else
-                float b[NT], c[NT], in[S], low[4] = {0.f, 0.f, 0.f, 0.f}, high[4] = {0.f, 0.f, 0.f, 0.f};
+                if (q == 0) store_vector<S>(ys_at + k * LD, sum);
+            }
+#pragma unroll
+            for (int k = 7; k >= 0; k--) {
+                float sx[S] = {0.f, 0.f}, ss[S] = {0.f, 0.f};
 #pragma unroll
                 for (int nt = 0; nt < NT; nt++) {
-                    b[nt] = N % 8 == 0 || nt * 8 + g < N ? value(down[t4 * PROJ + nt * 8]) : 0.f;
-                    c[nt] = N % 8 == 0 || nt * 8 + 2 * q + (g & 1) < N ? value(across[t4 * PROJ + N + nt * 8]) : 0.f;
+                    float part_b[2] = {0.f, 0.f}, part_c[2] = {0.f, 0.f};
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        int n = nt * 8 + 2 * q + (e & 1);
+                        float &l = lambda[nt][e], dyv = dy_at[k * LD + (e >> 1)], step = delta_at[k * LD + (e >> 1)];
+                        l = fmaf(dyv, projected(proj_at, k, R + N, n), l);
+                        sx[e >> 1] = fmaf(l, projected(proj_at, k, R, n), sx[e >> 1]);
+                        part_b[e & 1] = fmaf(dx_at[k * LD + (e >> 1)], l, part_b[e & 1]);
+                        part_c[e & 1] = fmaf(dyv, h[k + 1][nt][e], part_c[e & 1]);
+                        l *= decay(step, a[0][nt][e]);
+                        float v = l * h[k][nt][e];
+                        da[nt][e] = fmaf(v, step, da[nt][e]);
+                        ss[e >> 1] = fmaf(v, a[0][nt][e], ss[e >> 1]);
+                    }
+                    store_vector<2>(sums + (nt * 32 + lane) * 2, part_b);
+                    store_vector<2>(sums + NT * 64 + (nt * 32 + lane) * 2, part_c);
                 }
+#pragma unroll
+                for (int s = 0; s < S; s++) {
+                    sx[s] += exchange(sx[s], 1), ss[s] += exchange(ss[s], 1);
+                    sx[s] += exchange(sx[s], 2), ss[s] += exchange(ss[s], 2);
+                }
+                sync_warp();
+                if (q == 0) store_vector<S>(dx_at + k * LD, sx), store_vector<S>(ds_at + k * LD, ss);
+                int place = w.place(begin, t8 + k), token = w.token(place);
+                for (int v = lane; v < 2 * N; v += 32) {  // over the channels: over g
+                    const float *from = sums + v / N * NT * 64 + v % N / 8 * 64 + v % N % 8;
+                    float sum = 0.f;
+                    for (int c = 0; c < 8; c++) sum += from[c * 8];
+                    if (place < w.last) dbc[(size_t)token * 2 * N + v] = stored(sum);
+                }
+                sync_warp();
+            }
+#else
+            const io_t *down = proj_at + q * PROJ + R, *across = proj_at + (g >> 1) * PROJ + R;
+#pragma unroll
+            for (int t4 = 0; t4 < 8; t4 += 4) {
+                float b[NT], c[NT], in[S], low[4] = {0.f, 0.f, 0.f, 0.f}, high[4] = {0.f, 0.f, 0.f, 0.f};
                 load_vector<S>(in, dx_at + (t4 + q) * LD);
                 in[0] = round_tf32(in[0]), in[1] = round_tf32(in[1]);
+#pragma unroll
+                for (int nt = 0; nt < NT; nt++) {
+                    b[nt] = projected(down, t4, 0, nt * 8 + g);
+                    c[nt] = projected(across, t4, N, nt * 8 + 2 * q + (g & 1));
+                }
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
                     const int k = t4 + j;
@@ -1004,145 +1095,126 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
                         float *x = h[k + 1][nt];
 #pragma unroll
                         for (int e = 0; e < 4; e++) x[e] = h[k][nt][e] * decay(d[e >> 1], a[0][nt][e]);
-                        mma4(x, in[0], in[1], b[nt] * in_step[j]);
+                        mma_tf32_k4(x, in[0], in[1], q == j ? b[nt] : 0.f);
                         contract(low, high, x, c[nt] * out_step[j]);
                     }
                 }
-                float v[S] = {low[0] + low[3], high[0] + high[3]};
-                store_vector<S>(ys_at + t4 * LD, v);
-#endif
+                float y[S] = {low[0] + low[3], high[0] + high[3]};
+                store_vector<S>(ys_at + (t4 + q) * LD, y);
             }
+            float s[4] = {0.f, 0.f, 0.f, 0.f}, db[(NT + 1) / 2][4], dc[(NT + 1) / 2][4];
+#pragma unroll
+            for (int i = 0; i < (NT + 1) / 2; i++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) db[i][e] = dc[i][e] = 0.f;
+            float v[4];
+            load_vector<4>(v, dx + (t8 + g) * LD + 4 * q);
+            const u32 dx0 = pack_bf16(v[0], v[2]), dx1 = pack_bf16(v[1], v[3]);
+            load_vector<4>(v, dy + (t8 + g) * LD + 4 * q);
+            const u32 dy0 = pack_bf16(v[0], v[2]), dy1 = pack_bf16(v[1], v[3]);
+            sync_warp();
 #pragma unroll
             for (int t4 = 4; t4 >= 0; t4 -= 4) {
-#if !EXACT
-                float b[NT], c[NT], in[S];
-                float x_low[4] = {0.f, 0.f, 0.f, 0.f}, x_high[4] = {0.f, 0.f, 0.f, 0.f};
-                float s_low[4] = {0.f, 0.f, 0.f, 0.f}, s_high[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-                for (int nt = 0; nt < NT; nt++) {
-                    b[nt] = N % 8 == 0 || nt * 8 + 2 * q + (g & 1) < N ? value(across[t4 * PROJ + nt * 8]) : 0.f;
-                    c[nt] = N % 8 == 0 || nt * 8 + g < N ? value(down[t4 * PROJ + N + nt * 8]) : 0.f;
-                }
+                float b[NT], c[NT], in[S], low[4] = {0.f, 0.f, 0.f, 0.f}, high[4] = {0.f, 0.f, 0.f, 0.f};
                 load_vector<S>(in, dy_at + (t4 + q) * LD);
                 in[0] = round_tf32(in[0]), in[1] = round_tf32(in[1]);
-#endif
+#pragma unroll
+                for (int nt = 0; nt < NT; nt++) {
+                    b[nt] = projected(across, t4, 0, nt * 8 + 2 * q + (g & 1));
+                    c[nt] = projected(down, t4, N, nt * 8 + g);
+                }
 #pragma unroll
                 for (int j = 3; j >= 0; j--) {
-                    const int k = t4 + j, t = t8 + k;
-                    float d[S], dyv[S], dxv[S];
+                    const int k = t4 + j;
+                    const bool now = g == k;
+                    float d[S], ss[S] = {0.f, 0.f};
                     load_vector<S>(d, delta_at + k * LD);
-                    load_vector<S>(dyv, dy_at + k * LD);
-                    load_vector<S>(dxv, dx_at + k * LD);
-#if EXACT
-                    float sx[S] = {0.f, 0.f}, ss[S] = {0.f, 0.f};
-#endif
 #pragma unroll
                     for (int nt = 0; nt < NT; nt++) {
-                        float *l = lambda[0][nt], part_b[2], part_c[2], v[4];
-#if EXACT
+                        mma_tf32_k4(lambda[nt], in[0], in[1], q == j ? c[nt] : 0.f);
+                        contract(low, high, lambda[nt], b[nt] * out_step[j]);
+                    }
+                    outer_product(db, lambda, now ? dx0 : 0, now ? dx1 : 0);
+                    outer_product(dc, h[k + 1], now ? dy0 : 0, now ? dy1 : 0);
+#pragma unroll
+                    for (int nt = 0; nt < NT; nt++)
 #pragma unroll
                         for (int e = 0; e < 4; e++) {
-                            int n = nt * 8 + 2 * q + (e & 1);
-                            l[e] = fmaf(dyv[e >> 1], projected(proj, t, R + N, n), l[e]);
-                            sx[e >> 1] = fmaf(l[e], projected(proj, t, R, n), sx[e >> 1]);
+                            float &l = lambda[nt][e];
+                            l *= decay(d[e >> 1], a[0][nt][e]);
+                            float v = l * h[k][nt][e];
+                            da[nt][e] = fmaf(v, d[e >> 1], da[nt][e]);
+                            ss[e >> 1] = fmaf(v, a[0][nt][e], ss[e >> 1]);
                         }
-#else
-                        mma4(l, in[0], in[1], c[nt] * in_step[j]);
-                        contract(x_low, x_high, l, b[nt] * out_step[j]);
-#endif
-#pragma unroll
-                        for (int e = 0; e < 2; e++) {
-                            part_b[e] = fmaf(dxv[0], l[e], dxv[1] * l[e + 2]);
-                            part_c[e] = fmaf(dyv[0], h[k + 1][nt][e], dyv[1] * h[k + 1][nt][e + 2]);
-                        }
-                        store_vector<2>(sums + j * 2 * SUMS + (nt * 32 + lane) * 2, part_b);
-                        store_vector<2>(sums + (j * 2 + 1) * SUMS + (nt * 32 + lane) * 2, part_c);
-#pragma unroll
-                        for (int e = 0; e < 4; e++) {
-                            l[e] *= decay(d[e >> 1], a[0][nt][e]);
-                            v[e] = l[e] * h[k][nt][e];
-                            da[0][nt][e] = fmaf(v[e], d[e >> 1], da[0][nt][e]);
-                            v[e] *= a[0][nt][e];
-                        }
-#if EXACT
-                        ss[0] += v[0] + v[1], ss[1] += v[2] + v[3];
-#else
-                        contract(s_low, s_high, v, out_step[j]);
-#endif
-                    }
-#if EXACT
-#pragma unroll
-                    for (int s = 0; s < S; s++) {
-                        sx[s] += exchange(sx[s], 1), ss[s] += exchange(ss[s], 1);
-                        sx[s] += exchange(sx[s], 2), ss[s] += exchange(ss[s], 2);
-                    }
-                    sync_warp();
-                    if (q == 0) store_vector<S>(dx + t * LD + g * S, sx), store_vector<S>(ds + t * LD + g * S, ss);
-#endif
+                    mma_tf32_k4(s, ss[0], ss[1], now ? 1.f : 0.f);
                 }
-                sync_warp();
-#if !EXACT
-                float v[S] = {x_low[0] + x_low[3], x_high[0] + x_high[3]};
-                store_vector<S>(dx_at + (t4 + q) * LD, v);
-                v[0] = s_low[0] + s_low[3], v[1] = s_high[0] + s_high[3];
-                store_vector<S>(ds_at + t4 * LD, v);
-#endif
-                {
-                    int j = lane >> 3, kind = lane >> 2 & 1, token = w.token(begin, t8 + t4 + j);
-                    partial_t *to = dbc + (size_t)max(token, 0) * 2 * N + kind * N + 2 * q;
-#pragma unroll
-                    for (int nt = 0; nt < NT; nt++) {
-                        const float2 *from = (const float2 *)(sums + (lane >> 2) * SUMS) + nt * 32 + q;
-                        float2 sum = from[0];
-#pragma unroll
-                        for (int k = 4; k < 32; k += 4) sum.x += from[k].x, sum.y += from[k].y;
-                        int n = nt * 8 + 2 * q;
-                        if (token >= 0 && n < N) {
-#if IO == 2
-                            if (N % 2 == 0) *(u32 *)(to + nt * 8) = pack16(sum.x, sum.y);
-                            else {
-                                to[nt * 8] = stored(sum.x);
-                                if (n + 1 < N) to[nt * 8 + 1] = stored(sum.y);
-                            }
-#else
-                            to[nt * 8] = sum.x;
-                            if (n + 1 < N) to[nt * 8 + 1] = sum.y;
-#endif
-                        }
-                    }
-                }
-                sync_warp();
+                float x[S] = {low[0] + low[3], high[0] + high[3]};
+                store_vector<S>(dx_at + (t4 + q) * LD, x);
             }
+            float first[S] = {s[0], s[2]}, other[S] = {s[1], s[3]};
+            store_vector<S>(ds_at + 2 * q * LD, first);
+            store_vector<S>(ds_at + (2 * q + 1) * LD, other);
+#pragma unroll
+            for (int nt = 0; nt < NT; nt++)
+#pragma unroll
+                for (int kind = 0; kind < 2; kind++) {
+                    const float *sum = kind ? dc[nt / 2] : db[nt / 2];
+                    float low = sum[2 * (nt & 1)], high = sum[2 * (nt & 1) + 1];
+#if IO == 2
+                    u32 states = transpose(pack_bf16(low, high));  // of step g, states 2q and 2q + 1
+                    int place = w.place(begin, t8 + g), n = nt * 8 + 2 * q;
+                    partial_t *to = dbc + (long long)w.token(place) * 2 * N + kind * N + n;
+                    if (place >= w.last || n >= N) continue;
+                    if (N % 2 == 0) *(u32 *)to = states;
+                    else {
+                        to[0] = (u16)states;
+                        if (n + 1 < N) to[1] = (u16)(states >> 16);
+                    }
+#else
+                    for (int e = 0; e < 2; e++) {
+                        int place = w.place(begin, t8 + 2 * q + e), n = nt * 8 + g;
+                        if (place < w.last && n < N)
+                            dbc[(long long)w.token(place) * 2 * N + kind * N + n] = e ? high : low;
+                    }
+#endif
+                }
+#endif
         }
         sync_warp();
-        const bool second = ORDERED ? p.mode == 2 : 2 * i > w.tiles - 1 || (2 * i == w.tiles - 1 && w.dir);
-        if (!ORDERED && w.dir && i == w.tiles / 2) block_barrier(W * 64);
 #pragma unroll
         for (int k = 0; k < 2; k++) {
-            int token = w.token(begin, 8 * k + lane / 4), at = (8 * k + lane / 4) * 16 + four;
-            if (token < 0) continue;
-            float vo[4], vz[4], vu[4], before[4], r_du[4], r_dd[4], r_dz[4];
-            load4(before, dz_rows + (size_t)token * 2 * p.E + four, second ? here : 0);
-            load4(vo, dout + at, 4);
-            load4(vz, z + at, 4);
-            load4(vu, u + at, 4);
+            int row = 8 * k + lane / 4, at = row * 16 + four, from = row * LD + four, place = w.place(begin, row);
+            float vo[4], vz[4], vu[4], step[4], vdy[4], vdx[4], vds[4], vy[4], r_du[4], r_dd[4];
+            unpack4(vu, u + at);
+            load_vector<4>(step, delta + from);
+            load_vector<4>(vdy, dy + from);
+            load_vector<4>(vdx, dx + from);
+            load_vector<4>(vds, ds + from);
+            load_vector<4>(vy, ys + from);
+            if (place >= w.last) continue;
+            const long long token = w.token(place);
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                int from = k * 8 * LD + place + e * S;
-                float step = delta[from];
-                r_dd[e] = fmaf(dx[from], vu[e], ds[from] * LN2) * softplus_slope(step);
-                r_du[e] = fmaf(dx[from], step, skip[e] * dy[from]);
-                d_skip[e] = fmaf(dy[from], vu[e], d_skip[e]);
+                r_dd[e] = fmaf(vdx[e], vu[e], vds[e] * LN2) * softplus_slope(step[e]);
+                r_du[e] = fmaf(vdx[e], step[e], skip[e] * vdy[e]);
+                d_skip[e] = fmaf(vdy[e], vu[e], d_skip[e]);
                 d_bias[e] += r_dd[e];
-                r_dz[e] = fmaf(skip[e], vu[e], ys[from]);
-                if (second) {
+                vy[e] = fmaf(skip[e], vu[e], vy[e]);
+            }
+            if (second) {
+                float other[4];
+                unpack4(vo, dout + at);
+                unpack4(vz, z + at);
+                unpack4(other, before + at);
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
                     float gate = sigmoid(vz[e]);
-                    r_dz[e] = (r_dz[e] + before[e]) * 0.5f * vo[e] * gate * fmaf(vz[e], 1.f - gate, 1.f);
+                    vy[e] = (vy[e] + other[e]) * 0.5f * vo[e] * gate * fmaf(vz[e], 1.f - gate, 1.f);
                 }
             }
-            store4(p.du + rows + (size_t)token * p.E + four, r_du, here);
-            store4(p.ddelta + rows + (size_t)token * p.E + four, r_dd, here);
-            store4(dz_rows + (size_t)token * 2 * p.E + four, r_dz, here);
+            store4(p.du + rows + token * CHANNELS + four, r_du, here);
+            store4(p.ddelta + rows + token * CHANNELS + four, r_dd, here);
+            store4(dz_rows + token * 2 * CHANNELS + four, vy, here);
         }
         if (!ORDERED && !w.dir && i == (w.tiles - 1) / 2) block_barrier(W * 64);
         sync_warp();
@@ -1150,8 +1222,8 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
 #pragma unroll
     for (int nt = 0; nt < NT; nt++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) da[0][nt][e] *= a[0][nt][e] * LN2;
-    store_states<1>(da, p.da, p, w, p.chunks, blockIdx.y);
+        for (int e = 0; e < 4; e++) da[nt][e] *= a[0][nt][e] * LN2;
+    store_states(da, p.da, p, w, p.chunks, blockIdx.y);
 #pragma unroll
     for (int e = 0; e < 4; e++)
 #pragma unroll
@@ -1163,8 +1235,8 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
         for (int e = 0; e < 4; e++)
             if (e < here) {
                 size_t walk = (size_t)(w.dir * p.B + w.b) * p.chunks + blockIdx.y;
-                float *to = p.dvec + walk * 2 * p.E + w.channel + four + e;
-                to[0] = d_skip[e], to[p.E] = d_bias[e];
+                float *to = p.dvec + walk * 2 * CHANNELS + w.channel + four + e;
+                to[0] = d_skip[e], to[CHANNELS] = d_bias[e];
             }
 }
 #endif
@@ -1312,7 +1384,7 @@ def _function(name, options, device_index):
 
 
 _POINTERS = "xz u proj dout conv_w conv_b dt_w dt_b a_log skip order out du ddelta states sums sub adjoint da dvec dbc"
-_NUMBERS = "B L E mode chunk chunks"
+_NUMBERS = "B L mode chunk chunks"
 
 
 class Arguments(ctypes.Structure):
@@ -1366,6 +1438,7 @@ class _Scan:
             "N": self.N,
             "R": self.R,
             "K": conv_weight.shape[2],
+            "CHANNELS": self.E,
             "VEC": int(self.E % 8 == 0 and xz.data_ptr() % 16 == 0),
             "ORDERED": int(order is not None),
         }
@@ -1393,7 +1466,7 @@ class _Scan:
     def launch(self, name, grid, threads, options=None, shared=0, mode=0, **tensors):
         tensors = {**self.tensors, **tensors}
         arguments = Arguments(**{n: t.data_ptr() for n, t in tensors.items() if t is not None})
-        arguments.B, arguments.L, arguments.E, arguments.mode = self.B, self.L, self.E, mode
+        arguments.B, arguments.L, arguments.mode = self.B, self.L, mode
         arguments.chunk, arguments.chunks = self.chunk, self.chunks
         _launch(name, {**self.options, **(options or {})}, arguments, grid, threads, shared, self.device)
 
@@ -1402,15 +1475,21 @@ class _Scan:
         after the other."""
         warps, resident = self.settings(name, blocks)
         options = {"BLOCKS": blocks, "W": warps, "MINBLOCKS": resident}
-        size = self.xz.element_size()
-        proj_tile = -(-TILE * (self.R + 2 * self.N) * size // 16) * 16
-        if name == "backward":
-            shared = 2 * proj_tile + 6 * TILE * 16 * size + 5 * TILE * 20 * 4 + 32 * (64 * -(-self.N // 8) + 8)
-        else:
-            shared = 2 * (proj_tile + TILE * 16 * blocks * size) + TILE * (16 * blocks + 4) * 4
+        shared = self._shared_bytes(name, blocks)
         grid = (-(-self.E // (16 * blocks * warps)), self.chunks, self.B)
         for mode in (0,) if self.order is None else (1, 2):
             self.launch(name, grid, 64 * warps, options, shared * 2 * warps, mode, **tensors)
+
+    def _shared_bytes(self, name, blocks):
+        """Of a warp: `FORWARD_SHARED` and `BACKWARD_SHARED` of the source."""
+        size, exact = self.xz.element_size(), not self.options["IO"]
+        proj_tile = -(-TILE * (self.R + 2 * self.N) * size // 16) * 16
+        step_size = 0 if exact else -(-2 * blocks * -(-self.R // 8) // 4) * 512 + 64 * blocks
+        tile = TILE * size * (16 * blocks + 16 * (blocks > 1))
+        if name == "backward":
+            states = -(-self.N // 8) * 512
+            return 2 * proj_tile + 7 * tile + 5 * TILE * 20 * 4 + states + (states if exact else step_size)
+        return 2 * proj_tile + (4 if name == "scan" else 2) * tile + TILE * (16 * blocks + 4) * 4 + step_size
 
     def settings(self, name, blocks):
         """Warps a direction in a thread block, and thread blocks that must fit a multiprocessor (caps registers)."""
@@ -1434,7 +1513,7 @@ class _Scan:
         if self.chunks == 1:
             return None, None
         states, sums = self.new(*self.state_shape(self.chunks)), self.new(2, self.B, self.chunks, self.E)
-        self.walk("states", self.blocks, u=u, proj=proj, states=states, sums=sums)
+        self.walk("states", 1, u=u, proj=proj, states=states, sums=sums)
         self.hand_on(0, states=states, sums=sums)
         return states, sums
 
@@ -1452,9 +1531,8 @@ def _multiprocessors(device):
 # measured on an H200
 _SETTINGS = {
     ("scan", 1): (1, 8),
-    ("scan", 2): (2, 4),
+    ("scan", 2): (2, 3),
     ("states", 1): (2, 4),
-    ("states", 2): (2, 4),
     ("adjoint", 1): (2, 4),
     ("backward", 1): (2, 3),
 }
@@ -1546,7 +1624,7 @@ def _backward_part(scan, dout, x_proj_weight, proj, dxz):
         scan.walk("adjoint", 1, u=dy, proj=proj, adjoint=adjoint)
         scan.hand_on(1, adjoint=adjoint, sums=sums)
     sub = scan.new(*scan.state_shape(-(-L // 8)))
-    scan.walk("states", scan.blocks, u=u, proj=proj, states=states, sub=sub)
+    scan.walk("states", 1, u=u, proj=proj, states=states, sub=sub)
     du, ddelta = torch.empty_like(u), torch.empty_like(u)
     partial = io if io == torch.bfloat16 else torch.float32
     dbc = scan.new(2, -(-E // 16), B * L, 2 * N, dtype=partial)
@@ -1567,8 +1645,8 @@ def _backward_part(scan, dout, x_proj_weight, proj, dxz):
         dvec=dvec,
     )
     del sub
-    # (block, group, g, q, row, column): channel = block * 16 + row * 8 + g, state = group * 8 + 2q + column
-    dA = da.sum(dim=(1, 2)).view(2, -1, -(-N // 8), 8, 4, 2, 2).permute(0, 1, 5, 3, 2, 4, 6)
+    # (block, group, g, q, row, column): channel = block * 16 + g * 2 + row, state = group * 8 + 2q + column
+    dA = da.sum(dim=(1, 2)).view(2, -1, -(-N // 8), 8, 4, 2, 2).permute(0, 1, 3, 5, 2, 4, 6)
     dA = dA.reshape(2, -(-E // 16) * 16, -1)[:, :E, :N]
     d_skip, d_dt_bias = dvec.sum(dim=(1, 2)).unbind(1)
     ddelta, u, flat_du = ddelta.view(2, -1, E), u.view(2, -1, E), du.view(2, -1, E)

@@ -19,6 +19,7 @@
 struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
 struct uint2 { unsigned x, y; };
+struct uint4 { unsigned x, y, z, w; };
 struct Index { int x, y, z; };
 static float2 make_float2(float x, float y) { return {x, y}; }
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
@@ -30,7 +31,7 @@ using std::max;
 static Index threadIdx, blockIdx, blockDim, gridDim;
 char shared[1 << 18] __attribute__((aligned(16)));
 
-struct Warp { int count = 0; unsigned generation = 0; float exchanged[32]; float a[32][2], b[32]; unsigned a16[32][4], b16[32][2]; };
+struct Warp { int count = 0; unsigned generation = 0; float exchanged[32]; float a[32][4], b[32][2]; unsigned a16[32][4], b16[32][2]; };
 struct Fiber { ucontext_t context; bool done; std::vector<char> stack; };
 static std::vector<Fiber> fibers;
 static std::vector<Warp> warps;
@@ -49,58 +50,74 @@ static void block_barrier(int threads) {
     if (++barrier_count == threads) barrier_count = 0, barrier_generation++;
     else while (barrier_generation == generation) yield_();
 }
-static float exchange(float v, int mask) {
+static float broadcast(float v, int lane) {
     Warp &w = warps[current / 32];
     w.exchanged[current % 32] = v;
     sync_warp();
-    float other = w.exchanged[(current % 32) ^ mask];
+    float other = w.exchanged[lane];
     sync_warp();
     return other;
 }
+static float exchange(float v, int mask) { return broadcast(v, (current % 32) ^ mask); }
 static float flush(float x) { return std::fabs(x) < 1.17549435e-38f ? 0.f : x; }
 static float ex2(float x) { return flush(std::exp2(x)); }
 static float rcp(float x) { return 1.f / x; }
 static float half_to_float(uint16_t v) { _Float16 h; memcpy(&h, &v, 2); return (float)h; }
 static uint16_t float_to_half(float v) { _Float16 h = (_Float16)v; uint16_t u; memcpy(&u, &h, 2); return u; }
 static uint16_t float_to_bf16(float v) { unsigned u = __float_as_uint(v); return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16); }
-static unsigned pack16(float a, float b) {
-#if IO == 1
-    return float_to_half(a) | (unsigned)float_to_half(b) << 16;
-#else
-    return float_to_bf16(a) | (unsigned)float_to_bf16(b) << 16;
-#endif
-}
+static unsigned pack_half(float a, float b) { return float_to_half(a) | (unsigned)float_to_half(b) << 16; }
+static unsigned pack_bf16(float a, float b) { return float_to_bf16(a) | (unsigned)float_to_bf16(b) << 16; }
+static unsigned pack16(float a, float b) { return IO == 1 ? pack_half(a, b) : pack_bf16(a, b); }
 static float tf32(float v) { return __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
 static float round_tf32(float v) { return tf32(__uint_as_float(__float_as_uint(v) + 0x1000u)); }
-static void mma4(float *d, float a0, float a1, float b) {
-    Warp &w = warps[current / 32];
+// The operands of all lanes, then the product: a[row][k], b[k][column], k below 8 or 16 in the layout of the hardware.
+template <typename A, typename B> static void multiply(float *d, int depth, A a, B b) {
     int lane = current % 32, g = lane / 4, q = lane % 4;
-    w.a[lane][0] = tf32(a0), w.a[lane][1] = tf32(a1), w.b[lane] = tf32(b);
     sync_warp();
     for (int e = 0; e < 4; e++)
-        for (int k = 0; k < 4; k++)  // a: row g (+8), column q; b: row q, column g
-            d[e] += w.a[g * 4 + k][e >> 1] * w.b[(2 * q + (e & 1)) * 4 + k];
+        for (int k = 0; k < depth; k++) d[e] += a(g + 8 * (e >> 1), k) * b(k, 2 * q + (e & 1));
     sync_warp();
 }
-static float half_of(unsigned v, int which) {
+static void mma_tf32_k4(float *d, float a0, float a1, float b) {
+    Warp &w = warps[current / 32];
+    int lane = current % 32;
+    w.a[lane][0] = tf32(a0), w.a[lane][1] = tf32(a1), w.b[lane][0] = tf32(b);
+    multiply(d, 4, [&](int row, int k) { return w.a[row % 8 * 4 + k][row / 8]; },
+             [&](int k, int column) { return w.b[column * 4 + k][0]; });
+}
+static void mma_tf32_k8(float *d, float a0, float a1, float a2, float a3, float b0, float b1) {
+    Warp &w = warps[current / 32];
+    float a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
+    for (int i = 0; i < 4; i++) w.a[current % 32][i] = tf32(a[i]);
+    for (int i = 0; i < 2; i++) w.b[current % 32][i] = tf32(b[i]);
+    multiply(d, 8, [&](int row, int k) { return w.a[row % 8 * 4 + k % 4][row / 8 + 2 * (k / 4)]; },
+             [&](int k, int column) { return w.b[column * 4 + k % 4][k / 4]; });
+}
+static float half_of(unsigned v, int which, bool half) {
     uint16_t u = which ? v >> 16 : v;
-#if IO == 1
-    return half_to_float(u);
-#else
-    return __uint_as_float((unsigned)u << 16);
-#endif
+    return half ? half_to_float(u) : __uint_as_float((unsigned)u << 16);
 }
-static void mma16(float *d, const unsigned *a, unsigned b0, unsigned b1) {
+static void multiply16(float *d, const unsigned *a, unsigned b0, unsigned b1, int depth, bool half) {
+    Warp &w = warps[current / 32];
+    int lane = current % 32;
+    for (int i = 0; i < depth / 4; i++) w.a16[lane][i] = a[i];
+    w.b16[lane][0] = b0, w.b16[lane][1] = b1;
+    multiply(d, depth, [&](int row, int k) {
+        return half_of(w.a16[row % 8 * 4 + k % 8 / 2][row / 8 + 2 * (k / 8)], k & 1, half); },
+        [&](int k, int column) { return half_of(w.b16[column * 4 + k % 8 / 2][k / 8], k & 1, half); });
+}
+static void mma_k16(float *d, const unsigned *a, unsigned b0, unsigned b1) { multiply16(d, a, b0, b1, 16, IO == 1); }
+static void mma_k8(float *d, const unsigned *a, unsigned b) { multiply16(d, a, b, 0, 8, IO == 1); }
+static void mma_bf16_k16(float *d, const unsigned *a, unsigned b0, unsigned b1) { multiply16(d, a, b0, b1, 16, false); }
+static unsigned transpose(unsigned v) {
     Warp &w = warps[current / 32];
     int lane = current % 32, g = lane / 4, q = lane % 4;
-    for (int i = 0; i < 4; i++) w.a16[lane][i] = a[i];
-    w.b16[lane][0] = b0, w.b16[lane][1] = b1;
+    w.b16[lane][0] = v;
     sync_warp();
-    for (int e = 0; e < 4; e++)
-        for (int k = 0; k < 16; k++)
-            d[e] += half_of(w.a16[g * 4 + k % 8 / 2][(e >> 1) + 2 * (k / 8)], k & 1) *
-                    half_of(w.b16[(2 * q + (e & 1)) * 4 + k % 8 / 2][k / 8], k & 1);
+    auto at = [&](int row, int column) { return w.b16[row * 4 + column / 2][0] >> 16 * (column & 1) & 0xffff; };
+    unsigned y = at(2 * q, g) | at(2 * q + 1, g) << 16;
     sync_warp();
+    return y;
 }
 template <int BYTES> static void copy_async(void *to, const void *from, bool valid) {
     if (((uintptr_t)to | (uintptr_t)from) % BYTES) { fprintf(stderr, "misaligned copy of %d bytes\n", BYTES); abort(); }

@@ -208,7 +208,7 @@ def test_nvrtc_compiles_the_kernels(kernel, io, architecture):
         selective_scan_cuda._nvrtc()
     except OSError as error:
         pytest.skip(f"needs NVRTC: {error}")
-    options = {"IO": io, "PT": 0, "N": 16, "R": 6, "K": 4, "VEC": 1, "BLOCKS": 1, "W": 1, "MINBLOCKS": 1}
+    options = {"IO": io, "PT": 0, "N": 16, "R": 6, "K": 4, "VEC": 1, "CHANNELS": 64, "BLOCKS": 1, "W": 1, "MINBLOCKS": 1}
     cubin = selective_scan_cuda.compile_kernel({f"{kernel.upper()}_KERNEL": 1, **options}, architecture)
     assert cubin[:4] == b"\x7fELF"
 
