@@ -12,10 +12,10 @@ new VideoMamba of the given size is trained from scratch. Interrupted training g
 """
 
 import os
+import shutil
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from video_classification_data import (
@@ -24,6 +24,7 @@ from video_classification_data import (
     DataArguments,
     DecodeFailures,
     EvalTransform,
+    Stopwatch,
     TrainTransform,
     clip_name,
     load_accuracy,
@@ -36,29 +37,71 @@ from video_classification_model import (
     ModelArguments,
     draw_curve,
     finish_push,
+    keep_checkpoint,
     load_model,
+    move_files,
     newest_checkpoint,
     parameter_groups,
-    seal_checkpoint,
     start_push,
+    without_fsdp,
     write_card,
     write_predictions,
 )
 
 
-class KeepExact(TrainerCallback):
-    """Tells the clips which epoch it is, and seals each checkpoint when all processes have written their part."""
+class ClipTrainer(Trainer):
+    """A `Trainer` whose checkpoints appear whole or not at all, and which tells whether reading clips keeps up."""
 
-    def __init__(self, clips):
-        self.clips = clips
+    part = None  # the folder for a checkpoint while it is written
+
+    def _get_output_dir(self, trial):
+        return self.part or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial):
+        output_dir, name = self.args.output_dir, f"checkpoint-{self.state.global_step}"
+        part = f"{output_dir}/checkpoint.part"
+        if self.args.should_save:
+            shutil.rmtree(part, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.part = part
+        super()._save_checkpoint(model, trial)
+        self.part = None
+        if self.state.best_model_checkpoint == f"{part}/{name}":
+            self.state.best_model_checkpoint = f"{output_dir}/{name}"
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.save_to_json(f"{part}/{name}/trainer_state.json")
+            limit, best = self.args.save_total_limit, self.state.best_global_step
+            keep_checkpoint(f"{part}/{name}", output_dir, self.state.global_step, limit, best)
+            os.rmdir(part)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir=None, state_dict=None):
+        model, self.model = self.model, without_fsdp(self.model)
+        super()._save(output_dir, state_dict)
+        self.model = model
+
+    def get_batch_samples(self, epoch_iterator, *args):
+        return super().get_batch_samples(self.stopwatch.watch(epoch_iterator), *args)
+
+    def log(self, logs, *args):
+        super().log({**logs, **self.stopwatch.read()} if "loss" in logs else logs, *args)
+
+
+class Follow(TrainerCallback):
+    """Tells the clips which epoch it is, and leaves evaluations and checkpoints out of the speed."""
+
+    def __init__(self, trainer):
+        self.clips, self.stopwatch = trainer.train_dataset, trainer.stopwatch
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.clips.set_epoch(int(state.epoch))
+        self.stopwatch.restart()
 
     def on_save(self, args, state, control, **kwargs):
-        PartialState().wait_for_everyone()
-        if args.should_save:
-            seal_checkpoint(f"{args.output_dir}/checkpoint-{state.global_step}")
+        self.stopwatch.restart()
+
+    on_evaluate = on_save
 
 
 def main():
@@ -103,7 +146,7 @@ def main():
         eval_clips = make(splits["validation"], EvalTransform(reader, processor), failures)
     metric = load_accuracy()
 
-    trainer = Trainer(
+    trainer = ClipTrainer(
         model=model,
         args=training_args,
         train_dataset=train_clips,
@@ -111,15 +154,19 @@ def main():
         compute_metrics=lambda p: metric.compute(predictions=p.predictions, references=p.label_ids),
         processing_class=processor,
         optimizer_cls_and_kwargs=optimizer,
-        callbacks=[KeepExact(train_clips)] if training_args.do_train else None,
     )
     if training_args.do_train:
+        trainer.stopwatch = Stopwatch(train_clips, training_args.dataloader_num_workers)
+        trainer.add_callback(Follow(trainer))
         result = trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
+        if trainer.is_fsdp_enabled:  # the checkpoints may be in shards; this is for users
+            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        trainer.save_model(f"{output_dir}/model.part")
         trainer.save_state()
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
         if trainer.is_world_process_zero():
+            move_files(f"{output_dir}/model.part", output_dir)
             image_processor.save_pretrained(output_dir)
             draw_curve(output_dir, trainer.state.log_history)
     metrics = None
@@ -143,6 +190,8 @@ def main():
         write_card(output_dir, repo_id if push else None, model_args, data_args, metrics, settings)
         if push:
             print(finish_push(repo_id, token, output_dir))
+    trainer.accelerator.wait_for_everyone()  # a process that is gone early makes torchrun stop the others
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

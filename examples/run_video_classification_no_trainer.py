@@ -12,7 +12,6 @@ is a complete Hub repository of the best model so far. Interrupted training goes
 import math
 import os
 import shutil
-import time
 from dataclasses import dataclass, field
 
 import torch
@@ -29,6 +28,7 @@ from video_classification_data import (
     DataArguments,
     DecodeFailures,
     EvalTransform,
+    Stopwatch,
     TrainTransform,
     load_accuracy,
     load_clips,
@@ -41,12 +41,14 @@ from video_classification_model import (
     ModelArguments,
     draw_curve,
     finish_push,
+    keep_checkpoint,
     load_model,
+    move_files,
     newest_checkpoint,
     parameter_groups,
     read_json,
-    seal_checkpoint,
     start_push,
+    without_fsdp,
     write_card,
     write_json,
 )
@@ -84,16 +86,8 @@ class LoopArguments:
     hub_private_repo: bool | None = field(default=None, metadata={"help": "Create it as a private one."})
 
 
-def discard(folder, name):
-    """Deletes a checkpoint, under another name, so that none is ever seen half deleted."""
-    if os.path.exists(f"{folder}/{name}"):
-        os.replace(f"{folder}/{name}", f"{folder}/discarded.part")
-        shutil.rmtree(f"{folder}/discarded.part")
-
-
 def save_checkpoint(accelerator, args, state):
-    """Writes a checkpoint under another name, renames it when it is complete, and deletes the oldest."""
-    part, name = f"{args.output_dir}/checkpoint.part", f"checkpoint-{state['step']}"
+    part = f"{args.output_dir}/checkpoint.part"
     if accelerator.is_main_process:
         shutil.rmtree(part, ignore_errors=True)
     accelerator.wait_for_everyone()
@@ -101,51 +95,18 @@ def save_checkpoint(accelerator, args, state):
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_json(f"{part}/state.json", state)
-        seal_checkpoint(part)
-        shutil.rmtree(f"{args.output_dir}/discarded.part", ignore_errors=True)
-        discard(args.output_dir, name)
-        os.replace(part, f"{args.output_dir}/{name}")
-        steps = sorted(int(name[11:]) for name in os.listdir(args.output_dir) if name[:11] == "checkpoint-")
-        for step in steps[: -args.save_total_limit]:
-            discard(args.output_dir, f"checkpoint-{step}")
+        keep_checkpoint(part, args.output_dir, state["step"], args.save_total_limit)
     accelerator.wait_for_everyone()
 
 
 def save_model(accelerator, model, processors, output_dir):
-    """Writes model and processors under other names, then renames the files."""
     weights, part = accelerator.get_state_dict(model), f"{output_dir}/model.part"
     if accelerator.is_main_process:
-        accelerator.unwrap_model(model).save_pretrained(part, state_dict=weights)
+        without_fsdp(accelerator.unwrap_model(model)).save_pretrained(part, state_dict=weights)
         for processor in processors:
             processor.save_pretrained(part)
-        for name in os.listdir(part):
-            os.replace(f"{part}/{name}", f"{output_dir}/{name}")
-        os.rmdir(part)
+        move_files(part, output_dir)
     accelerator.wait_for_everyone()
-
-
-class Stopwatch:
-    """How long the loop waits for clips, which tells whether reading them keeps up with the model."""
-
-    def __init__(self):
-        self.start, self.waited, self.clips = time.perf_counter(), 0.0, 0
-
-    def watch(self, batches, key):
-        batches = iter(batches)
-        while True:
-            asked = time.perf_counter()
-            batch = next(batches, None)
-            self.waited += time.perf_counter() - asked
-            if batch is None:
-                return
-            self.clips += len(batch[key])
-            yield batch
-
-    def read(self, processes):
-        elapsed = time.perf_counter() - self.start
-        values = {"clips_per_second": processes * self.clips / elapsed, "waiting": self.waited / elapsed}
-        self.__init__()
-        return values
 
 
 @torch.no_grad()
@@ -231,15 +192,15 @@ def main():
         accelerator.init_trackers("runs", {name: str(value) for name, value in settings.items()})
 
     loss_sum = torch.tensor(state["loss_sum"], device=accelerator.device)
-    told = False
+    stopwatch = Stopwatch(clips, args.dataloader_num_workers)
     progress = tqdm(total=total, initial=state["step"], disable=not accelerator.is_main_process)
     model.train()
     while state["step"] < total:
         batches = accelerator.skip_first_batches(loader, state["batch"]) if state["batch"] else loader
         for epoch_aware in (clips, loader, batches):
             epoch_aware.set_epoch(state["epoch"])
-        stopwatch = Stopwatch()
-        for batch in stopwatch.watch(batches, key):
+        stopwatch.restart()
+        for batch in stopwatch.watch(batches):
             # What is random in a step follows from its place in the run, so that a resumed one repeats it.
             torch.manual_seed(number_from(args.seed, state["epoch"], state["batch"], accelerator.process_index))
             with accelerator.accumulate(model):
@@ -265,21 +226,16 @@ def main():
                 loss_sum.zero_()
                 values["loss"] = mean
                 state["history"].append({"step": state["step"], **values})
-                speed = stopwatch.read(accelerator.num_processes)
+                speed = stopwatch.read()
                 accelerator.log({**values, **speed}, step=state["step"])
                 rate, waiting = speed["clips_per_second"], speed["waiting"]
                 progress.set_postfix_str(f"loss {mean:.4f}, {rate:.1f} clips/s, {waiting:.0%} waiting for clips")
-                if waiting > 0.3 and state["step"] > args.logging_steps and not told:
-                    told = True
-                    accelerator.print(
-                        f"\n{waiting:.0%} of the time goes by waiting for clips: raise --dataloader_num_workers (now "
-                        f"{args.dataloader_num_workers}), or keep the decoded frames with --frame_cache."
-                    )
             if state["step"] == total:
                 break
             if state["step"] % args.save_steps == 0:
                 state["loss_sum"] = accelerator.reduce(loss_sum, "mean").item()
                 save_checkpoint(accelerator, args, state)
+                stopwatch.restart()
         state.update(epoch=state["epoch"] + 1, batch=0)
         if eval_loader is not None:
             metrics = evaluate(accelerator, model, eval_loader, key)

@@ -3,15 +3,14 @@
 import argparse
 import contextlib
 import csv
-import functools
 import glob
 import hashlib
 import json
-import logging
 import os
 import re
 import shlex
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,12 +19,14 @@ import evaluate
 import fsspec
 import numpy as np
 import torch
+from accelerate import PartialState
 from datasets import ClassLabel, Dataset, Features, Video, load_dataset
 from torchvision.transforms import v2
 from transformers import HfArgumentParser
+from transformers.utils import logging
 
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 IGNORED = -100  # the label of a clip that could not be read; losses and metrics leave it out
 
@@ -315,58 +316,117 @@ class DecodeFailures:
         return {json.loads(line)["clip"] for line in Path(self.path).read_text().splitlines()}
 
 
-class Clips(torch.utils.data.Dataset):
+class ClipReader:
     """
-    Clips that are read and transformed when a worker asks for them.
+    Reads and transforms clips when a worker asks for them, and notes how long that takes.
 
     What is random about a clip follows from `seed`, the epoch and its index alone, so that a resumed run sees what an
-    uninterrupted one would have seen. Of a clip that cannot be read, the next one takes the place in training; in
-    evaluation it becomes a black clip with the label -100.
+    uninterrupted one would have seen.
     """
 
     def __init__(self, clips, transform, failures, seed=0, training=False):
         self.clips, self.transform, self.failures, self.training = clips, transform, failures, training
-        self.seed, self.epoch = seed, torch.zeros((), dtype=torch.int64).share_memory_()  # workers see it change
-
-    def __len__(self):
-        return len(self.clips)
+        # Workers see the epoch change and add to the work. (If two add at once, one may be lost: it is an estimate.)
+        self.seed, self.epoch = seed, torch.zeros((), dtype=torch.int64).share_memory_()
+        self.work = torch.zeros(2, dtype=torch.float64).share_memory_()  # clips read, and CPU seconds for them
 
     def set_epoch(self, epoch):
         self.epoch.fill_(epoch)
 
+    def read(self, row, index):
+        """A transformed clip; None if it cannot be read, which is written down."""
+        start = time.process_time()
+        try:
+            with seeded(self.seed, int(self.epoch), index):
+                clip = self.transform(row["video"], row["label"])
+        except DecodeError as error:
+            self.failures.record(clip_name(row["video"]), error)
+            return None
+        self.work += torch.tensor([1.0, time.process_time() - start])
+        return clip
+
+
+class Clips(ClipReader, torch.utils.data.Dataset):
+    """
+    Clips by their number. Of one that cannot be read, the next one takes the place in training; in evaluation it
+    becomes a black clip with the label -100.
+    """
+
+    def __len__(self):
+        return len(self.clips)
+
     def __getitem__(self, index):
         for place in range(index, index + len(self)):
-            row = self.clips[place % len(self)]
-            try:
-                with seeded(self.seed, int(self.epoch), index):
-                    return self.transform(row["video"], row["label"])
-            except DecodeError as error:
-                self.failures.record(clip_name(row["video"]), error)
-                if not self.training:
-                    return self.transform(None, IGNORED)
+            clip = self.read(self.clips[place % len(self)], index)
+            if clip is not None:
+                return clip
+            if not self.training:
+                return self.transform(None, IGNORED)
         raise RuntimeError(f"None of the {len(self)} clips can be read; they are named in {self.failures.path}.")
 
 
-class ClipStream(torch.utils.data.IterableDataset):
-    """The same for a streamed data set; a clip that cannot be read is left out."""
+class ClipStream(ClipReader, torch.utils.data.IterableDataset):
+    """Clips of a streamed data set, in training in random order. One that cannot be read is left out."""
 
     def __init__(self, clips, transform, failures, seed=0, training=False):
-        self.clips = clips.shuffle(seed=seed, buffer_size=256) if training else clips
-        self.transform, self.failures, self.seed, self.epoch = transform, failures, seed, 0
+        clips = clips.shuffle(seed=seed, buffer_size=256) if training else clips
+        super().__init__(clips, transform, failures, seed, training)
 
     def set_epoch(self, epoch):
-        self.epoch = epoch
+        super().set_epoch(epoch)
         self.clips.set_epoch(epoch)
 
     def __iter__(self):
         for index, row in enumerate(self.clips):
-            try:
-                with seeded(self.seed, self.epoch, index):
-                    clip = self.transform(row["video"], row["label"])
-            except DecodeError as error:
-                self.failures.record(clip_name(row["video"]), error)
-            else:
+            clip = self.read(row, index)
+            if clip is not None:
                 yield clip
+
+
+class Stopwatch:
+    """Whether reading clips keeps up with the model: what share of the time the training loop waits for them."""
+
+    def __init__(self, clips, workers):
+        self.clips, self.workers, self.readings, self.told = clips, workers, 0, False
+        self.restart()
+
+    def restart(self):
+        """What went by until now, such as an evaluation, does not count."""
+        self.start, self.waited, self.seen = time.perf_counter(), 0.0, 0
+        self.before = self.clips.work.clone()
+
+    def watch(self, batches):
+        """The same batches, while the time until each of them comes is taken."""
+        batches = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            self.seen += len(batch["labels"])
+            yield batch
+
+    def read(self):
+        """Figures for the log, since the last reading. Says once what to do if reading is what limits the speed."""
+        elapsed, (read, seconds) = time.perf_counter() - self.start, (self.clips.work - self.before).tolist()
+        waiting, process = self.waited / elapsed, PartialState()
+        values = {"clips_per_second": process.num_processes * self.seen / elapsed, "waiting": waiting}
+        if seconds > 0:
+            values["clips_per_core_second"] = read / seconds
+        # At first the model's kernels are compiled and the workers started.
+        if waiting > 0.3 and self.readings > 0 and not self.told and process.is_main_process:
+            self.told = True
+            logger.warning(
+                "%.0f%% of the time goes by waiting for clips. A core reads and varies %.1f of them a second; the "
+                "model could take up to %.1f. Raise --dataloader_num_workers (it is %d, and this machine has %d "
+                "cores), or keep the decoded frames with --frame_cache.",
+                *(100 * waiting, read / max(seconds, 1e-9), self.seen / max(elapsed - self.waited, 1e-9)),
+                *(self.workers, os.cpu_count()),
+            )
+        self.readings += 1
+        self.restart()
+        return values
 
 
 @contextlib.contextmanager
@@ -397,13 +457,8 @@ def read_frames(reader, video, sample=None):
     except (OSError, ValueError) as error:
         raise DecodeError(f"{error}") from error
     if sample is None and metadata.total_num_frames < len(frames):
-        _say_that_frames_repeat(len(frames))
+        logger.warning_once(f"Some clips have fewer frames than the {len(frames)} of the model: they are repeated.")
     return frames.permute(0, 3, 1, 2)
-
-
-@functools.cache  # once is enough
-def _say_that_frames_repeat(count):
-    logger.warning("Some clips have fewer than the %d frames that the model sees; their frames are repeated.", count)
 
 
 def read_frames_once(reader, video, folder, shortest_edge):

@@ -1,22 +1,26 @@
 """What the training and evaluation scripts do with a model: make it, group its weights, keep it, describe it."""
 
-import csv
 import json
 import logging
 import os
 import re
+import shutil
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import torch
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForVideoClassification,
     AutoVideoProcessor,
+    PreTrainedModel,
 )
 
 from modeling_videomamba import VideoMambaConfig, VideoMambaImageProcessor, VideoMambaVideoProcessor
@@ -35,6 +39,13 @@ class ModelArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Folder or Hub repository to start from; a new VideoMamba if left out."}
     )
+    config_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or Hub repository with the config.json of another video classifier, to train it from "
+            "scratch on the same frames; its weights, if there are any, are not read."
+        },
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that comes with that repository."})
     ignore_mismatched_sizes: bool = field(
         default=False, metadata={"help": "Give the model a new head if the clips have other labels than it knows."}
@@ -43,7 +54,11 @@ class ModelArguments:
     num_hidden_layers: int = field(default=24, metadata={"help": "Layers of a new model."})
     num_frames: int = field(default=16, metadata={"help": "Frames a new model sees of a clip."})
     frame_stride: int = field(
-        default=2, metadata={"help": "Every n-th frame around the middle is read, unless the model's processor says."}
+        default=2,
+        metadata={
+            "help": "Every n-th frame around the middle is read, unless the model's processor says; 0 spreads the "
+            "frames over the whole clip."
+        },
     )
     image_size: int = field(default=224, metadata={"help": "Height and width of a new model's frames in pixels."})
     class_token_position: str = field(default="first", metadata={"help": "first, middle or none, for a new model."})
@@ -71,23 +86,32 @@ def load_model(args, names, training):
         model (a stock video processor cannot read files without torchcodec).
     """
     trust = {"trust_remote_code": args.trust_remote_code}
+    stride = args.frame_stride or None
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+    if args.config_name is not None and args.model_name_or_path is not None:
+        raise ValueError("Name either a model to start from (--model_name_or_path) or one to build (--config_name).")
     if args.model_name_or_path is None:
-        config = VideoMambaConfig(
+        own = {
             **labels,
-            hidden_size=args.hidden_size,
-            num_hidden_layers=args.num_hidden_layers,
-            num_frames=args.num_frames,
-            image_size=args.image_size,
-            class_token_position=args.class_token_position,
-            drop_path_rate=args.drop_path_rate or 0.0,
-        )
-        model = AutoModelForVideoClassification.from_config(config)
-        sizes = {
-            "size": {"shortest_edge": config.image_size},
-            "crop_size": {"height": config.image_size, "width": config.image_size},
+            "num_frames": args.num_frames,
+            "image_size": args.image_size,
+            "drop_path_rate": args.drop_path_rate or 0.0,
         }
-        processor = VideoMambaVideoProcessor(num_frames=config.num_frames, frame_stride=args.frame_stride, **sizes)
+        if args.config_name is None:
+            config = VideoMambaConfig(
+                **own,
+                hidden_size=args.hidden_size,
+                num_hidden_layers=args.num_hidden_layers,
+                class_token_position=args.class_token_position,
+            )
+        else:
+            config = AutoConfig.from_pretrained(args.config_name, **own, **trust)
+        model = AutoModelForVideoClassification.from_config(config, **trust)
+        sizes = {
+            "size": {"shortest_edge": args.image_size},
+            "crop_size": {"height": args.image_size, "width": args.image_size},
+        }
+        processor = VideoMambaVideoProcessor(num_frames=args.num_frames, frame_stride=stride, **sizes)
         return model, names, processor, processor, VideoMambaImageProcessor(**sizes)
 
     config = AutoConfig.from_pretrained(args.model_name_or_path, **trust)
@@ -107,11 +131,13 @@ def load_model(args, names, training):
     model = AutoModelForVideoClassification.from_pretrained(
         args.model_name_or_path, config=config, ignore_mismatched_sizes=args.ignore_mismatched_sizes, **trust
     )
+    if len(names) == len(known) and names != known:  # the head of the other labels fits: nothing has replaced it
+        model.classifier = AutoModelForVideoClassification.from_config(config, **trust).classifier
     processor = AutoVideoProcessor.from_pretrained(args.model_name_or_path, **trust)
     image_processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, **trust)
     reader = processor
     if not hasattr(processor, "frame_stride"):
-        reader = VideoMambaVideoProcessor(num_frames=config.num_frames, frame_stride=args.frame_stride)
+        reader = VideoMambaVideoProcessor(num_frames=config.num_frames, frame_stride=stride)
     return model, names, reader, processor, image_processor
 
 
@@ -142,19 +168,39 @@ def parameter_groups(model, learning_rate, weight_decay, layer_decay):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def seal_checkpoint(folder):
-    """Writes down, in one step, what a complete checkpoint holds."""
-    paths = sorted(path for path in Path(folder).rglob("*") if path.is_file() and path.name != SEAL)
-    files = {str(path.relative_to(folder)): _fingerprint(path) for path in paths}
-    part = Path(folder, f"{SEAL}.part")
-    part.write_text(json.dumps(files, indent=1))
-    os.replace(part, Path(folder, SEAL))
+def keep_checkpoint(part, output_dir, step, limit, best=None):
+    """
+    Makes the folder `part` the checkpoint of this step. It appears whole or not at all.
+
+    Of the others the oldest are discarded, until there are `limit` in all (if it is set); that of step `best` stays.
+    """
+    paths = sorted(path for path in Path(part).rglob("*") if path.is_file() and path.name != SEAL)
+    write_json(f"{part}/{SEAL}", {str(path.relative_to(part)): _fingerprint(path) for path in paths})
+    _discard(f"{output_dir}/checkpoint-{step}")  # a damaged one
+    os.replace(part, f"{output_dir}/checkpoint-{step}")
+    steps = _list_steps(output_dir)
+    spare = [old for old in steps if old not in (step, best)]
+    for old in spare[: max(0, len(steps) - limit) if limit else 0]:
+        _discard(f"{output_dir}/checkpoint-{old}")
+
+
+def _list_steps(folder):
+    return sorted(int(path.name[11:]) for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdigit())
+
+
+def _discard(folder):
+    """Deletes a checkpoint, under another name, so that none is ever seen half deleted."""
+    part = Path(folder).with_name("discarded.part")
+    shutil.rmtree(part, ignore_errors=True)
+    if os.path.exists(folder):
+        os.replace(folder, part)
+        shutil.rmtree(part)
 
 
 def newest_checkpoint(folder):
     """The newest complete, undamaged `checkpoint-<step>` in `folder`, or None. Says which ones it passes over."""
-    found = [path for path in Path(folder).glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
-    for path in sorted(found, key=lambda path: -int(path.name.partition("-")[2])):
+    for step in reversed(_list_steps(folder)):
+        path = Path(folder, f"checkpoint-{step}")
         try:
             files = read_json(path / SEAL)
             damaged = [name for name, fingerprint in files.items() if _fingerprint(path / name) != fingerprint]
@@ -164,6 +210,25 @@ def newest_checkpoint(folder):
             return str(path)
         logger.warning("%s is incomplete or damaged (%s). Going on from the one before.", path, ", ".join(damaged))
     return None
+
+
+def without_fsdp(model):
+    """
+    The model; or, if FSDP2 has sharded it, an empty one of its class, to `save_pretrained` the gathered weights with:
+    FSDP2 gives a model a class of its own, whose code would be saved instead of the model's.
+    """
+    if not isinstance(model, FSDPModule):
+        return model
+    model_class = next(kind for kind in type(model).__mro__[1:] if issubclass(kind, PreTrainedModel))
+    with torch.device("meta"):
+        return model_class(model.config)
+
+
+def move_files(part, folder):
+    """Moves complete files to where they belong, each in one step."""
+    for name in os.listdir(part):
+        os.replace(f"{part}/{name}", f"{folder}/{name}")
+    os.rmdir(part)
 
 
 def _fingerprint(path):
@@ -187,21 +252,16 @@ def write_predictions(folder, clip_names, labels, scores, names):
     """
     kept = np.flatnonzero(np.asarray(labels) >= 0)
     expected, scores = np.asarray(labels)[kept], np.asarray(scores)[kept]
-    predicted = scores.argmax(-1)
-    with open(f"{folder}/predictions.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["clip", "label", "predicted", "score"])
-        for place, label, guess, score in zip(kept, expected, predicted, scores.max(-1), strict=True):
-            writer.writerow([clip_names[place], names[label], names[guess], f"{score:.4f}"])
+    predicted, names = scores.argmax(-1), np.array(names)
+    clips = {"clip": np.array(clip_names)[kept], "label": names[expected], "predicted": names[predicted]}
+    table = pd.DataFrame({**clips, "score": scores.max(-1)})
+    table.to_csv(f"{folder}/predictions.csv", index=False, float_format="%.4f")
     counts = np.zeros((len(names), len(names)), int)
     np.add.at(counts, (expected, predicted), 1)
-    with open(f"{folder}/classes.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["label", "clips", "recognised", "recall", "precision"])
-        for number, name in enumerate(names):
-            right, clips, guesses = counts[number, number], counts[number].sum(), counts[:, number].sum()
-            shares = [f"{right / total:.4f}" if total else "" for total in (clips, guesses)]
-            writer.writerow([name, clips, right, *shares])
+    right = pd.Series(counts.diagonal())  # whose 0 / 0 is a gap in the file
+    classes = {"label": names, "clips": counts.sum(1), "recognised": right}
+    table = pd.DataFrame({**classes, "recall": right / counts.sum(1), "precision": right / counts.sum(0)})
+    table.to_csv(f"{folder}/classes.csv", index=False, float_format="%.4f")
 
     from matplotlib.figure import Figure  # a second to import, which runs that never get here are spared
 
@@ -243,14 +303,15 @@ def write_card(folder, repo_id, model_args, data_args, metrics, settings):
     `repo_id` is where it will be on the Hub, or None; `metrics` are those of the validation clips, or None; `settings`
     are all arguments of the run.
     """
-    source = data_args.dataset_name or data_args.train_list or data_args.train_dir or data_args.validation_dir
-    base = model_args.model_name_or_path
-    clips = data_args.dataset_name or Path(source).absolute().parent.name
+    data_set, base = data_args.dataset_name, model_args.model_name_or_path
+    hub_data, hub_base = (name if name and not os.path.exists(name) else None for name in (data_set, base))
+    local = Path(data_set or data_args.train_list or data_args.train_dir or data_args.validation_dir).absolute()
+    clips = hub_data or (local.name if data_set else local.parent.name)
     title = repo_id.rpartition("/")[2] if repo_id else Path(folder).absolute().name
     results = [
         EvalResult(
             task_type="video-classification",
-            dataset_type=data_args.dataset_name or "videofolder",
+            dataset_type=hub_data or "videofolder",
             dataset_name=clips,
             dataset_split=data_args.validation_split,
             metric_type=kind,
@@ -264,8 +325,8 @@ def write_card(folder, repo_id, model_args, data_args, metrics, settings):
         model_name=title,
         library_name="transformers",
         pipeline_tag="video-classification",
-        datasets=[data_args.dataset_name] if data_args.dataset_name else None,
-        base_model=base if base and not os.path.exists(base) else None,
+        datasets=[hub_data] if hub_data else None,
+        base_model=hub_base,
         eval_results=results or None,
     )
     measured = "".join(f"| {result.metric_name} | {result.metric_value:.4f} |\n" for result in results)
@@ -275,7 +336,7 @@ def write_card(folder, repo_id, model_args, data_args, metrics, settings):
             f"| on the validation clips | |\n| --- | --- |\n{measured}\n"
             f"The 95 % interval (Wilson's) of the accuracy is {low:.4f} to {high:.4f}.\n\n"
         )
-    origin = f"fine-tuned from {base if card.base_model else Path(base).name}" if base else "trained from scratch"
+    origin = f"fine-tuned from {hub_base or Path(base).name}" if base else "trained from scratch"
     Path(folder, "README.md").write_text(
         f"---\n{card.to_yaml()}\n---\n\n# {title}\n\nA video classifier, {origin} on {clips}.\n\n```python\n"
         f'from transformers import pipeline\n\nclassifier = pipeline("video-classification", '

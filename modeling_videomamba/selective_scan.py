@@ -128,11 +128,12 @@ def sequential_scan(xz, *parameters, order=None):
 class ScanBackend(NamedTuple):
     unusable_reason: Callable
     bidirectional_selective_scan: Callable
+    projects: bool = False  # takes `out_proj_weight` too, and keeps less for the backward pass
 
 
 # Fastest first; the first usable one is taken. `sequential` runs only when it is named, since `torch` always can.
 BACKENDS = {
-    "cuda": ScanBackend(cuda_unusable_reason, cuda_scan),
+    "cuda": ScanBackend(cuda_unusable_reason, cuda_scan, projects=True),
     "mamba_ssm": ScanBackend(mamba_ssm_unusable_reason, mamba_ssm_scan),
     "numba": ScanBackend(numba_unusable_reason, numba_scan),
     "torch": ScanBackend(torch_unusable_reason, torch_scan),
@@ -206,6 +207,7 @@ def bidirectional_selective_scan(
     D,
     order=None,
     backend=None,
+    out_proj_weight=None,
 ):
     """
     Convolution, projections and selective scan of both directions, and their gated mean (paper, section 4.4).
@@ -222,15 +224,19 @@ def bidirectional_selective_scan(
         order (`torch.LongTensor` of shape `(L,)`, *optional*): `order[k]` is the token that the backward direction
             visits at step k; the full reversal if not given.
         backend (`str`, *optional*): see [`select_scan_backend`].
+        out_proj_weight (`torch.Tensor` of shape `(hidden_size, E)`, *optional*): if given, the result is projected
+            by it. A backend that is told need not keep the projection's input for the backward pass.
 
     Returns:
-        `torch.Tensor` of shape `(B, L, E)` and the type of `xz`, ready for `out_proj`. Inside, Δ, A, the state and
-        the sums are float32 whatever the type of `xz`.
+        `torch.Tensor` of shape `(B, L, E)`, or `(B, L, hidden_size)` if projected, and the type of `xz`. Inside, Δ,
+        A, the state and the sums are float32 whatever the type of `xz`.
     """
     chosen = BACKENDS[select_scan_backend(xz.device, xz.dtype, backend)]
-    return chosen.bidirectional_selective_scan(
-        xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, order=order
-    )
+    parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
+    if out_proj_weight is not None and chosen.projects:
+        return chosen.bidirectional_selective_scan(xz, *parameters, order=order, out_proj_weight=out_proj_weight)
+    scanned = chosen.bidirectional_selective_scan(xz, *parameters, order=order)
+    return scanned if out_proj_weight is None else F.linear(scanned, out_proj_weight)
 
 
 __all__ = [

@@ -5,7 +5,8 @@ Two kernels: convolution and SiLU of both directions; then step size (its projec
 scan, skip term, sum of the directions and gate, both directions in one launch. Between them stands one batched matrix
 product, `x_proj`. Nothing is flipped or transposed: tensors are (B, L, E) throughout, and a direction is the order in
 which a warp walks over the tiles of a sequence. The backward pass keeps only `xz` and the small projection
-(2, B, L, R + 2N), and recomputes the rest, a few sequences at a time.
+(2, B, L, R + 2N), and recomputes the rest, a few sequences at a time; the input of `out_proj` too, if its weight is
+handed over.
 
 The first call of a model compiles what it needs, 2 s on the machine below, and keeps it in `~/.cache/videomamba`, or
 in the folder that the environment variable `VIDEOMAMBA_CACHE` names.
@@ -78,7 +79,7 @@ struct Args {
     const io_t *xz, *u, *proj, *dout;
     const void *conv_w, *conv_b, *dt_w, *dt_b, *a_log, *skip;
     const long long *order;
-    io_t *out, *du, *ddelta;
+    io_t *out, *du, *ddelta, *y;
     float *states, *sums, *sub, *adjoint, *da, *dvec;
     void *dbc;
     int B, L;
@@ -92,8 +93,16 @@ DEV float rcp(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "
 DEV float half_to_float(u16 v) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(v)); return y; }
 DEV u16 float_to_half(float v) { u16 y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(v)); return y; }
 DEV u16 float_to_bf16(float v) { u16 y; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(v)); return y; }
-DEV u32 pack_half(float a, float b) { u32 y; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(b), "f"(a)); return y; }
-DEV u32 pack_bf16(float a, float b) { u32 y; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(b), "f"(a)); return y; }
+DEV u32 pack_half(float a, float b) {
+    u32 y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(b), "f"(a));
+    return y;
+}
+DEV u32 pack_bf16(float a, float b) {
+    u32 y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(b), "f"(a));
+    return y;
+}
 // d (16x8) += a (16x4) b (4x8); tf32 operands, of which the hardware reads the upper 19 bits.
 DEV void mma_tf32_k4(float *d, float a0, float a1, float b) {
     asm("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
@@ -268,8 +277,8 @@ DEV float softplus_slope(float delta) {
 // A walk: one warp, one direction, 16 M channels, tiles of 16 tokens. Tiles are aligned in the sequence (for a general
 // order: in the steps), so both directions of a chunk meet at a tile border.
 // A warp holds its states as the tensor cores hold a 16x8 result: lane (g, q) = (lane / 4, lane % 4) has the channels
-// g S to g S + S - 1 of the warp's, S = 2M, and of each group of 8 states the states 2q and 2q + 1. Rows g and g + 8 of
-// the i-th result are the channels g S + 2i and g S + 2i + 1.
+// g S to g S + S - 1 of the warp's, S = 2M, and of each group of 8 states the states 2q and 2q + 1. Rows g and g + 8
+// of the i-th result are the channels g S + 2i and g S + 2i + 1.
 // ------------------------------------------------------------------------------------------------------------------
 
 struct Walk {
@@ -487,7 +496,7 @@ DEV void contract(float *low, float *high, const float *x, float factor) {
 #define FORWARD_SHARED(M, KIND) (2 * (PROJ_TILE + TILE * ROW(M) * (int)sizeof(io_t)) + TILE * (16 * M + 4) * 4 \
                                  + (KIND == SCAN ? 2 * TILE * ROW(M) * (int)sizeof(io_t) : 0) + STEP_SIZE_BYTES(M))
 #define BACKWARD_SHARED (2 * (PROJ_TILE + 3 * TILE * 16 * (int)sizeof(io_t)) + 5 * TILE * 20 * 4 + NT * 512 \
-                         + TILE * 16 * (int)sizeof(io_t) + (EXACT ? NT * 512 : STEP_SIZE_BYTES(1)))
+                         + TILE * 16 * (int)sizeof(io_t) + 1536 + (EXACT ? NT * 512 : STEP_SIZE_BYTES(1)))
 
 template <int M, int KIND> DEV void walk_forward(const Args &p) {
     const int LD = 16 * M + 4, S = 2 * M, LU = ROW(M);
@@ -538,7 +547,8 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
             int place = w.place(w.begin(tile + 1), lane >> 1), token = w.token(place);
             bool exists = place < w.last;
             load_row<PROJ, PROJ, PROJ, PROJ_PIECE>((io_t *)stage, proj_rows, PROJ, token, exists, lane);
-            load_row<16 * M, LU, CHANNELS, CHANNEL_PIECE>((io_t *)(stage + PROJ_TILE), u_rows, left, token, exists, lane);
+            io_t *u_to = (io_t *)(stage + PROJ_TILE);
+            load_row<16 * M, LU, CHANNELS, CHANNEL_PIECE>(u_to, u_rows, left, token, exists, lane);
         }
         copy_commit();
         if (tile < 0) continue;
@@ -766,7 +776,8 @@ extern "C" __global__ void conv(const Args p) {
 #pragma unroll
     for (int k = 0; k < K - 1; k++) {
         int token = run_token(p, dir, blockIdx.y * RUN, k - (K - 1));
-        load_channels(window[k], p.xz + ((size_t)b * p.L + (token < 0 ? 0 : token)) * 2 * CHANNELS + channel, token >= 0);
+        size_t row = (size_t)b * p.L + (token < 0 ? 0 : token);
+        load_channels(window[k], p.xz + row * 2 * CHANNELS + channel, token >= 0);
     }
 #pragma unroll
     for (int v = 0; v < RUN; v++) {
@@ -799,7 +810,8 @@ DEV void load_few(float *to, const io_t *from, bool valid) {
         to[0] = valid ? value(from[0]) : 0.f;
 }
 extern "C" __global__ void __launch_bounds__(128, 4) conv_backward(const Args p) {
-    int groups = (CHANNELS + CB - 1) / CB, at = blockIdx.x * blockDim.x + threadIdx.x, channel = at * CB, b = blockIdx.z;
+    int groups = (CHANNELS + CB - 1) / CB, at = blockIdx.x * blockDim.x + threadIdx.x;
+    int channel = at * CB, b = blockIdx.z;
     if (at >= groups) return;
     float weight[2][K][CB], bias[2][CB], d_weight[2][K + 1][CB];
 #pragma unroll
@@ -923,10 +935,12 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
     float *delta = (float *)(mine + 2 * STAGE), *dy = delta + TILE * LD, *dx = dy + TILE * LD, *ds = dx + TILE * LD,
           *ys = ds + TILE * LD, *saved = ys + TILE * LD;
     io_t *before = (io_t *)(saved + NT * 128);
+    // Of this lane's four channels in the epilogue: D, the gradient of D, that of the bias of Δ.
+    float *skip_at = (float *)((char *)before + U_TILE) + lane * 4, *d_skip_at = skip_at + 128, *d_bias_at = skip_at + 256;
     StepSize<1> step_size;
-    step_size.load(p, w, (char *)before + U_TILE);
+    step_size.load(p, w, (char *)before + U_TILE + 1536);
 #if EXACT
-    float *sums = (float *)((char *)before + U_TILE);
+    float *sums = (float *)((char *)before + U_TILE + 1536);
 #endif
     const io_t *proj_rows = p.proj + ((size_t)w.dir * p.B * p.L + w.row) * PROJ;
     const size_t rows = ((size_t)w.dir * p.B * p.L + w.row) * CHANNELS + w.channel;
@@ -944,13 +958,9 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
         for (int e = 0; e < 4; e++) lambda[nt][e] = da[nt][e] = 0.f;
     if (p.chunks > 1) load_states(lambda, p.adjoint, p, w, p.chunks, blockIdx.y);
     const int four = lane % 4 * 4, here = left - four;
-    float skip[4], d_skip[4], d_bias[4], out_step[4];
-#pragma unroll
-    for (int j = 0; j < 4; j++) out_step[j] = g >> 1 == j;
-#pragma unroll
     for (int e = 0; e < 4; e++) {
-        d_skip[e] = d_bias[e] = 0.f;
-        skip[e] = e < here ? parameter(p.skip, (size_t)w.dir * CHANNELS + w.channel + four + e) : 0.f;
+        d_skip_at[e] = d_bias_at[e] = 0.f;
+        skip_at[e] = e < here ? parameter(p.skip, (size_t)w.dir * CHANNELS + w.channel + four + e) : 0.f;
     }
     auto part_of = [&](int i, int t8) { return (w.begin(w.tiles - 1 - i) + (w.reversed ? 8 - t8 : t8)) / 8; };
     auto load_stage = [&](int i) {
@@ -1074,6 +1084,37 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
                 sync_warp();
             }
 #else
+            // Gradients of B (0) and C (1): rows of `sums` are states, columns the 8 steps.
+            auto store_sums = [&](int kind, float sums[(NT + 1) / 2][4]) {
+#pragma unroll
+                for (int nt = 0; nt < NT; nt++) {
+                    float low = sums[nt / 2][2 * (nt & 1)], high = sums[nt / 2][2 * (nt & 1) + 1];
+#if IO == 2
+                    u32 states = transpose(pack_bf16(low, high));  // of step g, states 2q and 2q + 1
+                    int place = w.place(begin, t8 + g), n = nt * 8 + 2 * q;
+                    partial_t *to = dbc + (long long)w.token(place) * 2 * N + kind * N + n;
+                    if (place >= w.last || n >= N) continue;
+                    if (N % 2 == 0) *(u32 *)to = states;
+                    else {
+                        to[0] = (u16)states;
+                        if (n + 1 < N) to[1] = (u16)(states >> 16);
+                    }
+#else
+                    for (int e = 0; e < 2; e++) {
+                        int place = w.place(begin, t8 + 2 * q + e), n = nt * 8 + g;
+                        if (place < w.last && n < N)
+                            dbc[(long long)w.token(place) * 2 * N + kind * N + n] = e ? high : low;
+                    }
+#endif
+                }
+            };
+            float dc[(NT + 1) / 2][4], v[4];
+#pragma unroll
+            for (int i = 0; i < (NT + 1) / 2; i++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) dc[i][e] = 0.f;
+            load_vector<4>(v, dy + (t8 + g) * LD + 4 * q);
+            const u32 dy0 = pack_bf16(v[0], v[2]), dy1 = pack_bf16(v[1], v[3]);
             const io_t *down = proj_at + q * PROJ + R, *across = proj_at + (g >> 1) * PROJ + R;
 #pragma unroll
             for (int t4 = 0; t4 < 8; t4 += 4) {
@@ -1096,22 +1137,21 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
 #pragma unroll
                         for (int e = 0; e < 4; e++) x[e] = h[k][nt][e] * decay(d[e >> 1], a[0][nt][e]);
                         mma_tf32_k4(x, in[0], in[1], q == j ? b[nt] : 0.f);
-                        contract(low, high, x, c[nt] * out_step[j]);
+                        contract(low, high, x, g >> 1 == j ? c[nt] : 0.f);
                     }
+                    outer_product(dc, h[k + 1], g == k ? dy0 : 0, g == k ? dy1 : 0);
                 }
                 float y[S] = {low[0] + low[3], high[0] + high[3]};
                 store_vector<S>(ys_at + (t4 + q) * LD, y);
             }
-            float s[4] = {0.f, 0.f, 0.f, 0.f}, db[(NT + 1) / 2][4], dc[(NT + 1) / 2][4];
+            store_sums(1, dc);
+            float s[4] = {0.f, 0.f, 0.f, 0.f}, db[(NT + 1) / 2][4];
 #pragma unroll
             for (int i = 0; i < (NT + 1) / 2; i++)
 #pragma unroll
-                for (int e = 0; e < 4; e++) db[i][e] = dc[i][e] = 0.f;
-            float v[4];
+                for (int e = 0; e < 4; e++) db[i][e] = 0.f;
             load_vector<4>(v, dx + (t8 + g) * LD + 4 * q);
             const u32 dx0 = pack_bf16(v[0], v[2]), dx1 = pack_bf16(v[1], v[3]);
-            load_vector<4>(v, dy + (t8 + g) * LD + 4 * q);
-            const u32 dy0 = pack_bf16(v[0], v[2]), dy1 = pack_bf16(v[1], v[3]);
             sync_warp();
 #pragma unroll
             for (int t4 = 4; t4 >= 0; t4 -= 4) {
@@ -1132,10 +1172,9 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
 #pragma unroll
                     for (int nt = 0; nt < NT; nt++) {
                         mma_tf32_k4(lambda[nt], in[0], in[1], q == j ? c[nt] : 0.f);
-                        contract(low, high, lambda[nt], b[nt] * out_step[j]);
+                        contract(low, high, lambda[nt], g >> 1 == j ? b[nt] : 0.f);
                     }
                     outer_product(db, lambda, now ? dx0 : 0, now ? dx1 : 0);
-                    outer_product(dc, h[k + 1], now ? dy0 : 0, now ? dy1 : 0);
 #pragma unroll
                     for (int nt = 0; nt < NT; nt++)
 #pragma unroll
@@ -1154,30 +1193,7 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
             float first[S] = {s[0], s[2]}, other[S] = {s[1], s[3]};
             store_vector<S>(ds_at + 2 * q * LD, first);
             store_vector<S>(ds_at + (2 * q + 1) * LD, other);
-#pragma unroll
-            for (int nt = 0; nt < NT; nt++)
-#pragma unroll
-                for (int kind = 0; kind < 2; kind++) {
-                    const float *sum = kind ? dc[nt / 2] : db[nt / 2];
-                    float low = sum[2 * (nt & 1)], high = sum[2 * (nt & 1) + 1];
-#if IO == 2
-                    u32 states = transpose(pack_bf16(low, high));  // of step g, states 2q and 2q + 1
-                    int place = w.place(begin, t8 + g), n = nt * 8 + 2 * q;
-                    partial_t *to = dbc + (long long)w.token(place) * 2 * N + kind * N + n;
-                    if (place >= w.last || n >= N) continue;
-                    if (N % 2 == 0) *(u32 *)to = states;
-                    else {
-                        to[0] = (u16)states;
-                        if (n + 1 < N) to[1] = (u16)(states >> 16);
-                    }
-#else
-                    for (int e = 0; e < 2; e++) {
-                        int place = w.place(begin, t8 + 2 * q + e), n = nt * 8 + g;
-                        if (place < w.last && n < N)
-                            dbc[(long long)w.token(place) * 2 * N + kind * N + n] = e ? high : low;
-                    }
-#endif
-                }
+            store_sums(0, db);
 #endif
         }
         sync_warp();
@@ -1185,6 +1201,7 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
         for (int k = 0; k < 2; k++) {
             int row = 8 * k + lane / 4, at = row * 16 + four, from = row * LD + four, place = w.place(begin, row);
             float vo[4], vz[4], vu[4], step[4], vdy[4], vdx[4], vds[4], vy[4], r_du[4], r_dd[4];
+            float skip[4], d_skip[4], d_bias[4];
             unpack4(vu, u + at);
             load_vector<4>(step, delta + from);
             load_vector<4>(vdy, dy + from);
@@ -1193,6 +1210,9 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
             load_vector<4>(vy, ys + from);
             if (place >= w.last) continue;
             const long long token = w.token(place);
+            load_vector<4>(skip, skip_at);
+            load_vector<4>(d_skip, d_skip_at);
+            load_vector<4>(d_bias, d_bias_at);
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 r_dd[e] = fmaf(vdx[e], vu[e], vds[e] * LN2) * softplus_slope(step[e]);
@@ -1201,6 +1221,8 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
                 d_bias[e] += r_dd[e];
                 vy[e] = fmaf(skip[e], vu[e], vy[e]);
             }
+            store_vector<4>(d_skip_at, d_skip);
+            store_vector<4>(d_bias_at, d_bias);
             if (second) {
                 float other[4];
                 unpack4(vo, dout + at);
@@ -1208,9 +1230,11 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
                 unpack4(other, before + at);
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    float gate = sigmoid(vz[e]);
-                    vy[e] = (vy[e] + other[e]) * 0.5f * vo[e] * gate * fmaf(vz[e], 1.f - gate, 1.f);
+                    float gate = sigmoid(vz[e]), mean = 0.5f * (vy[e] + other[e]);
+                    vy[e] = mean * vo[e] * gate * fmaf(vz[e], 1.f - gate, 1.f);
+                    other[e] = mean * vz[e] * gate;
                 }
+                if (p.y) store4(p.y + w.row * CHANNELS + w.channel + token * CHANNELS + four, other, here);
             }
             store4(p.du + rows + token * CHANNELS + four, r_du, here);
             store4(p.ddelta + rows + token * CHANNELS + four, r_dd, here);
@@ -1224,6 +1248,9 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
 #pragma unroll
         for (int e = 0; e < 4; e++) da[nt][e] *= a[0][nt][e] * LN2;
     store_states(da, p.da, p, w, p.chunks, blockIdx.y);
+    float d_skip[4], d_bias[4];
+    load_vector<4>(d_skip, d_skip_at);
+    load_vector<4>(d_bias, d_bias_at);
 #pragma unroll
     for (int e = 0; e < 4; e++)
 #pragma unroll
@@ -1383,7 +1410,9 @@ def _function(name, options, device_index):
     return function
 
 
-_POINTERS = "xz u proj dout conv_w conv_b dt_w dt_b a_log skip order out du ddelta states sums sub adjoint da dvec dbc"
+_POINTERS = (
+    "xz u proj dout conv_w conv_b dt_w dt_b a_log skip order out du ddelta y states sums sub adjoint da dvec dbc"
+)
 _NUMBERS = "B L mode chunk chunks"
 
 
@@ -1488,7 +1517,7 @@ class _Scan:
         tile = TILE * size * (16 * blocks + 16 * (blocks > 1))
         if name == "backward":
             states = -(-self.N // 8) * 512
-            return 2 * proj_tile + 7 * tile + 5 * TILE * 20 * 4 + states + (states if exact else step_size)
+            return 2 * proj_tile + 7 * tile + 5 * TILE * 20 * 4 + states + 1536 + (states if exact else step_size)
         return 2 * proj_tile + (4 if name == "scan" else 2) * tile + TILE * (16 * blocks + 4) * 4 + step_size
 
     def settings(self, name, blocks):
@@ -1554,6 +1583,7 @@ def _scan_op(
     dt_proj_bias: torch.Tensor,
     A_log: torch.Tensor,
     D: torch.Tensor,
+    out_proj_weight: torch.Tensor | None,
     order: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.cuda.device_of(xz), torch.autocast(xz.device.type, enabled=False):
@@ -1563,13 +1593,16 @@ def _scan_op(
         proj = _project(u, x_proj_weight)
         states, _ = scan.chunk_states(u, proj)
         scan.walk("scan", scan.blocks, u=u, proj=proj, out=out, states=states)
+        if out_proj_weight is not None:
+            out = torch.nn.functional.linear(out, out_proj_weight.to(out.dtype))
     return out, proj
 
 
 @_scan_op.register_fake
-def _(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, order):
+def _(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, out_proj_weight, order):
     batch, length, channels = xz.shape
-    return xz.new_empty(batch, length, channels // 2), xz.new_empty(2, batch, length, x_proj_weight.shape[1])
+    channels = channels // 2 if out_proj_weight is None else out_proj_weight.shape[0]
+    return xz.new_empty(batch, length, channels), xz.new_empty(2, batch, length, x_proj_weight.shape[1])
 
 
 @torch.library.custom_op("videomamba::bidirectional_scan_cuda_backward", mutates_args=())
@@ -1583,6 +1616,7 @@ def _backward_op(
     dt_proj_bias: torch.Tensor,
     A_log: torch.Tensor,
     D: torch.Tensor,
+    out_proj_weight: torch.Tensor | None,
     order: torch.Tensor | None,
     proj: torch.Tensor,
 ) -> list[torch.Tensor]:
@@ -1590,14 +1624,17 @@ def _backward_op(
     dout = dout.contiguous()
     if dout.data_ptr() % 16:
         dout = dout.clone()
-    parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
+    parameters = [conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D]
+    if out_proj_weight is not None:
+        parameters.append(out_proj_weight)
     gradients = None
     size = -(-xz.shape[0] // _parts(xz))
     with torch.cuda.device_of(xz), torch.autocast(xz.device.type, enabled=False):
         for start in range(0, xz.shape[0], size):
             part = slice(start, start + size)
             scan = _Scan(xz[part], conv_weight, conv_bias, dt_proj_weight, dt_proj_bias, A_log, D, order)
-            found = _backward_part(scan, dout[part], x_proj_weight, proj[:, part].contiguous(), dxz[part])
+            part_proj = proj[:, part].contiguous()
+            found = _backward_part(scan, dout[part], x_proj_weight, out_proj_weight, part_proj, dxz[part])
             gradients = found if gradients is None else [a + b for a, b in zip(gradients, found, strict=True)]
     # Copies: the outputs of an operator may not share memory.
     gradients = [g.to(p.dtype, copy=True) for g, p in zip(gradients, parameters, strict=True)]
@@ -1611,9 +1648,13 @@ def _parts(xz):
     return max(1, min(-(-batch * length // _BACKWARD_TOKENS), batch // max(1, filling)))
 
 
-def _backward_part(scan, dout, x_proj_weight, proj, dxz):
+def _backward_part(scan, dout, x_proj_weight, out_proj_weight, proj, dxz):
     """Writes dxz; returns the gradients of the parameters, in float32."""
     B, L, E, R, N, io = scan.B, scan.L, scan.E, scan.R, scan.N, scan.xz.dtype
+    dprojected, y = dout, None
+    if out_proj_weight is not None:
+        dout = dprojected @ out_proj_weight.to(io)
+        y = torch.empty_like(dout)
     u = scan.convolve()
     states, sums = scan.chunk_states(u, proj)
     adjoint = None
@@ -1643,6 +1684,7 @@ def _backward_part(scan, dout, x_proj_weight, proj, dxz):
         dbc=dbc,
         da=da,
         dvec=dvec,
+        y=y,
     )
     del sub
     # (block, group, g, q, row, column): channel = block * 16 + g * 2 + row, state = group * 8 + 2q + column
@@ -1662,13 +1704,17 @@ def _backward_part(scan, dout, x_proj_weight, proj, dxz):
     for mode in (0,) if scan.order is None else (1, 2):
         scan.launch("conv_backward", (-(-groups // 128), runs, B), 128, mode=mode, du=du, out=dxz, dvec=dconv)
     dconv = dconv.sum(dim=(0, 1))
-    return [dconv[:, :K].transpose(1, 2), dconv[:, K], d_x_weight, d_dt_weight, d_dt_bias, dA, d_skip]
+    gradients = [dconv[:, :K].transpose(1, 2), dconv[:, K], d_x_weight, d_dt_weight, d_dt_bias, dA, d_skip]
+    if y is not None:
+        gradients.append((dprojected.flatten(0, 1).T @ y.flatten(0, 1)).float())
+    return gradients
 
 
 @_backward_op.register_fake
-def _(dout, xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, order, proj):
-    parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (xz, *parameters)]
+def _(dout, xz, *rest):
+    *parameters, _, _ = rest  # order, proj
+    tensors = [xz, *(p for p in parameters if p is not None)]
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
 
 
 def _setup_context(ctx, inputs, output):
@@ -1676,18 +1722,19 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dout, dproj):
-    *inputs, order, proj = ctx.saved_tensors
-    return *_backward_op(dout, *inputs, order, proj), None
+    *inputs, out_proj_weight, order, proj = ctx.saved_tensors
+    gradients = _backward_op(dout, *inputs, out_proj_weight, order, proj)
+    return *gradients, *([None] if out_proj_weight is None else []), None
 
 
 _scan_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def bidirectional_selective_scan(
-    xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, order=None
+    xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, order=None, out_proj_weight=None
 ):
-    """See `selective_scan.bidirectional_selective_scan`."""
+    """See `selective_scan.bidirectional_selective_scan`; the backward pass makes the input of `out_proj` again."""
     if A_log.is_complex():
         raise ValueError("The scan backend 'cuda' takes a real `A_log`, got a complex one")
     parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
-    return _scan_op(xz.contiguous(), *parameters, order)[0]
+    return _scan_op(xz.contiguous(), *parameters, out_proj_weight, order)[0]

@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 import torch
 from huggingface_hub.dataclasses import validate_typed_dict
+from torch.utils.data import get_worker_info
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 from transformers.processing_utils import Unpack, VideosKwargs
@@ -406,6 +407,11 @@ def _no_video(source: str | bytes, name: str, error) -> ValueError:
     )
 
 
+def _decoding_threads() -> int:
+    """One in a worker of a `DataLoader`, of which there are as many as cores; elsewhere 0: as many as cores."""
+    return 0 if get_worker_info() is None else 1
+
+
 def _metadata(total: int, fps, decoder: str) -> VideoMetadata:
     fps = float(fps) if fps else None
     return VideoMetadata(total_num_frames=total, fps=fps, duration=total / fps if fps else None, video_backend=decoder)
@@ -468,6 +474,7 @@ def _open_pyav(source, name):
                 found = ", ".join(f"{s.type} ({s.name})" for s in container.streams) or "nothing at all"
                 raise ValueError(f"{name} has no video stream that can be decoded, only {found}. Give one that has.")
             streams[0].thread_type = "AUTO"
+            streams[0].codec_context.thread_count = _decoding_threads()
             yield container, streams[0]
 
 
@@ -586,7 +593,7 @@ def _read_torchcodec(source, name, sample):
     try:
         # "exact" reads through the file first, as the other decoders do, so that indices are right.
         decoder = importlib.import_module("torchcodec.decoders").VideoDecoder(
-            source, dimension_order="NHWC", seek_mode="exact", num_ffmpeg_threads=0
+            source, dimension_order="NHWC", seek_mode="exact", num_ffmpeg_threads=_decoding_threads()
         )
         metadata = _metadata(decoder.metadata.num_frames, decoder.metadata.average_fps, "torchcodec")
     except Exception as error:
@@ -607,7 +614,8 @@ def _read_decord(source, name, sample):
     decord = importlib.import_module("decord")
     decord.logging.set_level(decord.logging.QUIET)
     try:
-        reader = decord.VideoReader(_as_file(source) if isinstance(source, bytes) else source, ctx=decord.cpu(0))
+        file = _as_file(source) if isinstance(source, bytes) else source
+        reader = decord.VideoReader(file, ctx=decord.cpu(0), num_threads=_decoding_threads())
         start = reader.get_frame_timestamp([0])[0, 0]
     except Exception as error:
         raise _no_video(source, name, error) from error

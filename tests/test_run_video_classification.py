@@ -72,6 +72,13 @@ def test_learns_which_way_the_bar_goes(trained):
     assert results["eval_samples"] == 4
 
 
+def test_says_how_fast_clips_are_read(trained):
+    entries = json.loads((trained / "trainer_state.json").read_text())["log_history"][:-1]
+    assert all(entry["clips_per_second"] > 0 and 0 <= entry["waiting"] <= 1 for entry in entries)
+    speeds = [entry["clips_per_core_second"] for entry in entries if "clips_per_core_second" in entry]
+    assert len(speeds) >= 20 and min(speeds) > 0, "an epoch is two steps; its clips may all be read in the first"
+
+
 def test_output_is_a_complete_repository(trained, folders):
     files = {path.name for path in trained.iterdir()}
     assert {"README.md", "config.json", "model.safetensors", "predictions.csv", "confusion_matrix.png"} <= files
@@ -104,6 +111,34 @@ def test_interrupted_training_goes_on_to_the_same_weights(trained, folders, tmp_
     assert any(not torch.equal(started[name], ended[name]) for name in started)
 
 
+def test_a_checkpoint_is_whole_or_not_there(folders, tmp_path, monkeypatch):
+    """Interrupted between its files; then again to the end, where the best one is kept and loaded."""
+    settings = ("--do_train", "--do_eval", "--max_steps", 4, "--save_steps", 1, "--eval_strategy", "steps")
+    settings += ("--eval_steps", 1, "--load_best_model_at_end", "--metric_for_best_model", "loss")
+    settings += ("--save_total_limit", 1, "--learning_rate", 1e-2)
+    save_rng_state = example.Trainer._save_rng_state
+
+    def interrupt(self, folder):
+        if self.state.global_step == 2:
+            raise KeyboardInterrupt
+        save_rng_state(self, folder)
+
+    monkeypatch.setattr(example.Trainer, "_save_rng_state", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(folders, tmp_path, *settings)
+    assert (tmp_path / "checkpoint.part" / "checkpoint-2" / "model.safetensors").exists()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+    monkeypatch.undo()
+    run(folders, tmp_path, *settings)
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    rows = [entry for entry in state["log_history"] if "eval_loss" in entry]
+    best = min(rows, key=lambda row: row["eval_loss"])["step"]
+    assert state["best_model_checkpoint"] == str(tmp_path / f"checkpoint-{best}") and not [*tmp_path.glob("*.part")]
+    assert json.loads((tmp_path / f"checkpoint-{best}" / "trainer_state.json").read_text())["best_global_step"] == best
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (tmp_path, tmp_path / f"checkpoint-{best}")]
+    assert weights[0] == weights[1]
+
+
 def test_fine_tunes_to_new_labels_and_keeps_known_ones(trained, folders, tmp_path):
     renamed = tmp_path / "clips" / "train"
     shutil.copytree(folders / "train" / NAMES[0], renamed / "west")
@@ -116,9 +151,16 @@ def test_fine_tunes_to_new_labels_and_keeps_known_ones(trained, folders, tmp_pat
     model = AutoModelForVideoClassification.from_pretrained(tmp_path / "new")
     assert model.config.id2label == {0: "again", 1: "east", 2: "west"} and model.classifier.out_features == 3
 
+    start = load_file(trained / "model.safetensors")
+    shutil.rmtree(renamed / "again")
+    run(tmp_path / "clips", tmp_path / "two", *arguments, "--ignore_mismatched_sizes", "--learning_rate", 0)
+    end = load_file(tmp_path / "two" / "model.safetensors")
+    changed = {name for name in start if not torch.equal(start[name], end[name])}
+    assert changed == {"classifier.weight", "classifier.bias"}, "as many labels as before, but others: a new head"
+
     run(folders, tmp_path / "same", "--model_name_or_path", trained, "--do_eval")
     assert json.loads((tmp_path / "same" / "eval_results.json").read_text())["eval_accuracy"] == 1.0
-    with pytest.raises(ValueError, match="again.*which the model or the training clips lack"):
+    with pytest.raises(ValueError, match="east.*which the model or the training clips lack"):
         shutil.copytree(renamed, tmp_path / "clips" / "validation")
         run(tmp_path / "clips", tmp_path / "same", "--model_name_or_path", trained, "--do_eval")
 

@@ -176,12 +176,34 @@ def test_the_backward_pass_takes_the_batch_in_parts(on_cpu, monkeypatch):
     assert_close_to_oracle(tensors, grad, None, TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize("dtype, order", [(torch.float32, "reversal"), (torch.bfloat16, "any")])
+def test_the_projection_goes_along_and_its_input_is_made_again(on_cpu, dtype, order):
+    on_cpu(1)
+    tensors, _ = make_inputs(2, 21, 24, dtype)
+    generator = torch.Generator().manual_seed(1)
+    weight, grad = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((10, 24), (2, 21, 10)))
+
+    def projected(scan, *tensors, **kwargs):
+        *tensors, weight = tensors
+        if scan is selective_scan_cuda.bidirectional_selective_scan:
+            return scan(*tensors, out_proj_weight=weight, **kwargs)
+        return scan(*tensors, **kwargs) @ weight.double().T
+
+    found, expected = (
+        output_and_gradients(functools.partial(projected, scan), [*tensors, weight], grad, make_order(order, 21))
+        for scan in (selective_scan_cuda.bidirectional_selective_scan, bidirectional_selective_scan_reference)
+    )
+    for f, e in zip(found, expected, strict=True):
+        assert (f.double() - e).norm() <= TOLERANCE[dtype] * e.double().norm()
+
+
 def test_the_operator_is_a_good_citizen(on_cpu):
     """Fake kernel, autograd registration and schema, as `torch.compile` relies on them."""
     on_cpu(1)
     tensors, _ = make_inputs(1, 18, 24, torch.float32)
-    arguments = (*(t.requires_grad_() for t in tensors), None)
-    torch.library.opcheck(torch.ops.videomamba.bidirectional_scan_cuda.default, arguments)
+    for out_proj_weight in (None, torch.randn(12, 24, requires_grad=True)):
+        arguments = (*(t.requires_grad_() for t in tensors), out_proj_weight, None)
+        torch.library.opcheck(torch.ops.videomamba.bidirectional_scan_cuda.default, arguments)
 
 
 def test_a_parameter_of_another_shape_is_refused(on_cpu):
@@ -208,8 +230,9 @@ def test_nvrtc_compiles_the_kernels(kernel, io, architecture):
         selective_scan_cuda._nvrtc()
     except OSError as error:
         pytest.skip(f"needs NVRTC: {error}")
-    options = {"IO": io, "PT": 0, "N": 16, "R": 6, "K": 4, "VEC": 1, "CHANNELS": 64, "BLOCKS": 1, "W": 1, "MINBLOCKS": 1}
-    cubin = selective_scan_cuda.compile_kernel({f"{kernel.upper()}_KERNEL": 1, **options}, architecture)
+    options = {"IO": io, "PT": 0, "N": 16, "R": 6, "K": 4, "VEC": 1, "CHANNELS": 64, "BLOCKS": 1, "W": 1}
+    options |= {"MINBLOCKS": 1, f"{kernel.upper()}_KERNEL": 1}
+    cubin = selective_scan_cuda.compile_kernel(options, architecture)
     assert cubin[:4] == b"\x7fELF"
 
 
