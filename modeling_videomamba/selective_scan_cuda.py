@@ -721,171 +721,205 @@ extern "C" __global__ void hand_on(const Args p) {
 #endif
 
 // ------------------------------------------------------------------------------------------------------------------
-// Depthwise causal convolution and SiLU, both directions. A thread: CV channels, RUN tokens.
+// Depthwise causal convolution and SiLU. A thread walks over RUN places for a few channels. Unless there is an order,
+// both directions go along in one walk, since they look at the same K tokens: with the newest of these the forward
+// direction ends its window, with the oldest the backward one.
 // ------------------------------------------------------------------------------------------------------------------
-#define CV (VEC ? 4 : 1)
-#ifndef RUN
-#define RUN 16
-#endif
+#define RUN 32
+#define HALO (K - 1)
+#define WALKED (ORDERED ? 1 : 2)  // directions in one walk
 
-DEV void load_channels(float *to, const io_t *from, bool valid) {
-#if IO == 0
-#pragma unroll
-    for (int c = 0; c < CV; c += 4) {
-        float4 v = valid && VEC ? *(const float4 *)from : make_float4(0.f, 0.f, 0.f, 0.f);
-        if (VEC) to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-        else to[0] = valid ? from[0] : 0.f;
+// COUNT neighbours, 1, or 2 or 4 at a multiple of it.
+template <int COUNT> DEV void load_few(float *to, const io_t *from, bool exists) {
+    float v[4] = {0.f, 0.f, 0.f, 0.f};
+    if (exists) {
+        if (COUNT == 4) unpack4(v, from);
+        else if (COUNT == 2) {
+            float2 two = load2(from);
+            v[0] = two.x, v[1] = two.y;
+        } else
+            v[0] = value(from[0]);
     }
-#else
-    if (VEC) {
-        uint2 v = valid ? *(const uint2 *)from : make_uint2(0u, 0u);
-        to[0] = value((u16)v.x), to[1] = value((u16)(v.x >> 16));
-        to[2] = value((u16)v.y), to[3] = value((u16)(v.y >> 16));
-    } else
-        to[0] = valid ? value(from[0]) : 0.f;
-#endif
+#pragma unroll
+    for (int c = 0; c < COUNT; c++) to[c] = v[c];
 }
-DEV void store_channels(io_t *to, const float *from) {
-#if IO == 0
-    for (int c = 0; c < CV; c++) to[c] = from[c];
-#else
-    if (VEC) *(uint2 *)to = make_uint2(pack16(from[0], from[1]), pack16(from[2], from[3]));
+template <int COUNT> DEV void store_few(io_t *to, const float *from) {
+    if (COUNT == 4) store4(to, from, 4);
+    else if (COUNT == 2) store2(to, from[0], from[COUNT - 1]);
     else to[0] = stored(from[0]);
-#endif
 }
-// Step v of a run of this direction; -1 outside the sequence.
-DEV int run_token(const Args &p, int dir, int start, int v) {
-    int place = dir && !ORDERED ? start + RUN - 1 - v : start + v;
-    if (place < 0 || place >= p.L) return -1;
-    if (ORDERED && dir) return (int)p.order[place];
-    return place;
+// The token that direction `dir` meets at a place, if it exists.
+DEV int token_at(const Args &p, int dir, int place) {
+    return ORDERED && dir && place >= 0 && place < p.L ? (int)p.order[place] : place;
 }
+template <int COUNT> struct Taps {
+    float weight[WALKED][K][COUNT], bias[WALKED][COUNT];
+
+    __device__ __forceinline__ Taps(const Args &p, int dir, int channel) {
+#pragma unroll
+        for (int d = 0; d < WALKED; d++)
+#pragma unroll
+            for (int c = 0; c < COUNT; c++) {
+                size_t at = (size_t)(dir + d) * CHANNELS + channel + c;
+                bias[d][c] = parameter(p.conv_b, at);
+#pragma unroll
+                for (int k = 0; k < K; k++) weight[d][k][c] = parameter(p.conv_w, at * K + k);
+            }
+    }
+    // Of a window whose newest token lies at `newest`, round robin: of direction d the K tokens from its first on.
+    static __device__ __forceinline__ int slot(int d, int newest, int k) {
+        return (d ? newest - k + K : newest + 1 + k) % K;
+    }
+    __device__ __forceinline__ float sum(int d, int c, const float window[K][COUNT], int newest) const {
+        float y = bias[d][c];
+#pragma unroll
+        for (int k = 0; k < K; k++) y = fmaf(weight[d][k][c], window[slot(d, newest, k)][c], y);
+        return y;
+    }
+};
 
 #ifdef CONV_KERNEL
+#define CV (VEC ? 4 : 1)
 extern "C" __global__ void conv(const Args p) {
     int groups = (CHANNELS + CV - 1) / CV, at = blockIdx.x * blockDim.x + threadIdx.x;
-    int dir = at >= groups, channel = (at - dir * groups) * CV, b = blockIdx.z;
-    if (at >= 2 * groups) return;
-    float weight[K][CV], bias[CV], window[K][CV];
+    int dir = at / groups, channel = at % groups * CV, b = blockIdx.z, start = blockIdx.y * RUN;
+    if (dir >= 2 / WALKED) return;
+    const Taps<CV> taps(p, dir, channel);
+    float window[K][CV], ahead[K][CV];  // the next K inputs are under way while these are used
+    const io_t *x = p.xz + (size_t)b * p.L * 2 * CHANNELS + channel;
+    io_t *u = (io_t *)p.u + (size_t)b * p.L * CHANNELS + channel;
+    auto load = [&](float *to, int place) {
+        load_few<CV>(to, x + (long long)token_at(p, dir, place) * 2 * CHANNELS, place >= 0 && place < p.L);
+    };
 #pragma unroll
-    for (int c = 0; c < CV; c++) {
-        bias[c] = parameter(p.conv_b, (size_t)dir * CHANNELS + channel + c);
+    for (int k = 0; k < HALO; k++) load(window[k], start + k - HALO);
 #pragma unroll
-        for (int k = 0; k < K; k++) weight[k][c] = parameter(p.conv_w, ((size_t)dir * CHANNELS + channel + c) * K + k);
-    }
+    for (int j = 0; j < K; j++) load(ahead[j], start + j);
+#pragma unroll 1
+    for (int v = 0; v < RUN + HALO * (WALKED - 1); v += K) {
+        float now[K][CV];
 #pragma unroll
-    for (int k = 0; k < K - 1; k++) {
-        int token = run_token(p, dir, blockIdx.y * RUN, k - (K - 1));
-        size_t row = (size_t)b * p.L + (token < 0 ? 0 : token);
-        load_channels(window[k], p.xz + row * 2 * CHANNELS + channel, token >= 0);
-    }
+        for (int j = 0; j < K; j++)
 #pragma unroll
-    for (int v = 0; v < RUN; v++) {
-        int token = run_token(p, dir, blockIdx.y * RUN, v);
-        const io_t *x = p.xz + ((size_t)b * p.L + (token < 0 ? 0 : token)) * 2 * CHANNELS + channel;
-        load_channels(window[(v + K - 1) % K], x, token >= 0);
-        float y[CV];
+            for (int c = 0; c < CV; c++) now[j][c] = ahead[j][c];
 #pragma unroll
-        for (int c = 0; c < CV; c++) {
-            y[c] = bias[c];
+        for (int j = 0; j < K; j++) load(ahead[j], start + v + K + j);
 #pragma unroll
-            for (int k = 0; k < K; k++) y[c] = fmaf(weight[k][c], window[(v + k) % K][c], y[c]);
-            y[c] *= sigmoid(y[c]);
+        for (int j = 0; j < K; j++) {
+            const int newest = (j + HALO) % K;
+            int place = start + v + j, token = token_at(p, dir, place);
+#pragma unroll
+            for (int c = 0; c < CV; c++) window[newest][c] = now[j][c];
+#pragma unroll
+            for (int d = 0; d < WALKED; d++) {
+                float y[CV];
+#pragma unroll
+                for (int c = 0; c < CV; c++) {
+                    y[c] = taps.sum(d, c, window, newest);
+                    y[c] *= sigmoid(y[c]);
+                }
+                int i = v + j - d * HALO, to = d ? place - HALO : token;
+                if (i >= 0 && i < RUN && start + i < p.L)
+                    store_few<CV>(u + ((long long)(dir + d) * p.B * p.L + to) * CHANNELS, y);
+            }
         }
-        if (token >= 0) store_channels((io_t *)p.u + ((size_t)(dir * p.B + b) * p.L + token) * CHANNELS + channel, y);
     }
 }
 #endif
 
 #ifdef CONV_BACKWARD_KERNEL
-// Adds the gradients of both directions at each token; a thread: CB channels, RUNS runs of RUN tokens. p.mode 1:
-// direction 0 alone; 2: direction 1 along p.order, on top of what direction 0 left.
-#define CB (VEC ? 2 : 1)
-#define RUNS 2
-DEV void load_few(float *to, const io_t *from, bool valid) {
-    if (VEC) {
-        float2 v = valid ? load2(from) : make_float2(0.f, 0.f);
-        to[0] = v.x, to[CB - 1] = v.y;
-    } else
-        to[0] = valid ? value(from[0]) : 0.f;
-}
+// Adds the gradients of both directions at each token. p.mode 1: direction 0 alone; 2: direction 1 along p.order, on
+// top of what direction 0 left.
+#define CV (VEC ? 2 : 1)
 extern "C" __global__ void __launch_bounds__(128, 4) conv_backward(const Args p) {
-    int groups = (CHANNELS + CB - 1) / CB, at = blockIdx.x * blockDim.x + threadIdx.x;
-    int channel = at * CB, b = blockIdx.z;
+    int groups = (CHANNELS + CV - 1) / CV, at = blockIdx.x * blockDim.x + threadIdx.x;
+    int dir = ORDERED && p.mode == 2, channel = at * CV, b = blockIdx.z, start = blockIdx.y * RUN;
     if (at >= groups) return;
-    float weight[2][K][CB], bias[2][CB], d_weight[2][K + 1][CB];
+    const Taps<CV> taps(p, dir, channel);
+    // Of both windows, the newest: an input; for direction 0 the gradient there, for direction 1 that at the oldest.
+    float window[K][CV], dy[WALKED][K][CV], d_weight[WALKED][K + 1][CV];
 #pragma unroll
-    for (int dir = 0; dir < 2; dir++)
-#pragma unroll
-        for (int c = 0; c < CB; c++) {
-            bias[dir][c] = parameter(p.conv_b, (size_t)dir * CHANNELS + channel + c);
-            d_weight[dir][K][c] = 0.f;
-#pragma unroll
-            for (int k = 0; k < K; k++) {
-                weight[dir][k][c] = parameter(p.conv_w, ((size_t)dir * CHANNELS + channel + c) * K + k);
-                d_weight[dir][k][c] = 0.f;
-            }
-        }
-#pragma unroll 1
-    for (int run = 0; run < RUNS; run++) {
-        int start = (blockIdx.y * RUNS + run) * RUN;
-        if (start >= p.L) break;
-        float dx[RUN][CB];
-#pragma unroll
-        for (int v = 0; v < RUN; v++)
-#pragma unroll
-            for (int c = 0; c < CB; c++) dx[v][c] = 0.f;
-#pragma unroll
-        for (int dir = 0; dir < 2; dir++) {
-            if (ORDERED && dir != p.mode - 1) continue;
-            float window[K][CB];
-#pragma unroll
-            for (int v = 1 - K; v < RUN + K - 1; v++) {
-                int token = run_token(p, dir, start, v);
-                size_t row = (size_t)b * p.L + (token < 0 ? 0 : token);
-                load_few(window[(v + K - 1) % K], p.xz + row * 2 * CHANNELS + channel, token >= 0);
-                if (v < 0) continue;
-                float du[CB];
-                load_few(du, p.du + ((size_t)dir * p.B * p.L + row) * CHANNELS + channel, token >= 0);
-#pragma unroll
-                for (int c = 0; c < CB; c++) {
-                    float y = bias[dir][c];
-#pragma unroll
-                    for (int k = 0; k < K; k++) y = fmaf(weight[dir][k][c], window[(v + k) % K][c], y);
-                    float gate = sigmoid(y), dy = du[c] * gate * fmaf(y, 1.f - gate, 1.f);
-#pragma unroll
-                    for (int k = 0; k < K; k++) {
-                        const int into = v - (K - 1 - k);
-                        if (into >= 0 && into < RUN) {
-                            float &sum = dx[into][c], &mirrored = dx[RUN - 1 - into][c];
-                            if (dir && !ORDERED) mirrored = fmaf(weight[dir][k][c], dy, mirrored);
-                            else sum = fmaf(weight[dir][k][c], dy, sum);
-                        }
-                        if (v < RUN) d_weight[dir][k][c] = fmaf(dy, window[(v + k) % K][c], d_weight[dir][k][c]);
-                    }
-                    if (v < RUN) d_weight[dir][K][c] += dy;
-                }
-            }
-        }
-#pragma unroll
-        for (int v = 0; v < RUN; v++) {
-            int token = run_token(p, ORDERED && p.mode == 2, start, v);
-            if (token < 0) continue;
-            io_t *to = p.out + ((size_t)b * p.L + token) * 2 * CHANNELS + channel;
-            float before[CB];
-            load_few(before, to, ORDERED && p.mode == 2);
-            if (VEC) store2(to, dx[v][0] + before[0], dx[v][CB - 1] + before[CB - 1]);
-            else to[0] = stored(dx[v][0] + before[0]);
-        }
-    }
-#pragma unroll
-    for (int dir = 0; dir < 2; dir++) {
-        if (ORDERED && dir != p.mode - 1) continue;
-        float *to = p.dvec + (((size_t)b * gridDim.y + blockIdx.y) * 2 + dir) * (K + 1) * CHANNELS + channel;
+    for (int c = 0; c < CV; c++)
 #pragma unroll
         for (int k = 0; k <= K; k++)
 #pragma unroll
-            for (int c = 0; c < CB; c++) to[k * CHANNELS + c] = d_weight[dir][k][c];
+            for (int d = 0; d < WALKED; d++) {
+                d_weight[d][k][c] = 0.f;
+                if (k < K) dy[d][k][c] = window[k][c] = 0.f;
+            }
+    const io_t *x = p.xz + (size_t)b * p.L * 2 * CHANNELS + channel;
+    const io_t *du_rows = p.du + ((size_t)dir * p.B + b) * p.L * CHANNELS + channel;
+    io_t *dx_rows = p.out + (size_t)b * p.L * 2 * CHANNELS + channel;
+    float ahead[K][CV], du_ahead[WALKED][K][CV];  // the next K inputs and gradients are under way while these are used
+    auto load = [&](int v) {
+#pragma unroll
+        for (int j = 0; j < K; j++) {
+            int i = v + j, place = start + i, token = token_at(p, dir, place);
+            load_few<CV>(ahead[j], x + (long long)token * 2 * CHANNELS, place >= 0 && place < p.L);
+#pragma unroll
+            for (int d = 0; d < WALKED; d++) {
+                int own = i - d * HALO, at = d ? place - HALO : token;
+                bool exists = i >= 0 && start + own >= 0 && start + own < p.L && own < RUN + (d ? 0 : HALO);
+                load_few<CV>(du_ahead[d][j], du_rows + ((long long)d * p.B * p.L + at) * CHANNELS, exists);
+            }
+        }
+    };
+    load(-HALO);
+#pragma unroll 1
+    for (int v = -HALO; v < RUN + HALO; v += K) {
+        float now[K][CV], du[WALKED][K][CV];
+#pragma unroll
+        for (int j = 0; j < K; j++)
+#pragma unroll
+            for (int c = 0; c < CV; c++) {
+                now[j][c] = ahead[j][c];
+#pragma unroll
+                for (int d = 0; d < WALKED; d++) du[d][j][c] = du_ahead[d][j][c];
+            }
+        load(v + K);
+#pragma unroll
+        for (int newest = 0; newest < K; newest++) {
+            int i = v + newest, place = start + i;
+#pragma unroll
+            for (int c = 0; c < CV; c++) window[newest][c] = now[newest][c];
+#pragma unroll
+            for (int d = 0; d < WALKED; d++) {
+                int own = i - d * HALO;
+#pragma unroll
+                for (int c = 0; c < CV; c++) {
+                    float y = taps.sum(d, c, window, newest), gate = sigmoid(y);
+                    dy[d][newest][c] = du[d][newest][c] * gate * fmaf(y, 1.f - gate, 1.f);
+                    float counted = own >= 0 && own < RUN ? dy[d][newest][c] : 0.f;
+#pragma unroll
+                    for (int k = 0; k < K; k++)
+                        d_weight[d][k][c] = fmaf(counted, window[taps.slot(d, newest, k)][c], d_weight[d][k][c]);
+                    d_weight[d][K][c] += counted;
+                }
+            }
+            // The gradient of the oldest input: of direction 0 from the outputs it and the K - 1 after it went into,
+            // of direction 1 from those it and the K - 1 before it went into.
+            int oldest = place - HALO;
+            if (i < HALO || oldest >= p.L || i >= RUN + HALO) continue;
+            float dx[CV];
+            io_t *to = dx_rows + (long long)token_at(p, dir, oldest) * 2 * CHANNELS;
+            load_few<CV>(dx, to, ORDERED && p.mode == 2);
+#pragma unroll
+            for (int c = 0; c < CV; c++)
+#pragma unroll
+                for (int j = 0; j < K; j++)
+#pragma unroll
+                    for (int d = 0; d < WALKED; d++)
+                        dx[c] = fmaf(taps.weight[d][HALO - j][c], dy[d][taps.slot(d, newest, j)][c], dx[c]);
+            store_few<CV>(to, dx);
+        }
+    }
+#pragma unroll
+    for (int d = 0; d < WALKED; d++) {
+        float *to = p.dvec + (((size_t)b * gridDim.y + blockIdx.y) * 2 + dir + d) * (K + 1) * CHANNELS + channel;
+#pragma unroll
+        for (int k = 0; k <= K; k++)
+#pragma unroll
+            for (int c = 0; c < CV; c++) to[k * CHANNELS + c] = d_weight[d][k][c];
     }
 }
 #endif
@@ -936,7 +970,8 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
           *ys = ds + TILE * LD, *saved = ys + TILE * LD;
     io_t *before = (io_t *)(saved + NT * 128);
     // Of this lane's four channels in the epilogue: D, the gradient of D, that of the bias of Δ.
-    float *skip_at = (float *)((char *)before + U_TILE) + lane * 4, *d_skip_at = skip_at + 128, *d_bias_at = skip_at + 256;
+    float *skip_at = (float *)((char *)before + U_TILE) + lane * 4;
+    float *d_skip_at = skip_at + 128, *d_bias_at = skip_at + 256;
     StepSize<1> step_size;
     step_size.load(p, w, (char *)before + U_TILE + 1536);
 #if EXACT
@@ -1270,6 +1305,7 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
 """
 
 TILE = 16  # tokens a warp takes at a time; the source has the same
+RUN = 32  # places a thread of the convolution takes; the source has the same
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _BACKWARD_TOKENS = 32768  # about as many tokens the backward pass takes at a time
 
@@ -1530,7 +1566,8 @@ class _Scan:
         """Convolution and SiLU: (2, B, L, E), each direction's tokens at their own places."""
         u = self.new(2, self.B, self.L, self.E, dtype=self.xz.dtype)
         groups = -(-self.E // (4 if self.options["VEC"] else 1))
-        grid = (-(-2 * groups // 128), -(-self.L // 16), self.B)
+        walks = groups if self.order is None else 2 * groups  # a walk for both directions, or for each
+        grid = (-(-walks // 128), -(-self.L // RUN), self.B)
         self.launch("conv", grid, 128, u=u)
         return u
 
@@ -1563,7 +1600,7 @@ _SETTINGS = {
     ("scan", 2): (2, 3),
     ("states", 1): (2, 4),
     ("adjoint", 1): (2, 4),
-    ("backward", 1): (2, 3),
+    ("backward", 1): (2, 2),
 }
 
 
@@ -1699,7 +1736,7 @@ def _backward_part(scan, dout, x_proj_weight, out_proj_weight, proj, dxz):
     d_x_weight = torch.bmm(dproj.transpose(1, 2), u).float()
     flat_du.baddbmm_(dproj, x_proj_weight.to(io))
     K = scan.options["K"]
-    groups, runs = -(-E // (2 if scan.options["VEC"] else 1)), -(-L // 32)
+    groups, runs = -(-E // (2 if scan.options["VEC"] else 1)), -(-L // RUN)
     dconv = scan.new(B, runs, 2, K + 1, E)
     for mode in (0,) if scan.order is None else (1, 2):
         scan.launch("conv_backward", (-(-groups // 128), runs, B), 128, mode=mode, du=du, out=dxz, dvec=dconv)

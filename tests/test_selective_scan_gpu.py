@@ -22,6 +22,7 @@ from modeling_videomamba import (
     use_scan_backend,
 )
 from modeling_videomamba.selective_scan import (
+    BACKENDS,
     bidirectional_selective_scan,
     bidirectional_selective_scan_reference,
     select_scan_backend,
@@ -261,14 +262,17 @@ def test_long_sequences(length, dtype):
 
 
 @gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_very_long_sequence(dtype):
-    """65,537 tokens: the oracle's gradients would fill the memory there, so they are checked against smaller cases."""
-    tensors, _ = make_inputs(1, 65537, 8, dtype, shift=-4.0, device="cuda")
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
+def test_a_very_long_sequence(dtype, tolerance):
+    """65,537 tokens, at which the oracle's gradients take hours: those of the plain PyTorch backend take its place."""
+    tensors, grad = make_inputs(1, 65537, 8, dtype, shift=-4.0, device="cuda")
+    found = output_and_gradients(selective_scan_cuda.bidirectional_selective_scan, tensors, grad, None)
     with torch.no_grad():
-        found = selective_scan_cuda.bidirectional_selective_scan(*tensors)
         expected = bidirectional_selective_scan_reference(*tensors)
-    assert (found - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+    assert (found[0] - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+    expected = output_and_gradients(BACKENDS["torch"][1], [t.float() for t in tensors], grad, None)
+    for f, e in zip(found, expected, strict=True):
+        assert (f.float() - e).norm() <= tolerance * e.norm()
 
 
 @gpu
