@@ -22,22 +22,33 @@ states `C h` and the outer product `Delta u B` are tensor-core instructions: no 
     m16n8k8: operands are moved into order      1.94
     m16n8k4: two states at once are an operand  1.22   79
     + masks and addresses kept in registers     1.20
-    + 32 channels a warp: what runs             1.14   64
+    + 32 channels a warp                        1.14   64
+    + a lane's channels are neighbours, weights
+      of the step size in shared memory, what
+      the gate needs fetched ahead: what runs   1.07   56
     the public CUDA kernel                      5.62
     16 exponentials, at 16 a clock              0.63   the floor, with the one of the softplus
 
-What limits it: the special-function unit is busy 60 % of the time, the schedulers 53 %, no other unit over 30 % (ncu):
-dependences within a warp. More warps, on fewer registers, do not help (5 to 8 blocks of 128 threads, 16 channels a
-warp: 1.18 to 1.30 ms). Nor did a polynomial for every fourth or eighth exponential (+10 %, +3 %: the instructions it
-adds cost as much), unrolling all 16 steps of a tile (1.25 ms: the code outgrows the instruction cache), 64 channels a
-warp (1.17 ms), or larger thread blocks (1.30 ms). Eight sequences of 12545 tokens are 1.5 warps a scheduler: 1.9 ms;
-cutting their length in two costs a second walk, 2.3 ms in all. One sequence of 1569 tokens, in 17 chunks: 0.052 ms for
-the chunks' states, 0.029 ms for the scan; chunks of 32 to 96 tokens are alike. Beside it, at 64 x 1569, stand the
-convolution with 0.17 ms (0.11 by its bytes) and `x_proj` with 0.09 ms.
+What limits it: nothing alone. The special-function unit is busy 65 % of the time, the schedulers 52 %. Left out of the
+kernel one at a time, the exponentials save 0.21 ms, reading and writing the sequences 0.12, making the step size 0.07,
+the tensor-core products 0.05; the inner loop alone takes 0.85, without its tensor-core products 0.70. 12 warps a
+multiprocessor are as fast as 16; with more, registers spill (1.24 ms), and a spilled address is dear: the first-level
+cache does not keep it. Did not help: outputs and a quarter of the next tile's step size in each group of four steps,
+so that the warps do not all want the special-function unit at once (1.10 ms; 16 sequences 0.35 instead of 0.31);
+contractions of depth 8, whose operands are in other registers than the states (86 instead of 77 instructions for 32
+channels and a step); exponentials of packed halves (as slow as two single ones); a polynomial for every fourth or
+eighth exponential (+10 %, +3 %); unrolling all 16 steps of a tile (the code outgrows the instruction cache); 64
+channels a warp (1.17 ms); larger thread blocks (1.30 ms). 16 sequences of 6273 tokens take 1.22 ms, eight of 12545,
+which are 1.5 warps a scheduler, 1.68; cutting their length in two costs a second walk. One sequence of 1569 tokens, in
+17 chunks: 0.052 ms for the chunks' states, 0.029 ms for the scan; chunks of 32 to 96 tokens are alike. Beside it, at
+64 x 1569, stand the convolution with 0.15 ms (0.11 by its bytes; 0.23 without asking for inputs ahead, 0.17 with a
+walk for each direction) and `x_proj` with 0.09 ms.
 
-Backward, 16 x 1569 tokens: 1.83 ms, of it the adjoint walk 1.02, the states before every 8 tokens 0.27, the
-convolution 0.16, the sum of the partial gradients of B and C 0.05 (0.08 while they were float32). Fetching the saved
-states into the second-level cache ahead of their use changed nothing.
+Backward, 16 x 1569 tokens: 1.73 ms, of it the adjoint walk 0.98, the states before every 8 tokens 0.26, the
+convolution 0.10 (0.16 unrolled over all its tokens and spilling), the sum of the partial gradients of B and C 0.05.
+Left out of the adjoint walk one at a time, the outer products save 0.11 ms, the contractions 0.16, the exponentials
+0.09, memory 0.10. Two thread blocks a multiprocessor, without spilling, beat three (0.98, 1.00). Sums over channels
+through shared memory instead of transposed 16-bit fragments: 1.02.
 """
 
 import ctypes

@@ -264,8 +264,13 @@ def test_long_sequences(length, dtype):
 @gpu
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
 def test_a_very_long_sequence(dtype, tolerance):
-    """65,537 tokens, at which the oracle's gradients take hours: those of the plain PyTorch backend take its place."""
-    tensors, grad = make_inputs(1, 65537, 8, dtype, shift=-4.0, device="cuda")
+    """
+    65,537 tokens, at which the oracle's gradients take hours: those of the plain PyTorch backend take their place.
+
+    Of many channels: sums over so many tokens can all but cancel, and what is left of a few channels is mostly the
+    rounding to bfloat16 of what lies between the stages (plain float32 arithmetic that rounds there is as far off).
+    """
+    tensors, grad = make_inputs(1, 65537, 64, dtype, shift=-4.0, device="cuda")
     found = output_and_gradients(selective_scan_cuda.bidirectional_selective_scan, tensors, grad, None)
     with torch.no_grad():
         expected = bidirectional_selective_scan_reference(*tensors)
