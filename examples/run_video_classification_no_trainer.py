@@ -135,7 +135,7 @@ def main():
         cpu=args.use_cpu,
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output_dir,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed, non_blocking=True),
     )
     settings = {**vars(model_args), **vars(data_args), **vars(args), "hub_token": None}
     repo_id = args.hub_model_id or os.path.basename(os.path.abspath(args.output_dir))
