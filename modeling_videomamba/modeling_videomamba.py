@@ -222,10 +222,7 @@ class VideoMambaMixer(nn.Module):
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
     def forward(self, hidden_states, order=None):
-        # In training `out_proj` goes along, for a backend that spares its input the way to the backward pass; not if
-        # it was replaced, by an adapter say.
-        together = self.training and type(self.out_proj) is nn.Linear
-        scanned = bidirectional_selective_scan(
+        return bidirectional_selective_scan(
             self.in_proj(hidden_states),
             self.conv_weight,
             self.conv_bias,
@@ -236,9 +233,8 @@ class VideoMambaMixer(nn.Module):
             self.D,
             order=order,
             backend=self.scan_backend,
-            out_proj_weight=self.out_proj.weight if together else None,
+            out_proj=self.out_proj,
         )
-        return scanned if together else self.out_proj(scanned)
 
 
 class VideoMambaLayer(GradientCheckpointingLayer):

@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from .selective_scan_cuda import bidirectional_selective_scan as cuda_scan
 from .selective_scan_cuda import unusable_reason as cuda_unusable_reason
@@ -207,7 +208,7 @@ def bidirectional_selective_scan(
     D,
     order=None,
     backend=None,
-    out_proj_weight=None,
+    out_proj=None,
 ):
     """
     Convolution, projections and selective scan of both directions, and their gated mean (paper, section 4.4).
@@ -224,8 +225,9 @@ def bidirectional_selective_scan(
         order (`torch.LongTensor` of shape `(L,)`, *optional*): `order[k]` is the token that the backward direction
             visits at step k; the full reversal if not given.
         backend (`str`, *optional*): see [`select_scan_backend`].
-        out_proj_weight (`torch.Tensor` of shape `(hidden_size, E)`, *optional*): if given, the result is projected
-            by it. A backend that is told need not keep the projection's input for the backward pass.
+        out_proj (`torch.nn.Module`, *optional*): applied to the result, if given. A backend that knows it need not
+            keep its input for the backward pass; it must be a plain `nn.Linear` for that, without hooks or bias, and
+            is called as a module else, which an adapter may have replaced.
 
     Returns:
         `torch.Tensor` of shape `(B, L, E)`, or `(B, L, hidden_size)` if projected, and the type of `xz`. Inside, Δ,
@@ -233,10 +235,15 @@ def bidirectional_selective_scan(
     """
     chosen = BACKENDS[select_scan_backend(xz.device, xz.dtype, backend)]
     parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
-    if out_proj_weight is not None and chosen.projects:
-        return chosen.bidirectional_selective_scan(xz, *parameters, order=order, out_proj_weight=out_proj_weight)
+    if chosen.projects and torch.is_grad_enabled() and _is_plain_linear(out_proj):
+        return chosen.bidirectional_selective_scan(xz, *parameters, order=order, out_proj_weight=out_proj.weight)
     scanned = chosen.bidirectional_selective_scan(xz, *parameters, order=order)
-    return scanned if out_proj_weight is None else F.linear(scanned, out_proj_weight)
+    return scanned if out_proj is None else out_proj(scanned)
+
+
+def _is_plain_linear(module):
+    hooked = module is not None and (module._forward_hooks or module._forward_pre_hooks)
+    return type(module) is nn.Linear and module.bias is None and not hooked
 
 
 __all__ = [

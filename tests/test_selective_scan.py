@@ -287,3 +287,34 @@ def test_causal_convolution_against_conv1d():
 def test_mixer_runs_without_a_backend_name():
     mixer = VideoMambaMixer(VideoMambaConfig(hidden_size=8, num_hidden_layers=1))
     assert mixer.scan_backend is None
+
+
+def test_out_proj_is_handed_over_only_if_nothing_is_attached_to_it(monkeypatch):
+    handed_over, hooked = [], []
+
+    def scan(*tensors, order=None, out_proj_weight=None):
+        handed_over.append(out_proj_weight is not None)
+        scanned = seam.torch_scan(*tensors, order=order)
+        return scanned if out_proj_weight is None else F.linear(scanned, out_proj_weight)
+
+    monkeypatch.setitem(seam.BACKENDS, "torch", seam.ScanBackend(lambda *_: None, scan, projects=True))
+
+    class Adapter(torch.nn.Linear):
+        """Stands for one that was put in the projection's place."""
+
+    hook = torch.nn.Linear(6, 5, bias=False)
+    hook.register_forward_hook(lambda *_: hooked.append(True))
+    inputs = random_inputs(2, 7, 6)
+    for out_proj, grad, expected in (
+        (torch.nn.Linear(6, 5, bias=False), True, True),
+        (torch.nn.Linear(6, 5, bias=False), False, False),
+        (torch.nn.Linear(6, 5), True, False),
+        (Adapter(6, 5, bias=False), True, False),
+        (hook, True, False),
+    ):
+        with torch.set_grad_enabled(grad):
+            found = seam.bidirectional_selective_scan(*inputs, backend="torch", out_proj=out_proj)
+        assert handed_over.pop() is expected
+        scanned = seam.bidirectional_selective_scan_reference(*inputs).float()
+        torch.testing.assert_close(found, F.linear(scanned, out_proj.weight, out_proj.bias))
+    assert hooked == [True]
