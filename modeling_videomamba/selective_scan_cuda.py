@@ -120,12 +120,6 @@ DEV void mma_tf32_k4(float *d, float a0, float a1, float b) {
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(b)));
 }
-DEV void mma_tf32_k8(float *d, float a0, float a1, float a2, float a3, float b0, float b1) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)),
-          "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
-}
 DEV float round_tf32(float v) { u32 y; asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(v)); return __uint_as_float(y); }
 // d (16x8) += a (16x16 or 16x8) b, in 16-bit types.
 #define MMA_K16(TYPE)                                                                                               \
@@ -468,16 +462,9 @@ DEV void store_states(float h[NT][4], float *states, const Args &p, const Walk &
 #pragma unroll
     for (int nt = 0; nt < NT; nt++) store_vector<4>(fragment(states, p, w, parts, part) + nt * 128, h[nt]);
 }
-// B or C (at `offset` of the projection) of a token and a state; and of two neighbouring states, the first even.
+// B or C (at `offset` of the projection) of a token and a state.
 DEV float projected(const io_t *proj, int t, int offset, int n) {
     return N % 8 == 0 || n < N ? value(proj[t * PROJ + offset + n]) : 0.f;
-}
-DEV void projected2(float *to, const io_t *proj, int t, int offset, int n) {
-    if (R % 2 == 0 && N % 2 == 0) {
-        float2 v = N % 8 == 0 || n < N ? load2(proj + t * PROJ + offset + n) : make_float2(0.f, 0.f);
-        to[0] = v.x, to[1] = v.y;
-    } else
-        to[0] = projected(proj, t, offset, n), to[1] = projected(proj, t, offset, n + 1);
 }
 // S neighbouring activations, at a multiple of S.
 template <int S> DEV void load_channels_of_lane(float *to, const io_t *from) {

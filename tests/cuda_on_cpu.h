@@ -31,7 +31,7 @@ using std::max;
 static Index threadIdx, blockIdx, blockDim, gridDim;
 char shared[1 << 18] __attribute__((aligned(16)));
 
-struct Warp { int count = 0; unsigned generation = 0; float exchanged[32]; float a[32][4], b[32][2]; unsigned a16[32][4], b16[32][2]; };
+struct Warp { int count = 0; unsigned generation = 0; float exchanged[32]; float a[32][2], b[32]; unsigned a16[32][4], b16[32][2]; };
 struct Fiber { ucontext_t context; bool done; std::vector<char> stack; };
 static std::vector<Fiber> fibers;
 static std::vector<Warp> warps;
@@ -81,17 +81,9 @@ template <typename A, typename B> static void multiply(float *d, int depth, A a,
 static void mma_tf32_k4(float *d, float a0, float a1, float b) {
     Warp &w = warps[current / 32];
     int lane = current % 32;
-    w.a[lane][0] = tf32(a0), w.a[lane][1] = tf32(a1), w.b[lane][0] = tf32(b);
+    w.a[lane][0] = tf32(a0), w.a[lane][1] = tf32(a1), w.b[lane] = tf32(b);
     multiply(d, 4, [&](int row, int k) { return w.a[row % 8 * 4 + k][row / 8]; },
-             [&](int k, int column) { return w.b[column * 4 + k][0]; });
-}
-static void mma_tf32_k8(float *d, float a0, float a1, float a2, float a3, float b0, float b1) {
-    Warp &w = warps[current / 32];
-    float a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
-    for (int i = 0; i < 4; i++) w.a[current % 32][i] = tf32(a[i]);
-    for (int i = 0; i < 2; i++) w.b[current % 32][i] = tf32(b[i]);
-    multiply(d, 8, [&](int row, int k) { return w.a[row % 8 * 4 + k % 4][row / 8 + 2 * (k / 4)]; },
-             [&](int k, int column) { return w.b[column * 4 + k % 4][k / 4]; });
+             [&](int k, int column) { return w.b[column * 4 + k]; });
 }
 static float half_of(unsigned v, int which, bool half) {
     uint16_t u = which ? v >> 16 : v;
