@@ -226,8 +226,8 @@ def bidirectional_selective_scan(
             visits at step k; the full reversal if not given.
         backend (`str`, *optional*): see [`select_scan_backend`].
         out_proj (`torch.nn.Module`, *optional*): applied to the result, if given. A backend that knows it need not
-            keep its input for the backward pass; it must be a plain `nn.Linear` for that, without hooks or bias, and
-            is called as a module else, which an adapter may have replaced.
+            keep its input for the backward pass. Only a plain `nn.Linear` without bias and hooks is handed over so;
+            any other module, such as an adapter in its place, is called.
 
     Returns:
         `torch.Tensor` of shape `(B, L, E)`, or `(B, L, hidden_size)` if projected, and the type of `xz`. Inside, Δ,
@@ -242,8 +242,8 @@ def bidirectional_selective_scan(
 
 
 def _is_plain_linear(module):
-    hooked = module is not None and (module._forward_hooks or module._forward_pre_hooks)
-    return type(module) is nn.Linear and module.bias is None and not hooked
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return type(module) is nn.Linear and module.bias is None and not any(getattr(module, name) for name in hooks)
 
 
 __all__ = [

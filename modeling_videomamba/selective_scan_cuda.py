@@ -318,18 +318,26 @@ struct Walk {
     }
 };
 
-// Two lanes copy one of the 16 rows of a tile, from the row of a token; rows that do not exist and columns past `left`
-// become zero. Rows lie STRIDE values apart, in shared memory SPACING.
+// The row of a tile that a lane copies half of, and where it comes from.
+struct Row {
+    int lane, token;
+    bool exists;
+    __device__ __forceinline__ Row(const Walk &w, int begin) {
+        int place = w.place(begin, w.lane >> 1);
+        lane = w.lane, token = w.token(place), exists = place < w.last;
+    }
+};
+// Rows that do not exist and columns past `left` become zero. Rows lie STRIDE values apart, in shared memory SPACING.
 template <int COLUMNS, int SPACING, int STRIDE, int BYTES>
-DEV void load_row(io_t *to, const io_t *from, int left, int token, bool exists, int lane) {
+DEV void load_row(io_t *to, const io_t *from, int left, const Row &row) {
     const int PER = BYTES / sizeof(io_t), PIECES = COLUMNS / PER;
-    const int odd = lane & 1;
-    from += (long long)token * STRIDE + odd * PER;
-    to += (lane >> 1) * SPACING + odd * PER;
+    const int odd = row.lane & 1;
+    from += (long long)row.token * STRIDE + odd * PER;
+    to += (row.lane >> 1) * SPACING + odd * PER;
 #pragma unroll
     for (int i = 0; i < PIECES; i += 2) {
         if (PIECES % 2 && i == PIECES - 1 && odd) break;
-        bool valid = exists && (i + odd) * PER < left;
+        bool valid = row.exists && (i + odd) * PER < left;
         if (BYTES >= 4) copy_async<BYTES < 4 ? 4 : BYTES>(to + i * PER, from + i * PER, valid);
         else to[i * PER] = valid ? from[i * PER] : (io_t)0;
     }
@@ -542,11 +550,9 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
     for (int tile = -1; tile < w.tiles; tile++) {
         if (tile + 1 < w.tiles) {
             char *stage = mine + ((tile + 1) & 1) * STAGE;
-            int place = w.place(w.begin(tile + 1), lane >> 1), token = w.token(place);
-            bool exists = place < w.last;
-            load_row<PROJ, PROJ, PROJ, PROJ_PIECE>((io_t *)stage, proj_rows, PROJ, token, exists, lane);
-            io_t *u_to = (io_t *)(stage + PROJ_TILE);
-            load_row<16 * M, LU, CHANNELS, CHANNEL_PIECE>(u_to, u_rows, left, token, exists, lane);
+            const Row source(w, w.begin(tile + 1));
+            load_row<PROJ, PROJ, PROJ, PROJ_PIECE>((io_t *)stage, proj_rows, PROJ, source);
+            load_row<16 * M, LU, CHANNELS, CHANNEL_PIECE>((io_t *)(stage + PROJ_TILE), u_rows, left, source);
         }
         copy_commit();
         if (tile < 0) continue;
@@ -556,10 +562,9 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
             KIND == SCAN && (ORDERED ? p.mode == 2 : 2 * tile > w.tiles - 1 || (2 * tile == w.tiles - 1 && w.dir));
         if (meeting && w.dir && tile == w.tiles / 2) block_barrier(W * 64);
         if (second) {
-            int place = w.place(begin, lane >> 1), token = w.token(place);
-            bool exists = place < w.last;
-            load_row<16 * M, LU, 2 * CHANNELS, CHANNEL_PIECE>(gate, z_rows, left, token, exists, lane);
-            load_row<16 * M, LU, CHANNELS, CHANNEL_PIECE>(before, out_rows, left, token, exists, lane);
+            const Row source(w, begin);
+            load_row<16 * M, LU, 2 * CHANNELS, CHANNEL_PIECE>(gate, z_rows, left, source);
+            load_row<16 * M, LU, CHANNELS, CHANNEL_PIECE>(before, out_rows, left, source);
         }
         if (KIND == SCAN) copy_commit();
         copy_wait<KIND == SCAN ? 2 : 1>();
@@ -997,14 +1002,13 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
     }
     auto part_of = [&](int i, int t8) { return (w.begin(w.tiles - 1 - i) + (w.reversed ? 8 - t8 : t8)) / 8; };
     auto load_stage = [&](int i) {
-        int place = w.place(w.begin(w.tiles - 1 - i), lane >> 1), token = w.token(place);
-        bool exists = place < w.last;
+        const Row source(w, w.begin(w.tiles - 1 - i));
         char *stage = mine + (i & 1) * STAGE;
         io_t *tile = (io_t *)(stage + PROJ_TILE);
-        load_row<PROJ, PROJ, PROJ, PROJ_PIECE>((io_t *)stage, proj_rows, PROJ, token, exists, lane);
-        load_row<16, 16, CHANNELS, CHANNEL_PIECE>(tile, p.u + rows, left, token, exists, lane);
-        load_row<16, 16, CHANNELS, CHANNEL_PIECE>(tile + TILE * 16, dout_rows, left, token, exists, lane);
-        load_row<16, 16, 2 * CHANNELS, CHANNEL_PIECE>(tile + TILE * 32, z_rows, left, token, exists, lane);
+        load_row<PROJ, PROJ, PROJ, PROJ_PIECE>((io_t *)stage, proj_rows, PROJ, source);
+        load_row<16, 16, CHANNELS, CHANNEL_PIECE>(tile, p.u + rows, left, source);
+        load_row<16, 16, CHANNELS, CHANNEL_PIECE>(tile + TILE * 16, dout_rows, left, source);
+        load_row<16, 16, 2 * CHANNELS, CHANNEL_PIECE>(tile + TILE * 32, z_rows, left, source);
     };
     load_stage(0);
     fetch_states(saved, p, w, part_of(0, 8));
@@ -1016,10 +1020,7 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
         const int begin = w.begin(w.tiles - 1 - i);
         const bool second = ORDERED ? p.mode == 2 : 2 * i > w.tiles - 1 || (2 * i == w.tiles - 1 && w.dir);
         if (!ORDERED && w.dir && i == w.tiles / 2) block_barrier(W * 64);
-        if (second) {
-            int place = w.place(begin, lane >> 1);
-            load_row<16, 16, 2 * CHANNELS, CHANNEL_PIECE>(before, dz_rows, left, w.token(place), place < w.last, lane);
-        }
+        if (second) load_row<16, 16, 2 * CHANNELS, CHANNEL_PIECE>(before, dz_rows, left, Row(w, begin));
         char *stage = mine + (i & 1) * STAGE;
         const io_t *proj = (io_t *)stage, *u = (io_t *)(stage + PROJ_TILE);
         const io_t *dout = u + TILE * 16, *z = dout + TILE * 16;

@@ -304,6 +304,8 @@ def test_out_proj_is_handed_over_only_if_nothing_is_attached_to_it(monkeypatch):
 
     hook = torch.nn.Linear(6, 5, bias=False)
     hook.register_forward_hook(lambda *_: hooked.append(True))
+    backward_hook = torch.nn.Linear(6, 5, bias=False)
+    backward_hook.register_full_backward_hook(lambda *_: None)
     inputs = random_inputs(2, 7, 6)
     for out_proj, grad, expected in (
         (torch.nn.Linear(6, 5, bias=False), True, True),
@@ -311,6 +313,7 @@ def test_out_proj_is_handed_over_only_if_nothing_is_attached_to_it(monkeypatch):
         (torch.nn.Linear(6, 5), True, False),
         (Adapter(6, 5, bias=False), True, False),
         (hook, True, False),
+        (backward_hook, True, False),
     ):
         with torch.set_grad_enabled(grad):
             found = seam.bidirectional_selective_scan(*inputs, backend="torch", out_proj=out_proj)
