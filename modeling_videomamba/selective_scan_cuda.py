@@ -96,6 +96,9 @@ struct Args {
     int B, L;
     int mode;  // along a general order: 1 + the direction that this launch walks
     int chunk, chunks;  // tokens in one, and how many
+    int turn;  // -1: all chunks at once; otherwise they take turns, the last first: whose turn it is
+    int span;  // chunks in a turn
+    int kept;  // tokens between the states that the scan keeps; 0: none
 };
 
 #ifndef EMULATED
@@ -107,6 +110,11 @@ DEV u16 float_to_bf16(float v) { u16 y; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) 
 DEV u32 pack_half(float a, float b) {
     u32 y;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(b), "f"(a));
+    return y;
+}
+DEV u32 pack_half_finite(float a, float b) {
+    u32 y;
+    asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(b), "f"(a));
     return y;
 }
 DEV u32 pack_bf16(float a, float b) {
@@ -131,16 +139,10 @@ DEV float round_tf32(float v) { u32 y; asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) 
     asm("mma.sync.aligned.m16n8k8.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"   \
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                            \
         : "r"(a[0]), "r"(a[1]), "r"(b))
+DEV void mma_half_k16(float *d, const u32 *a, u32 b0, u32 b1) { MMA_K16("f16"); }
+DEV void mma_half_k8(float *d, const u32 *a, u32 b) { MMA_K8("f16"); }
 DEV void mma_bf16_k16(float *d, const u32 *a, u32 b0, u32 b1) { MMA_K16("bf16"); }
-#if IO == 1
-DEV u32 pack16(float a, float b) { return pack_half(a, b); }
-DEV void mma_k16(float *d, const u32 *a, u32 b0, u32 b1) { MMA_K16("f16"); }
-DEV void mma_k8(float *d, const u32 *a, u32 b) { MMA_K8("f16"); }
-#else
-DEV u32 pack16(float a, float b) { return pack_bf16(a, b); }
-DEV void mma_k16(float *d, const u32 *a, u32 b0, u32 b1) { MMA_K16("bf16"); }
-DEV void mma_k8(float *d, const u32 *a, u32 b) { MMA_K8("bf16"); }
-#endif
+DEV void mma_bf16_k8(float *d, const u32 *a, u32 b) { MMA_K8("bf16"); }
 // Of an 8x8 matrix of 16-bit values, a row in four lanes: its transpose.
 DEV u32 transpose(u32 v) {
     u32 y;
@@ -162,6 +164,12 @@ DEV void sync_warp() { __syncwarp(); }
 DEV float exchange(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 #endif
 
+// In the type of activations.
+DEV u32 pack16(float a, float b) { return IO == 1 ? pack_half(a, b) : pack_bf16(a, b); }
+DEV void mma_k16(float *d, const u32 *a, u32 b0, u32 b1) {
+    IO == 1 ? mma_half_k16(d, a, b0, b1) : mma_bf16_k16(d, a, b0, b1);
+}
+DEV void mma_k8(float *d, const u32 *a, u32 b) { IO == 1 ? mma_half_k8(d, a, b) : mma_bf16_k8(d, a, b); }
 DEV float load16(u16 v, bool half) { return half ? half_to_float(v) : __uint_as_float((u32)v << 16); }
 #if IO == 0
 DEV float value(float v) { return v; }
@@ -287,7 +295,7 @@ DEV float softplus_slope(float delta) {
 // ------------------------------------------------------------------------------------------------------------------
 
 struct Walk {
-    int lane, g, q, dir, b, channel, first, last, tiles;
+    int lane, g, q, dir, b, channel, chunk, first, last, tiles;
     bool reversed;
     const long long *order;
     size_t row;  // of token 0 of this sequence among all B L rows
@@ -301,11 +309,18 @@ struct Walk {
         w.b = blockIdx.z;
         w.reversed = w.dir && !ORDERED;
         w.order = w.dir ? p.order : 0;
-        w.first = blockIdx.y * p.chunk;
+        int turns = (p.chunks + p.span - 1) / p.span;
+        int before = p.turn < 0 ? 0 : (w.reversed ? p.turn : turns - 1 - p.turn) * p.span;
+        w.chunk = before + blockIdx.y;
+        w.first = w.chunk * p.chunk;
         w.last = min(w.first + p.chunk, p.L);
         w.tiles = (w.last - w.first + TILE - 1) / TILE;
         w.row = (size_t)w.b * p.L;
         return w;
+    }
+    // First place of the turn.
+    __device__ __forceinline__ int base(const Args &p) const {
+        return p.turn < 0 ? 0 : first - (int)blockIdx.y * p.chunk;
     }
     // Where tile i lies, the place of its step r, and the token there, if the place is before `last`.
     __device__ __forceinline__ int begin(int i) const { return first + (reversed ? tiles - 1 - i : i) * TILE; }
@@ -455,24 +470,37 @@ template <int M> DEV void load_A(const Args &p, const Walk &w, float a[M][NT][4]
                     valid ? -expf(parameter(p.a_log, ((size_t)w.dir * CHANNELS + channel) * N + n)) * LOG2E : 0.f;
             }
 }
-// States of a walk over 16 channels lie in memory as the lanes hold them: [dir][b][part][block of 16][group of 8
-// states][lane][4].
-DEV float *fragment(float *states, const Args &p, const Walk &w, int parts, int part) {
-    int blocks = (CHANNELS + 15) / 16;
-    size_t at = ((size_t)(w.dir * p.B + w.b) * parts + part) * blocks + w.channel / 16;
-    return states + (at * NT * 32 + w.lane) * 4;
+// States lie in memory as the lanes of a walk over 16 channels hold them: [dir][b][part][block of 16][group of 8
+// states][lane][4]. Where those of a lane lie, in a walk over 16 M channels; those of the i-th result 16 i further on.
+#define STATES_OF_PART ((CHANNELS + 15) / 16 * NT * 128)
+template <int M> DEV float *fragment(float *to, const Args &p, const Walk &w, int parts, int part) {
+    size_t at = (size_t)(w.dir * p.B + w.b) * parts + part;
+    return to + at * STATES_OF_PART + (w.channel / 16 + w.g * M / 8) * NT * 128 + (w.g * M % 8 * 4 + w.q) * 4;
 }
-DEV void load_states(float h[NT][4], float *states, const Args &p, const Walk &w, int parts, int part) {
+template <int M> DEV void load_states(float h[M][NT][4], const float *from, const Walk &w) {
+    if (M > 1 && w.channel + w.g * M / 8 * 16 >= CHANNELS) return;
 #pragma unroll
-    for (int nt = 0; nt < NT; nt++) load_vector<4>(h[nt], fragment(states, p, w, parts, part) + nt * 128);
+    for (int i = 0; i < M; i++)
+#pragma unroll
+        for (int nt = 0; nt < NT; nt++) load_vector<4>(h[i][nt], from + nt * 128 + i * 16);
 }
-DEV void store_states(float h[NT][4], float *states, const Args &p, const Walk &w, int parts, int part) {
+template <int M> DEV void store_states(float *to, const float h[M][NT][4], const Walk &w) {
+    if (M > 1 && w.channel + w.g * M / 8 * 16 >= CHANNELS) return;
 #pragma unroll
-    for (int nt = 0; nt < NT; nt++) store_vector<4>(fragment(states, p, w, parts, part) + nt * 128, h[nt]);
+    for (int i = 0; i < M; i++)
+#pragma unroll
+        for (int nt = 0; nt < NT; nt++) store_vector<4>(to + nt * 128 + i * 16, h[i][nt]);
 }
 // B or C (at `offset` of the projection) of a token and a state.
 DEV float projected(const io_t *proj, int t, int offset, int n) {
     return N % 8 == 0 || n < N ? value(proj[t * PROJ + offset + n]) : 0.f;
+}
+// The same two as float16.
+DEV u32 projected_half2(const io_t *proj, int t, int offset, int n) {
+    const io_t *at = proj + t * PROJ + offset + n;
+    if (N % 8 != 0 && n >= N) return 0;
+    u32 v = R % 2 == 0 && N % 2 == 0 ? *(const u32 *)at : N % 8 == 0 || n + 1 < N ? pair16(at) : (u32)at[0];
+    return IO == 1 ? v : pack_half_finite(load16((u16)v, false), load16((u16)(v >> 16), false));
 }
 // S neighbouring activations, at a multiple of S.
 template <int S> DEV void load_channels_of_lane(float *to, const io_t *from) {
@@ -483,26 +511,46 @@ template <int S> DEV void load_channels_of_lane(float *to, const io_t *from) {
         unpack4(to, from);
 }
 
-// Contraction over the states at one step of four: channel row g collects in `low`, row g + 8 in `high`. A factor lies
-// in lane (g, q) for step g / 2 and state 2q + g % 2, and is let through at its own step. After the four, lane (g, q)
-// has the sums of step q: low[0] + low[3] and high[0] + high[3]; the other elements are by-products. (One product of
-// depth 8 would do for two of depth 4, but wants the states in other registers than they are in.)
-DEV void contract(float *low, float *high, const float *x, float factor) {
+// Contractions over the states at one step of four: a factor is let through in the lanes of its own step. After the
+// four, lane (g, q) has the sums of step q.
+// Of states h: as 16-bit values, float16 because it is as precise as tf32; states over 65504 count as that much. Lane
+// (g, q) holds the factor of step g / 2, the states 2q and 2q + 1 of each group. Sums: of channel row g in sum[0], of
+// row g + 8 in sum[2]; the other elements are by-products.
+DEV void contract_states(float *sum, const float x[NT][4], const u32 *factor, bool now) {
+#pragma unroll
+    for (int nt = 0; nt < NT; nt += 2) {
+        u32 rows[4] = {pack_half_finite(x[nt][0], x[nt][1]), pack_half_finite(x[nt][2], x[nt][3])};
+        if (nt + 1 < NT) {
+            const float *more = x[nt + 1 < NT ? nt + 1 : 0];
+            rows[2] = pack_half_finite(more[0], more[1]), rows[3] = pack_half_finite(more[2], more[3]);
+            mma_half_k16(sum, rows, now ? factor[nt] : 0, now ? factor[nt + 1 < NT ? nt + 1 : 0] : 0);
+        } else
+            mma_half_k8(sum, rows, now ? factor[nt] : 0);
+    }
+}
+// Of adjoint states, which as gradients may be too small for float16. Lane (g, q) holds the factor of step g / 2 and
+// state 2q + g % 2 of a group. Sums: of channel row g in low[0] + low[3], of row g + 8 in high[0] + high[3].
+DEV void contract_adjoints(float *low, float *high, const float *x, float factor) {
     mma_tf32_k4(low, x[0], x[1], factor);
     mma_tf32_k4(high, x[2], x[3], factor);
 }
 
-// Kinds of walk. SCAN: outputs. STATES: the state a chunk ends with, from zero, or (if p.sub) the state before every 8
-// tokens, from p.states. ADJOINT: what a chunk hands back, from zero; u is the gradient of the ungated output then.
+// Kinds of walk. SCAN: outputs, and (if p.kept) the states on the way. STATES: the state before every 8 tokens, from
+// p.states. ENDS: the state a chunk ends with, from zero. ADJOINT: what a chunk hands back, from zero; u is then the
+// gradient of the ungated output.
 #define SCAN 0
 #define STATES 1
-#define ADJOINT 2
+#define ENDS 2
+#define ADJOINT 3
 
 // Bytes of shared memory of a warp.
 #define FORWARD_SHARED(M, KIND) (2 * (PROJ_TILE + TILE * ROW(M) * (int)sizeof(io_t)) + TILE * (16 * M + 4) * 4 \
                                  + (KIND == SCAN ? 2 * TILE * ROW(M) * (int)sizeof(io_t) : 0) + STEP_SIZE_BYTES(M))
 #define BACKWARD_SHARED (2 * (PROJ_TILE + 3 * TILE * 16 * (int)sizeof(io_t)) + 5 * TILE * 20 * 4 + NT * 512 \
                          + TILE * 16 * (int)sizeof(io_t) + 1536 + (EXACT ? NT * 512 : STEP_SIZE_BYTES(1)))
+
+// The states before every 8 tokens of a turn: how many there is room for.
+DEV int sub_parts(const Args &p) { return p.turn < 0 ? (p.L + 7) / 8 : p.chunk * p.span / 8; }
 
 template <int M, int KIND> DEV void walk_forward(const Args &p) {
     const int LD = 16 * M + 4, S = 2 * M, LU = ROW(M);
@@ -511,6 +559,7 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
     if (ORDERED && w.dir != p.mode - 1) return;
     if (KIND == ADJOINT) w.reversed = !w.reversed;
     const bool meeting = KIND == SCAN && !ORDERED;
+    if (KIND == STATES && w.tiles <= 0) return;
     if (w.channel >= CHANNELS) {
         if (meeting) block_barrier(W * 64);
         return;
@@ -537,12 +586,19 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
             for (int e = 0; e < 4; e++) h[i][nt][e] = 0.f;
 #pragma unroll
     for (int s = 0; s < S; s++) total[s] = 0.f;
-    if (M == 1 && p.chunks > 1 && (KIND == SCAN || p.sub)) load_states(h[0], p.states, p, w, p.chunks, blockIdx.y);
+    if (p.chunks > 1 && (KIND == SCAN || KIND == STATES))
+        load_states<M>(h, fragment<M>(p.states, p, w, p.chunks, w.chunk), w);
+    // The next part of which the state before is stored, and where; SCAN: the place that this is at.
+    const int way = w.reversed ? -1 : 1;
+    int part = 0, keep_at = -1;
+    if (KIND == STATES) part = w.begin(0) / 8 + w.reversed;
+    if (KIND == SCAN && p.kept) keep_at = w.begin(0), part = keep_at / p.kept;
+    float *sub_at = KIND == STATES ? fragment<M>(p.sub, p, w, sub_parts(p), part - w.base(p) / 8) : 0;
     const int four = lane % (4 * M) * 4, here = left - four;  // channels of this lane in the epilogue
     const int ROUNDS = M * 2, PER = 8 / M, row = lane / (4 * M);
-    float skip[4], in_step[4], out_step[4];
+    float skip[4], in_step[4];
 #pragma unroll
-    for (int j = 0; j < 4; j++) in_step[j] = q == j, out_step[j] = g >> 1 == j;
+    for (int j = 0; j < 4; j++) in_step[j] = q == j;
 #pragma unroll
     for (int e = 0; e < 4; e++)
         skip[e] = KIND == SCAN && e < here ? parameter(p.skip, (size_t)w.dir * CHANNELS + w.channel + four + e) : 0.f;
@@ -557,6 +613,11 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
         copy_commit();
         if (tile < 0) continue;
         const int begin = w.begin(tile);
+        if (KIND == SCAN && begin == keep_at) {
+            store_states<M>(fragment<M>(p.states, p, w, (p.L + p.kept - 1) / p.kept, part), h, w);
+            part += way;
+            keep_at = part * p.kept + (w.reversed ? p.kept - TILE : 0);
+        }
         // The first direction to come by a token leaves its output; the second adds its own, and gates.
         const bool second =
             KIND == SCAN && (ORDERED ? p.mode == 2 : 2 * tile > w.tiles - 1 || (2 * tile == w.tiles - 1 && w.dir));
@@ -576,11 +637,11 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
         // Unrolled, the loop outgrows the instruction cache; rolled, it wants its addresses ready.
         const io_t *b_at = proj + q * PROJ + in_at, *c_at = proj + (g >> 1) * PROJ, *u_at = u + q * LU + g * S;
         float *d_at = delta + g * S;
-#pragma unroll 1
+#pragma unroll(KIND == STATES ? 2 : 1)
         for (int t4 = 0; t4 < TILE; t4 += 4) {
-            if (KIND == STATES && M == 1 && p.sub && t4 % 8 == 0) {
-                int part = (begin + (w.reversed ? 8 - t4 : t4)) / 8;
-                if (part < (p.L + 7) / 8) store_states(h[0], p.sub, p, w, (p.L + 7) / 8, part);
+            if (KIND == STATES && t4 % 8 == 0) {
+                if (part * 8 < p.L) store_states<M>(sub_at, h, w);
+                part += way, sub_at += way * STATES_OF_PART;
             }
 #if EXACT
             for (int j = 0; j < 4; j++) {
@@ -611,7 +672,8 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
                 if (KIND == SCAN && q == 0) store_vector<S>(d_at + j * LD, sum);
             }
 #else
-            float b[NT], c[NT], in[S], y[S], step[S];
+            float b[NT], in[S], y[S], step[S];
+            u32 c[NT];
             load_vector<S>(step, d_at + q * LD);
             load_channels_of_lane<S>(in, u_at);
 #pragma unroll
@@ -619,16 +681,16 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
 #pragma unroll
             for (int nt = 0; nt < NT; nt++) {
                 b[nt] = projected(b_at, 0, 0, nt * 8 + g);
-                c[nt] = KIND == SCAN ? projected(c_at, 0, R + N, nt * 8 + 2 * q + (g & 1)) : 0.f;
+                c[nt] = KIND == SCAN ? projected_half2(c_at, 0, R + N, nt * 8 + 2 * q) : 0;
             }
 #pragma unroll
             for (int i = 0; i < M; i++) {
-                float low[4] = {0.f, 0.f, 0.f, 0.f}, high[4] = {0.f, 0.f, 0.f, 0.f};
+                float sum[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
                     float d[2];
                     load_vector<2>(d, d_at + j * LD + 2 * i);
-                    if (KIND == STATES) total[2 * i] += d[0], total[2 * i + 1] += d[1];
+                    if (KIND == ENDS || KIND == ADJOINT) total[2 * i] += d[0], total[2 * i + 1] += d[1];
 #pragma unroll
                     for (int nt = 0; nt < NT; nt++) {
                         float *x = h[i][nt], now = b[nt] * in_step[j];
@@ -636,10 +698,10 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
 #pragma unroll
                         for (int e = 0; e < 4; e++) x[e] *= decay(d[e >> 1], a[i][nt][e]);
                         if (KIND != ADJOINT) mma_tf32_k4(x, in[2 * i], in[2 * i + 1], now);
-                        if (KIND == SCAN) contract(low, high, x, c[nt] * out_step[j]);
                     }
+                    if (KIND == SCAN) contract_states(sum, h[i], c, g >> 1 == j);
                 }
-                y[2 * i] = low[0] + low[3], y[2 * i + 1] = high[0] + high[3];
+                y[2 * i] = sum[0], y[2 * i + 1] = sum[2];
             }
             if (KIND == SCAN) {  // Δ of these steps is used up: their outputs take its place
                 sync_warp();
@@ -672,12 +734,12 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
         }
         sync_warp();
     }
-    if (M == 1 && KIND != SCAN && !p.sub) {
-        store_states(h[0], KIND == ADJOINT ? p.adjoint : p.states, p, w, p.chunks, blockIdx.y);
-        if (KIND == STATES && q == 0)
+    if (KIND == ENDS || KIND == ADJOINT) {
+        store_states<M>(fragment<M>(KIND == ADJOINT ? p.adjoint : p.states, p, w, p.chunks, w.chunk), h, w);
+        if (q == 0)
             for (int s = 0; s < S; s++)
                 if (g * S + s < left)
-                    p.sums[((size_t)(w.dir * p.B + w.b) * p.chunks + blockIdx.y) * CHANNELS + w.channel + g * S + s] =
+                    p.sums[((size_t)(w.dir * p.B + w.b) * p.chunks + w.chunk) * CHANNELS + w.channel + g * S + s] =
                         total[s];
     }
 }
@@ -690,6 +752,11 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) scan(const Args 
 #ifdef STATES_KERNEL
 extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) states(const Args p) {
     walk_forward<BLOCKS, STATES>(p);
+}
+#endif
+#ifdef ENDS_KERNEL
+extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) ends(const Args p) {
+    walk_forward<BLOCKS, ENDS>(p);
 }
 #endif
 #ifdef ADJOINT_KERNEL
@@ -938,12 +1005,6 @@ typedef u16 partial_t;
 #else
 typedef float partial_t;
 #endif
-DEV void fetch_states(float *to, const Args &p, const Walk &w, int part) {
-    if (part >= (p.L + 7) / 8) return;
-#pragma unroll
-    for (int nt = 0; nt < NT; nt++)
-        copy_async<16>(to + (nt * 32 + w.lane) * 4, fragment(p.sub, p, w, (p.L + 7) / 8, part) + nt * 128, true);
-}
 // Adds the outer products of a step's vectors over its states, x, and over the channels: rows are states, column j is
 // filled from what lanes (j, 0..3) have in `factor`, the values of channels 4q, 4q + 2 and 4q + 1, 4q + 3.
 DEV void outer_product(float d[(NT + 1) / 2][4], const float x[NT][4], u32 factor0, u32 factor1) {
@@ -962,8 +1023,10 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
     extern __shared__ __align__(16) char shared[];
     Walk w = Walk::start(p, 1);
     if (ORDERED && w.dir != p.mode - 1) return;
+    // In turns, the directions come by different chunks, but for the turn in the middle of an odd number.
+    const bool meeting = !ORDERED && (p.turn < 0 || 2 * p.turn == p.chunks - 1);
     if (w.channel >= CHANNELS) {
-        if (!ORDERED) block_barrier(W * 64);
+        if (meeting) block_barrier(W * 64);
         return;
     }
     const int g = w.g, q = w.q, lane = w.lane, left = CHANNELS % 16 ? CHANNELS - w.channel : 16;
@@ -986,15 +1049,24 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
     const io_t *z_rows = p.xz + (w.row * 2 + 1) * CHANNELS + w.channel;
     io_t *dz_rows = p.out + (w.row * 2 + 1) * CHANNELS + w.channel;
     const size_t block = (size_t)w.dir * ((CHANNELS + 15) / 16) + w.channel / 16;
-    partial_t *dbc = (partial_t *)p.dbc + (block * p.B * p.L + w.row) * 2 * N;
+    // [dir][block of 16 channels][b][place]
+    const int places = p.turn < 0 ? p.L : p.chunk;
+    partial_t *dbc = (partial_t *)p.dbc + ((block * p.B + w.b) * places - w.base(p)) * 2 * N;
 
-    float a[1][NT][4], lambda[NT][4], da[NT][4];
+    float a[1][NT][4], states[1][NT][4], (&lambda)[NT][4] = states[0], da[1][NT][4];
     load_A<1>(p, w, a);
 #pragma unroll
     for (int nt = 0; nt < NT; nt++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) lambda[nt][e] = da[nt][e] = 0.f;
-    if (p.chunks > 1) load_states(lambda, p.adjoint, p, w, p.chunks, blockIdx.y);
+        for (int e = 0; e < 4; e++) lambda[nt][e] = da[0][nt][e] = 0.f;
+    auto handed = [&] { return fragment<1>(p.adjoint, p, w, p.turn < 0 ? p.chunks : 1, p.turn < 0 ? w.chunk : 0); };
+    if (p.chunks > 1 && p.turn != 0) load_states<1>(states, handed(), w);
+    auto fetch_states = [&](int part) {
+        if (part * 8 >= p.L) return;
+        const float *from = fragment<1>(p.sub, p, w, sub_parts(p), part - w.base(p) / 8);
+#pragma unroll
+        for (int nt = 0; nt < NT; nt++) copy_async<16>(saved + (nt * 32 + lane) * 4, from + nt * 128, true);
+    };
     const int four = lane % 4 * 4, here = left - four;
     for (int e = 0; e < 4; e++) {
         d_skip_at[e] = d_bias_at[e] = 0.f;
@@ -1011,15 +1083,17 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
         load_row<16, 16, 2 * CHANNELS, CHANNEL_PIECE>(tile + TILE * 32, z_rows, left, source);
     };
     load_stage(0);
-    fetch_states(saved, p, w, part_of(0, 8));
+    fetch_states(part_of(0, 8));
     copy_commit();
 
     for (int i = 0; i < w.tiles; i++) {
         copy_wait<0>();
         sync_warp();
         const int begin = w.begin(w.tiles - 1 - i);
-        const bool second = ORDERED ? p.mode == 2 : 2 * i > w.tiles - 1 || (2 * i == w.tiles - 1 && w.dir);
-        if (!ORDERED && w.dir && i == w.tiles / 2) block_barrier(W * 64);
+        const bool second = ORDERED    ? p.mode == 2
+                            : !meeting ? 2 * p.turn > p.chunks - 1
+                                       : 2 * i > w.tiles - 1 || (2 * i == w.tiles - 1 && w.dir);
+        if (meeting && w.dir && i == w.tiles / 2) block_barrier(W * 64);
         if (second) load_row<16, 16, 2 * CHANNELS, CHANNEL_PIECE>(before, dz_rows, left, Row(w, begin));
         char *stage = mine + (i & 1) * STAGE;
         const io_t *proj = (io_t *)stage, *u = (io_t *)(stage + PROJ_TILE);
@@ -1049,10 +1123,10 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
             for (int nt = 0; nt < NT; nt++) load_vector<4>(h[0][nt], saved + (nt * 32 + lane) * 4);
             sync_warp();
             if (t8 == 8) {
-                fetch_states(saved, p, w, part_of(i, 0));
+                fetch_states(part_of(i, 0));
                 if (i + 1 < w.tiles) load_stage(i + 1);
             } else if (i + 1 < w.tiles)
-                fetch_states(saved, p, w, part_of(i + 1, 8));
+                fetch_states(part_of(i + 1, 8));
             copy_commit();
             if (!valid) continue;
             const io_t *proj_at = proj + t8 * PROJ;
@@ -1095,7 +1169,7 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
                         part_c[e & 1] = fmaf(dyv, h[k + 1][nt][e], part_c[e & 1]);
                         l *= decay(step, a[0][nt][e]);
                         float v = l * h[k][nt][e];
-                        da[nt][e] = fmaf(v, step, da[nt][e]);
+                        da[0][nt][e] = fmaf(v, step, da[0][nt][e]);
                         ss[e >> 1] = fmaf(v, a[0][nt][e], ss[e >> 1]);
                     }
                     store_vector<2>(sums + (nt * 32 + lane) * 2, part_b);
@@ -1108,12 +1182,12 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
                 }
                 sync_warp();
                 if (q == 0) store_vector<S>(dx_at + k * LD, sx), store_vector<S>(ds_at + k * LD, ss);
-                int place = w.place(begin, t8 + k), token = w.token(place);
+                int place = w.place(begin, t8 + k);
                 for (int v = lane; v < 2 * N; v += 32) {  // over the channels: over g
                     const float *from = sums + v / N * NT * 64 + v % N / 8 * 64 + v % N % 8;
                     float sum = 0.f;
                     for (int c = 0; c < 8; c++) sum += from[c * 8];
-                    if (place < w.last) dbc[(size_t)token * 2 * N + v] = stored(sum);
+                    if (place < w.last) dbc[(size_t)place * 2 * N + v] = stored(sum);
                 }
                 sync_warp();
             }
@@ -1126,7 +1200,7 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
 #if IO == 2
                     u32 states = transpose(pack_bf16(low, high));  // of step g, states 2q and 2q + 1
                     int place = w.place(begin, t8 + g), n = nt * 8 + 2 * q;
-                    partial_t *to = dbc + (long long)w.token(place) * 2 * N + kind * N + n;
+                    partial_t *to = dbc + (long long)place * 2 * N + kind * N + n;
                     if (place >= w.last || n >= N) continue;
                     if (N % 2 == 0) *(u32 *)to = states;
                     else {
@@ -1137,7 +1211,7 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
                     for (int e = 0; e < 2; e++) {
                         int place = w.place(begin, t8 + 2 * q + e), n = nt * 8 + g;
                         if (place < w.last && n < N)
-                            dbc[(long long)w.token(place) * 2 * N + kind * N + n] = e ? high : low;
+                            dbc[(long long)place * 2 * N + kind * N + n] = e ? high : low;
                     }
 #endif
                 }
@@ -1152,13 +1226,14 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
             const io_t *down = proj_at + q * PROJ + R, *across = proj_at + (g >> 1) * PROJ + R;
 #pragma unroll
             for (int t4 = 0; t4 < 8; t4 += 4) {
-                float b[NT], c[NT], in[S], low[4] = {0.f, 0.f, 0.f, 0.f}, high[4] = {0.f, 0.f, 0.f, 0.f};
+                float b[NT], in[S], sum[4] = {0.f, 0.f, 0.f, 0.f};
+                u32 c[NT];
                 load_vector<S>(in, dx_at + (t4 + q) * LD);
                 in[0] = round_tf32(in[0]), in[1] = round_tf32(in[1]);
 #pragma unroll
                 for (int nt = 0; nt < NT; nt++) {
                     b[nt] = projected(down, t4, 0, nt * 8 + g);
-                    c[nt] = projected(across, t4, N, nt * 8 + 2 * q + (g & 1));
+                    c[nt] = projected_half2(across, t4, N, nt * 8 + 2 * q);
                 }
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
@@ -1171,11 +1246,11 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
 #pragma unroll
                         for (int e = 0; e < 4; e++) x[e] = h[k][nt][e] * decay(d[e >> 1], a[0][nt][e]);
                         mma_tf32_k4(x, in[0], in[1], q == j ? b[nt] : 0.f);
-                        contract(low, high, x, g >> 1 == j ? c[nt] : 0.f);
                     }
+                    contract_states(sum, h[k + 1], c, g >> 1 == j);
                     outer_product(dc, h[k + 1], g == k ? dy0 : 0, g == k ? dy1 : 0);
                 }
-                float y[S] = {low[0] + low[3], high[0] + high[3]};
+                float y[S] = {sum[0], sum[2]};
                 store_vector<S>(ys_at + (t4 + q) * LD, y);
             }
             store_sums(1, dc);
@@ -1206,7 +1281,7 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
 #pragma unroll
                     for (int nt = 0; nt < NT; nt++) {
                         mma_tf32_k4(lambda[nt], in[0], in[1], q == j ? c[nt] : 0.f);
-                        contract(low, high, lambda[nt], g >> 1 == j ? b[nt] : 0.f);
+                        contract_adjoints(low, high, lambda[nt], g >> 1 == j ? b[nt] : 0.f);
                     }
                     outer_product(db, lambda, now ? dx0 : 0, now ? dx1 : 0);
 #pragma unroll
@@ -1216,7 +1291,7 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
                             float &l = lambda[nt][e];
                             l *= decay(d[e >> 1], a[0][nt][e]);
                             float v = l * h[k][nt][e];
-                            da[nt][e] = fmaf(v, d[e >> 1], da[nt][e]);
+                            da[0][nt][e] = fmaf(v, d[e >> 1], da[0][nt][e]);
                             ss[e >> 1] = fmaf(v, a[0][nt][e], ss[e >> 1]);
                         }
                     mma_tf32_k4(s, ss[0], ss[1], now ? 1.f : 0.f);
@@ -1274,14 +1349,15 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
             store4(p.ddelta + rows + token * CHANNELS + four, r_dd, here);
             store4(dz_rows + token * 2 * CHANNELS + four, vy, here);
         }
-        if (!ORDERED && !w.dir && i == (w.tiles - 1) / 2) block_barrier(W * 64);
+        if (meeting && !w.dir && i == (w.tiles - 1) / 2) block_barrier(W * 64);
         sync_warp();
     }
 #pragma unroll
     for (int nt = 0; nt < NT; nt++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) da[nt][e] *= a[0][nt][e] * LN2;
-    store_states(da, p.da, p, w, p.chunks, blockIdx.y);
+        for (int e = 0; e < 4; e++) da[0][nt][e] *= a[0][nt][e] * LN2;
+    store_states<1>(fragment<1>(p.da, p, w, p.chunks, w.chunk), da, w);
+    if (p.turn >= 0) store_states<1>(handed(), states, w);
     float d_skip[4], d_bias[4];
     load_vector<4>(d_skip, d_skip_at);
     load_vector<4>(d_bias, d_bias_at);
@@ -1295,7 +1371,7 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
     if (lane < 4)
         for (int e = 0; e < 4; e++)
             if (e < here) {
-                size_t walk = (size_t)(w.dir * p.B + w.b) * p.chunks + blockIdx.y;
+                size_t walk = (size_t)(w.dir * p.B + w.b) * p.chunks + w.chunk;
                 float *to = p.dvec + walk * 2 * CHANNELS + w.channel + four + e;
                 to[0] = d_skip[e], to[CHANNELS] = d_bias[e];
             }
@@ -1306,7 +1382,7 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
 TILE = 16  # tokens a warp takes at a time; the source has the same
 RUN = 32  # places a thread of the convolution takes; the source has the same
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_BACKWARD_TOKENS = 32768  # about as many tokens the backward pass takes at a time
+_TURN_TOKENS = 32768  # about as many tokens the backward pass recomputes the states of at a time
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1448,7 +1524,7 @@ def _function(name, options, device_index):
 _POINTERS = (
     "xz u proj dout conv_w conv_b dt_w dt_b a_log skip order out du ddelta y states sums sub adjoint da dvec dbc"
 )
-_NUMBERS = "B L mode chunk chunks"
+_NUMBERS = "B L mode chunk chunks turn span kept"
 
 
 class Arguments(ctypes.Structure):
@@ -1506,43 +1582,31 @@ class _Scan:
             "VEC": int(self.E % 8 == 0 and xz.data_ptr() % 16 == 0),
             "ORDERED": int(order is not None),
         }
-        self.chunk, self.chunks = -(-self.L // TILE) * TILE, 1
-        self._plan()
-
-    def _plan(self):
-        """
-        Channels a warp takes, and into how many chunks the length is cut. A warp of many channels shares more; but
-        each of the GPU's schedulers wants about three warps. Chunks cost a second walk: they are for what is small.
-        """
-        schedulers = 4 * _multiprocessors(self.device)
-        rows = 2 * self.B * -(-self.E // 16)  # warps if each takes 16 channels
-        self.blocks = 1
-        if self.options["IO"]:
-            self.blocks = 2 if rows >= 5 * schedulers else 1
-        if rows < 1.2 * schedulers and self.L > 2 * TILE:
-            chunks = min(-(-3 * schedulers // rows), -(-self.L // (2 * TILE)))
-            self.chunk = -(-self.L // (chunks * TILE)) * TILE
-            self.chunks = -(-self.L // self.chunk)
+        self.rows = 2 * self.B * -(-self.E // 16)
+        self.side_by_side, self.chunk, self.chunks, self.span = _plan(self.B, self.L, self.E, xz.device)
+        self.modes = (0,) if order is None else (1, 2)  # launches of a walk: both directions at once, or one by one
 
     def new(self, *shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=self.device)
 
-    def launch(self, name, grid, threads, options=None, shared=0, mode=0, **tensors):
-        tensors = {**self.tensors, **tensors}
-        arguments = Arguments(**{n: t.data_ptr() for n, t in tensors.items() if t is not None})
-        arguments.B, arguments.L, arguments.mode = self.B, self.L, mode
-        arguments.chunk, arguments.chunks = self.chunk, self.chunks
-        _launch(name, {**self.options, **(options or {})}, arguments, grid, threads, shared, self.device)
+    def launch(self, name, grid, threads, options=None, shared=0, numbers=None, **tensors):
+        defaults = {"B": self.B, "L": self.L, "chunk": self.chunk, "chunks": self.chunks, "turn": -1, "span": 1}
+        numbers = {**defaults, **(numbers or {})}
+        pointers = {n: t.data_ptr() for n, t in {**self.tensors, **tensors}.items() if t is not None}
+        options = {**self.options, **(options or {})}
+        _launch(name, options, Arguments(**numbers, **pointers), grid, threads, shared, self.device)
 
-    def walk(self, name, blocks, **tensors):
-        """Launch a kernel whose warps walk over the sequence: both directions at once, or, along a general order, one
-        after the other."""
+    def walk(self, name, modes=None, numbers=None, side_by_side=1, **tensors):
+        """Launch a kernel whose warps walk over the sequence, or over chunks of it `side_by_side`."""
+        blocks = _blocks(self.rows * side_by_side, self.xz.dtype, self.device) if name in ("scan", "states") else 1
         warps, resident = self.settings(name, blocks)
         options = {"BLOCKS": blocks, "W": warps, "MINBLOCKS": resident}
         shared = self._shared_bytes(name, blocks)
-        grid = (-(-self.E // (16 * blocks * warps)), self.chunks, self.B)
-        for mode in (0,) if self.order is None else (1, 2):
-            self.launch(name, grid, 64 * warps, options, shared * 2 * warps, mode, **tensors)
+        grid = (-(-self.E // (16 * blocks * warps)), side_by_side, self.B)
+        for mode in modes or self.modes:
+            self.launch(
+                name, grid, 64 * warps, options, shared * 2 * warps, {"mode": mode, **(numbers or {})}, **tensors
+            )
 
     def _shared_bytes(self, name, blocks):
         """Of a warp: `FORWARD_SHARED` and `BACKWARD_SHARED` of the source."""
@@ -1571,20 +1635,31 @@ class _Scan:
         return u
 
     def state_shape(self, parts):
-        return 2, self.B, parts, -(-self.E // 16), -(-self.N // 8), 32, 4
+        return _state_shape(self.B, parts, self.E, self.N)
 
     def chunk_states(self, u, proj):
-        """State before each chunk, and the sum of Δ over each."""
-        if self.chunks == 1:
-            return None, None
+        """State before each chunk, if they are walked side by side."""
         states, sums = self.new(*self.state_shape(self.chunks)), self.new(2, self.B, self.chunks, self.E)
-        self.walk("states", 1, u=u, proj=proj, states=states, sums=sums)
+        self.walk("ends", side_by_side=self.chunks, u=u, proj=proj, states=states, sums=sums)
         self.hand_on(0, states=states, sums=sums)
-        return states, sums
+        return states
+
+    def chunk_adjoints(self, dout, proj):
+        """Adjoint state after each chunk, likewise."""
+        adjoint, sums = self.new(*self.state_shape(self.chunks)), self.new(2, self.B, self.chunks, self.E)
+        dy = (dout * torch.nn.functional.silu(self.xz[..., self.E :].float()) / 2).to(dout.dtype)
+        self.walk("adjoint", side_by_side=self.chunks, u=dy, proj=proj, adjoint=adjoint, sums=sums)
+        self.hand_on(1, adjoint=adjoint, sums=sums)
+        return adjoint
 
     def hand_on(self, against, **tensors):
         size = -(-self.E // 16) * -(-self.N // 8) * 128
-        self.launch("hand_on", (-(-size // 128), self.B, 2), 128, mode=against, **tensors)
+        self.launch("hand_on", (-(-size // 128), self.B, 2), 128, numbers={"mode": against}, **tensors)
+
+
+def _state_shape(batch, parts, channels, states):
+    """States as the lanes hold them, see `fragment` in the source."""
+    return 2, batch, parts, -(-channels // 16), -(-states // 8), 32, 4
 
 
 @functools.cache
@@ -1592,14 +1667,45 @@ def _multiprocessors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def _blocks(rows, dtype, device):
+    """How many of so many blocks of 16 channels a warp takes. One of many shares more; but each scheduler wants about
+    three warps."""
+    return 2 if dtype != torch.float32 and rows >= 20 * _multiprocessors(device) else 1
+
+
+def _plan(batch, length, channels, device):
+    """
+    How the length is cut. If there are few sequences and channels, its chunks are walked side by side, which costs a
+    second walk. If there are many, the scan keeps its states at the borders of chunks, and the backward pass takes a
+    few chunks at a time, the last first, to hold few states: these are recomputed side by side, and the adjoint state
+    is handed on from turn to turn.
+
+    Returns:
+        whether the chunks of the scan are walked side by side, tokens in a chunk, chunks, chunks in a turn.
+    """
+    schedulers = 4 * _multiprocessors(device)
+    rows = 2 * batch * -(-channels // 16)  # warps if each takes 16 channels
+    tiles = -(-length // TILE)
+    side_by_side = rows < 1.2 * schedulers and tiles > 2
+    if side_by_side:
+        turns, span = 1, min(-(-3 * schedulers // rows), -(-tiles // 2))
+    else:
+        turns = min(-(-batch * length // _TURN_TOKENS), tiles)
+        span = max(1, min(4, int(5 * schedulers / rows + 0.9))) if turns == 1 else 1
+    chunk = -(-tiles // (turns * span)) * TILE
+    return side_by_side, chunk, -(-length // chunk), span
+
+
 # (kernel, blocks of 16 channels a warp): (warps a direction in a thread block, thread blocks on a multiprocessor);
 # measured on an H200
 _SETTINGS = {
     ("scan", 1): (1, 8),
-    ("scan", 2): (2, 3),
+    ("scan", 2): (1, 6),
     ("states", 1): (2, 4),
+    ("states", 2): (2, 3),
+    ("ends", 1): (2, 4),
     ("adjoint", 1): (2, 4),
-    ("backward", 1): (2, 2),
+    ("backward", 1): (2, 3),
 }
 
 
@@ -1621,24 +1727,50 @@ def _scan_op(
     D: torch.Tensor,
     out_proj_weight: torch.Tensor | None,
     order: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    for_backward: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     with torch.cuda.device_of(xz), torch.autocast(xz.device.type, enabled=False):
         scan = _Scan(xz, conv_weight, conv_bias, dt_proj_weight, dt_proj_bias, A_log, D, order)
         out = scan.new(scan.B, scan.L, scan.E, dtype=xz.dtype)
         u = scan.convolve()
         proj = _project(u, x_proj_weight)
-        states, _ = scan.chunk_states(u, proj)
-        scan.walk("scan", scan.blocks, u=u, proj=proj, out=out, states=states)
+        if scan.side_by_side:
+            states = scan.chunk_states(u, proj)
+            scan.walk("scan", side_by_side=scan.chunks, u=u, proj=proj, out=out, states=states)
+        else:
+            keep = for_backward and scan.chunks > 1
+            states = scan.new(*scan.state_shape(scan.chunks)) if keep else scan.new(0)
+            numbers = {"chunk": scan.chunk * scan.chunks, "chunks": 1, "kept": scan.chunk if keep else 0}
+            scan.walk("scan", numbers=numbers, u=u, proj=proj, out=out, states=states)
         if out_proj_weight is not None:
             out = torch.nn.functional.linear(out, out_proj_weight.to(out.dtype))
-    return out, proj
+    return out, proj, states
 
 
 @_scan_op.register_fake
-def _(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, out_proj_weight, order):
-    batch, length, channels = xz.shape
-    channels = channels // 2 if out_proj_weight is None else out_proj_weight.shape[0]
-    return xz.new_empty(batch, length, channels), xz.new_empty(2, batch, length, x_proj_weight.shape[1])
+def _(
+    xz,
+    conv_weight,
+    conv_bias,
+    x_proj_weight,
+    dt_proj_weight,
+    dt_proj_bias,
+    A_log,
+    D,
+    out_proj_weight,
+    order,
+    for_backward,
+):
+    batch, length, channels = xz.shape[0], xz.shape[1], xz.shape[2] // 2
+    outputs = channels if out_proj_weight is None else out_proj_weight.shape[0]
+    side_by_side, _, chunks, _ = _plan(batch, length, channels, xz.device)
+    keep = side_by_side or (for_backward and chunks > 1)
+    states = _state_shape(batch, chunks, channels, A_log.shape[2]) if keep else (0,)
+    return (
+        xz.new_empty(batch, length, outputs),
+        xz.new_empty(2, batch, length, x_proj_weight.shape[1]),
+        xz.new_empty(states, dtype=torch.float32),
+    )
 
 
 @torch.library.custom_op("videomamba::bidirectional_scan_cuda_backward", mutates_args=())
@@ -1655,112 +1787,102 @@ def _backward_op(
     out_proj_weight: torch.Tensor | None,
     order: torch.Tensor | None,
     proj: torch.Tensor,
+    states: torch.Tensor,
 ) -> list[torch.Tensor]:
+    io, (dt_proj, x_proj) = xz.dtype, (dt_proj_weight.to(xz.dtype), x_proj_weight.to(xz.dtype))
     dxz = torch.empty_like(xz)
     dout = dout.contiguous()
     if dout.data_ptr() % 16:
         dout = dout.clone()
-    parameters = [conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D]
-    if out_proj_weight is not None:
-        parameters.append(out_proj_weight)
-    gradients = None
-    size = -(-xz.shape[0] // _parts(xz))
     with torch.cuda.device_of(xz), torch.autocast(xz.device.type, enabled=False):
-        for start in range(0, xz.shape[0], size):
-            part = slice(start, start + size)
-            scan = _Scan(xz[part], conv_weight, conv_bias, dt_proj_weight, dt_proj_bias, A_log, D, order)
-            part_proj = proj[:, part].contiguous()
-            found = _backward_part(scan, dout[part], x_proj_weight, out_proj_weight, part_proj, dxz[part])
-            gradients = found if gradients is None else [a + b for a, b in zip(gradients, found, strict=True)]
-    # Copies: the outputs of an operator may not share memory.
-    gradients = [g.to(p.dtype, copy=True) for g, p in zip(gradients, parameters, strict=True)]
-    return [dxz, *(g.contiguous() for g in gradients)]
+        scan = _Scan(xz, conv_weight, conv_bias, dt_proj_weight, dt_proj_bias, A_log, D, order)
+        B, L, E, R, N = scan.B, scan.L, scan.E, scan.R, scan.N
+        dprojected, y = dout, None
+        if out_proj_weight is not None:
+            dout = dprojected @ out_proj_weight.to(io)
+            y = torch.empty_like(dout)
+        u = scan.convolve()
+        du, ddelta = torch.empty_like(u), torch.empty_like(u)
+        tensors = {"u": u, "proj": proj, "dout": dout, "out": dxz, "du": du, "ddelta": ddelta, "y": y}
+        dbc, dA, d_skip, d_dt_bias = _walk_back(scan, states, tensors)
+        ddelta, u, du = ddelta.view(2, -1, E), u.view(2, -1, E), du.view(2, -1, E)
+        dproj = torch.cat([torch.bmm(ddelta, dt_proj), dbc.view(2, -1, 2 * N).to(io)], dim=-1)
+        d_dt_weight = torch.bmm(ddelta.transpose(1, 2), proj.view(2, -1, R + 2 * N)[..., :R])
+        d_x_weight = torch.bmm(dproj.transpose(1, 2), u)
+        du.baddbmm_(dproj, x_proj)
+        K = scan.options["K"]
+        groups, runs = -(-E // (2 if scan.options["VEC"] else 1)), -(-L // RUN)
+        dconv = scan.new(B, runs, 2, K + 1, E)
+        for mode in scan.modes:
+            grid = (-(-groups // 128), runs, B)
+            scan.launch("conv_backward", grid, 128, numbers={"mode": mode}, du=du, out=dxz, dvec=dconv)
+        dconv = dconv.sum(dim=(0, 1))
+        gradients = [dconv[:, :K].transpose(1, 2), dconv[:, K], d_x_weight, d_dt_weight, d_dt_bias, dA, d_skip]
+        parameters = [conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D]
+        if y is not None:
+            gradients.append(dprojected.flatten(0, 1).T @ y.flatten(0, 1))
+            parameters.append(out_proj_weight)
+    # The outputs of an operator may not share memory: what does is not contiguous here.
+    return [dxz, *(g.contiguous().to(p.dtype) for g, p in zip(gradients, parameters, strict=True))]
 
 
-def _parts(xz):
-    """Into how many parts the backward pass cuts the batch, to hold few tokens at a time and still fill the GPU."""
-    batch, length, channels = xz.shape
-    filling = int(160 * _multiprocessors(xz.device) / channels)  # sequences for 10 warps a multiprocessor
-    return max(1, min(-(-batch * length // _BACKWARD_TOKENS), batch // max(1, filling)))
+def _walk_back(scan, states, tensors):
+    """
+    Writes `out`, `du`, `ddelta` and `y` of `tensors`.
 
-
-def _backward_part(scan, dout, x_proj_weight, out_proj_weight, proj, dxz):
-    """Writes dxz; returns the gradients of the parameters, in float32."""
-    B, L, E, R, N, io = scan.B, scan.L, scan.E, scan.R, scan.N, scan.xz.dtype
-    dprojected, y = dout, None
-    if out_proj_weight is not None:
-        dout = dprojected @ out_proj_weight.to(io)
-        y = torch.empty_like(dout)
-    u = scan.convolve()
-    states, sums = scan.chunk_states(u, proj)
-    adjoint = None
-    if scan.chunks > 1:
-        z = scan.xz[..., E:].float()
-        dy = (dout * torch.nn.functional.silu(z) / 2).to(io)
-        adjoint = scan.new(*scan.state_shape(scan.chunks))
-        scan.walk("adjoint", 1, u=dy, proj=proj, adjoint=adjoint)
-        scan.hand_on(1, adjoint=adjoint, sums=sums)
-    sub = scan.new(*scan.state_shape(-(-L // 8)))
-    scan.walk("states", 1, u=u, proj=proj, states=states, sub=sub)
-    du, ddelta = torch.empty_like(u), torch.empty_like(u)
-    partial = io if io == torch.bfloat16 else torch.float32
-    dbc = scan.new(2, -(-E // 16), B * L, 2 * N, dtype=partial)
-    da, dvec = scan.new(*scan.state_shape(scan.chunks)), scan.new(2, B, scan.chunks, 2, E)
-    scan.walk(
-        "backward",
-        1,
-        u=u,
-        proj=proj,
-        dout=dout,
-        out=dxz,
-        du=du,
-        ddelta=ddelta,
-        sub=sub,
-        adjoint=adjoint,
-        dbc=dbc,
-        da=da,
-        dvec=dvec,
-        y=y,
-    )
-    del sub
+    Returns:
+        the gradients of B and C, (2, B, L, 2N), and, in float32, those of A_log, D and the bias of Δ.
+    """
+    B, L, E, N, io = scan.B, scan.L, scan.E, scan.N, scan.xz.dtype
+    if scan.side_by_side:
+        turns, places, adjoint = [-1], L, scan.chunk_adjoints(tensors["dout"], tensors["proj"])
+        walks, numbers, span = scan.chunks, {}, scan.chunks
+    else:
+        span, places = scan.span, scan.span * scan.chunk
+        walks, adjoint = -(-L // places), scan.new(*scan.state_shape(1))
+        turns, numbers = range(walks), {"chunk": places, "chunks": walks}
+    sub = scan.new(*scan.state_shape(-(-places // 8)))
+    partial = scan.new(2, -(-E // 16), B, places, 2 * N, dtype=io if io == torch.bfloat16 else torch.float32)
+    dbc = scan.new(2, B, L, 2 * N, dtype=partial.dtype)
+    da, dvec = scan.new(*scan.state_shape(walks)), scan.new(2, B, walks, 2, E)
+    tensors = {**tensors, "states": states, "sub": sub, "adjoint": adjoint, "dbc": partial, "da": da, "dvec": dvec}
+    for mode in scan.modes:
+        for turn in turns:
+            scan.walk("states", (mode,), {"turn": turn, "span": span}, span, **tensors)
+            scan.walk("backward", (mode,), {"turn": turn, **numbers}, walks if turn < 0 else 1, **tensors)
+            if mode == 0 and places >= L:
+                dbc = partial[:, :, :, :L].sum(1)  # accumulates in float32
+                continue
+            for direction in (0, 1) if mode == 0 else (mode - 1,):
+                first = places * (turn if direction and mode == 0 else walks - 1 - turn) if turn >= 0 else 0
+                tokens = slice(first, min(first + places, L))
+                found = partial[direction, :, :, : tokens.stop - first].sum(0)  # accumulates in float32
+                if direction and scan.order is not None:
+                    tokens = scan.tensors["order"][tokens]
+                dbc[direction][:, tokens] = found
     # (block, group, g, q, row, column): channel = block * 16 + g * 2 + row, state = group * 8 + 2q + column
     dA = da.sum(dim=(1, 2)).view(2, -1, -(-N // 8), 8, 4, 2, 2).permute(0, 1, 3, 5, 2, 4, 6)
     dA = dA.reshape(2, -(-E // 16) * 16, -1)[:, :E, :N]
     d_skip, d_dt_bias = dvec.sum(dim=(1, 2)).unbind(1)
-    ddelta, u, flat_du = ddelta.view(2, -1, E), u.view(2, -1, E), du.view(2, -1, E)
-    dt_weight = scan.tensors["dt_w"].to(io)
-    dproj = torch.cat([torch.bmm(ddelta, dt_weight), dbc.sum(1, dtype=torch.float32).to(io)], dim=-1)
-    del dbc
-    d_dt_weight = torch.bmm(ddelta.transpose(1, 2), proj.view(2, -1, R + 2 * N)[..., :R]).float()
-    d_x_weight = torch.bmm(dproj.transpose(1, 2), u).float()
-    flat_du.baddbmm_(dproj, x_proj_weight.to(io))
-    K = scan.options["K"]
-    groups, runs = -(-E // (2 if scan.options["VEC"] else 1)), -(-L // RUN)
-    dconv = scan.new(B, runs, 2, K + 1, E)
-    for mode in (0,) if scan.order is None else (1, 2):
-        scan.launch("conv_backward", (-(-groups // 128), runs, B), 128, mode=mode, du=du, out=dxz, dvec=dconv)
-    dconv = dconv.sum(dim=(0, 1))
-    gradients = [dconv[:, :K].transpose(1, 2), dconv[:, K], d_x_weight, d_dt_weight, d_dt_bias, dA, d_skip]
-    if y is not None:
-        gradients.append((dprojected.flatten(0, 1).T @ y.flatten(0, 1)).float())
-    return gradients
+    return dbc, dA, d_skip, d_dt_bias
 
 
 @_backward_op.register_fake
 def _(dout, xz, *rest):
-    *parameters, _, _ = rest  # order, proj
+    *parameters, _, _, _ = rest  # order, proj, states
     tensors = [xz, *(p for p in parameters if p is not None)]
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, output[1])
+    *tensors, _ = inputs  # for_backward
+    ctx.save_for_backward(*tensors, *output[1:])
 
 
-def _backward(ctx, dout, dproj):
-    *inputs, out_proj_weight, order, proj = ctx.saved_tensors
-    gradients = _backward_op(dout, *inputs, out_proj_weight, order, proj)
-    return *gradients, *([None] if out_proj_weight is None else []), None
+def _backward(ctx, dout, dproj, dstates):
+    *inputs, out_proj_weight, order, proj, states = ctx.saved_tensors
+    gradients = _backward_op(dout, *inputs, out_proj_weight, order, proj, states)
+    return *gradients, *([None] if out_proj_weight is None else []), None, None
 
 
 _scan_op.register_autograd(_backward, setup_context=_setup_context)
@@ -1773,4 +1895,4 @@ def bidirectional_selective_scan(
     if A_log.is_complex():
         raise ValueError("The scan backend 'cuda' takes a real `A_log`, got a complex one")
     parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
-    return _scan_op(xz.contiguous(), *parameters, out_proj_weight, order)[0]
+    return _scan_op(xz.contiguous(), *parameters, out_proj_weight, order, torch.is_grad_enabled())[0]

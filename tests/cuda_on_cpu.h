@@ -67,7 +67,10 @@ static uint16_t float_to_half(float v) { _Float16 h = (_Float16)v; uint16_t u; m
 static uint16_t float_to_bf16(float v) { unsigned u = __float_as_uint(v); return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16); }
 static unsigned pack_half(float a, float b) { return float_to_half(a) | (unsigned)float_to_half(b) << 16; }
 static unsigned pack_bf16(float a, float b) { return float_to_bf16(a) | (unsigned)float_to_bf16(b) << 16; }
-static unsigned pack16(float a, float b) { return IO == 1 ? pack_half(a, b) : pack_bf16(a, b); }
+static unsigned pack_half_finite(float a, float b) {
+    auto finite = [](float v) { return std::fmin(std::fmax(v, -65504.f), 65504.f); };
+    return pack_half(finite(a), finite(b));
+}
 static float tf32(float v) { return __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
 static float round_tf32(float v) { return tf32(__uint_as_float(__float_as_uint(v) + 0x1000u)); }
 // The operands of all lanes, then the product: a[row][k], b[k][column], k below 8 or 16 in the layout of the hardware.
@@ -98,9 +101,10 @@ static void multiply16(float *d, const unsigned *a, unsigned b0, unsigned b1, in
         return half_of(w.a16[row % 8 * 4 + k % 8 / 2][row / 8 + 2 * (k / 8)], k & 1, half); },
         [&](int k, int column) { return half_of(w.b16[column * 4 + k % 8 / 2][k / 8], k & 1, half); });
 }
-static void mma_k16(float *d, const unsigned *a, unsigned b0, unsigned b1) { multiply16(d, a, b0, b1, 16, IO == 1); }
-static void mma_k8(float *d, const unsigned *a, unsigned b) { multiply16(d, a, b, 0, 8, IO == 1); }
+static void mma_half_k16(float *d, const unsigned *a, unsigned b0, unsigned b1) { multiply16(d, a, b0, b1, 16, true); }
+static void mma_half_k8(float *d, const unsigned *a, unsigned b) { multiply16(d, a, b, 0, 8, true); }
 static void mma_bf16_k16(float *d, const unsigned *a, unsigned b0, unsigned b1) { multiply16(d, a, b0, b1, 16, false); }
+static void mma_bf16_k8(float *d, const unsigned *a, unsigned b) { multiply16(d, a, b, 0, 8, false); }
 static unsigned transpose(unsigned v) {
     Warp &w = warps[current / 32];
     int lane = current % 32, g = lane / 4, q = lane % 4;

@@ -170,11 +170,21 @@ def test_kernels_on_the_cpu_in_float16_with_float32_parameters(on_cpu):
         assert (f.double() - e).norm() <= TOLERANCE[torch.float16] * e.double().norm()
 
 
-def test_the_backward_pass_takes_the_batch_in_parts(on_cpu, monkeypatch):
-    on_cpu(0.1)
-    monkeypatch.setattr(selective_scan_cuda, "_BACKWARD_TOKENS", 40)
-    tensors, grad = make_inputs(3, 18, 24, torch.float32)
-    assert_close_to_oracle(tensors, grad, None, TOLERANCE[torch.float32])
+# 5 tiles in 2, 3 and 5 turns; in an odd number of turns, the directions meet in the one in the middle.
+@pytest.mark.parametrize(
+    "multiprocessors, tokens, order, dtype",
+    [
+        (1, 105, "reversal", torch.float32),
+        (0.1, 75, "reversal", torch.bfloat16),
+        (1, 1, "reversal", torch.bfloat16),
+        (1, 75, "any", torch.float32),
+    ],
+)
+def test_chunks_take_turns_in_the_backward_pass(on_cpu, monkeypatch, multiprocessors, tokens, order, dtype):
+    on_cpu(multiprocessors)
+    monkeypatch.setattr(selective_scan_cuda, "_TURN_TOKENS", tokens)
+    tensors, grad = make_inputs(3, 70, 40, dtype)
+    assert_close_to_oracle(tensors, grad, make_order(order, 70), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype, order", [(torch.float32, "reversal"), (torch.bfloat16, "any")])
@@ -203,7 +213,7 @@ def test_the_operator_is_a_good_citizen(on_cpu):
     on_cpu(1)
     tensors, _ = make_inputs(1, 18, 24, torch.float32)
     for out_proj_weight in (None, torch.randn(12, 24, requires_grad=True)):
-        arguments = (*(t.requires_grad_() for t in tensors), out_proj_weight, None)
+        arguments = (*(t.requires_grad_() for t in tensors), out_proj_weight, None, True)
         torch.library.opcheck(torch.ops.videomamba.bidirectional_scan_cuda.default, arguments)
 
 
