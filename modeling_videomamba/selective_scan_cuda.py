@@ -4,9 +4,9 @@ The scan on NVIDIA GPUs, in CUDA C++ that the NVRTC of the PyTorch wheel compile
 Two kernels: convolution and SiLU of both directions; then step size (its projection on the tensor cores), softplus,
 scan, skip term, sum of the directions and gate, both directions in one launch. Between them stands one batched matrix
 product, `x_proj`. Nothing is flipped or transposed: tensors are (B, L, E) throughout, and a direction is the order in
-which a warp walks over the tiles of a sequence. The backward pass keeps only `xz` and the small projection
-(2, B, L, R + 2N), and recomputes the rest, a few sequences at a time; the input of `out_proj` too, if its weight is
-handed over.
+which a warp walks over the tiles of a sequence. Kept for the backward pass are `xz`, the small projection
+(2, B, L, R + 2N) and the states at the borders of a few chunks of the length. The rest is recomputed, the input of
+`out_proj` too, if its weight is handed over; the states chunk by chunk, from the last to the first.
 
 The first call of a model compiles what it needs, 2 s on the machine below, and keeps it in `~/.cache/videomamba`, or
 in the folder that the environment variable `VIDEOMAMBA_CACHE` names.
@@ -25,30 +25,42 @@ states `C h` and the outer product `Delta u B` are tensor-core instructions: no 
     + 32 channels a warp                        1.14   64
     + a lane's channels are neighbours, weights
       of the step size in shared memory, what
-      the gate needs fetched ahead: what runs   1.07   56
+      the gate needs fetched ahead              1.07   56
+    + `C h` as one 16-bit product of all states
+      instead of four in tf32: what runs        1.05
     the public CUDA kernel                      5.62
     16 exponentials, at 16 a clock              0.63   the floor, with the one of the softplus
 
-What limits it: nothing alone. The special-function unit is busy 65 % of the time, the schedulers 52 %. Left out of the
-kernel one at a time, the exponentials save 0.21 ms, reading and writing the sequences 0.12, making the step size 0.07,
-the tensor-core products 0.05; the inner loop alone takes 0.85, without its tensor-core products 0.70. 12 warps a
-multiprocessor are as fast as 16; with more, registers spill (1.24 ms), and a spilled address is dear: the first-level
-cache does not keep it. Did not help: outputs and a quarter of the next tile's step size in each group of four steps,
-so that the warps do not all want the special-function unit at once (1.10 ms; 16 sequences 0.35 instead of 0.31);
-contractions of depth 8, whose operands are in other registers than the states (86 instead of 77 instructions for 32
-channels and a step); exponentials of packed halves (as slow as two single ones); a polynomial for every fourth or
-eighth exponential (+10 %, +3 %); unrolling all 16 steps of a tile (the code outgrows the instruction cache); 64
-channels a warp (1.17 ms); larger thread blocks (1.30 ms). 16 sequences of 6273 tokens take 1.22 ms, eight of 12545,
-which are 1.5 warps a scheduler, 1.68; cutting their length in two costs a second walk. One sequence of 1569 tokens, in
-17 chunks: 0.052 ms for the chunks' states, 0.029 ms for the scan; chunks of 32 to 96 tokens are alike. Beside it, at
-64 x 1569, stand the convolution with 0.15 ms (0.11 by its bytes; 0.23 without asking for inputs ahead, 0.17 with a
-walk for each direction) and `x_proj` with 0.09 ms.
+What limits it: nothing alone. Before the last step, the special-function unit was busy 65 % of the time, the
+schedulers 52 %; left out of the kernel one at a time, the exponentials saved 0.21 ms, reading and writing the
+sequences 0.12, making the step size 0.07, the tensor-core products 0.05; the inner loop alone took 0.85, without its
+tensor-core products 0.70. 12 warps a multiprocessor are as fast as 16; with more, registers spill (1.24 ms), and a
+spilled address is dear: the first-level cache does not keep it. Did not help: tiles moved by Hopper's copy engine
+(cp.async.bulk.tensor), which frees 20 to 30 registers (1.04 ms; 16 sequences 0.32 instead of 0.31, eight long ones
+1.86 instead of 1.68, the adjoint walk 1.00 to 1.23 instead of 0.98); outputs and a quarter of the next tile's step
+size in each group of four steps, so that the warps do not all want the special-function unit at once (1.10 ms, with
+the copy engine too); the outer product in 16-bit products of Delta u in two parts (1.10); contractions of depth 8,
+whose operands are in other registers than the states (86 instead of 77 instructions for 32 channels and a step);
+exponentials of packed halves (as slow as two single ones); a polynomial for every fourth or eighth exponential (+10 %,
++3 %); unrolling all 16 steps of a tile (the code outgrows the instruction cache); 64 channels a warp (1.17 ms); larger
+thread blocks (1.30 ms).
 
-Backward, 16 x 1569 tokens: 1.73 ms, of it the adjoint walk 0.98, the states before every 8 tokens 0.26, the
-convolution 0.10 (0.16 unrolled over all its tokens and spilling), the sum of the partial gradients of B and C 0.05.
-Left out of the adjoint walk one at a time, the outer products save 0.11 ms, the contractions 0.16, the exponentials
-0.09, memory 0.10. Two thread blocks a multiprocessor, without spilling, beat three (0.98, 1.00). Sums over channels
-through shared memory instead of transposed 16-bit fragments: 1.02.
+16 sequences of 1569 tokens take 0.31 ms, of 6273 1.20. Eight are 1.5 warps a scheduler: there two warps share 16
+channels and have half of the states each, 1.45 ms for 12545 tokens instead of 1.70 (at 16 sequences this is slower:
+1.41 instead of 1.20); cutting the length in two costs a second walk. One sequence of 1569 tokens, in 17 chunks: 0.040
+ms for the chunks' states, 0.040 ms for the scan; chunks of 32 to 96 tokens are alike. Beside it, at 64 x 1569, stand
+the convolution with 0.15 ms (0.11 by its bytes; 0.23 without asking for inputs ahead, 0.17 with a walk for each
+direction) and `x_proj` with 0.09 ms.
+
+Backward, 16 x 1569 tokens: 1.7 ms, of it the adjoint walk 0.95 to 1.03, the states before every 8 tokens 0.24 to 0.26,
+the convolution 0.10 (0.16 unrolled over all its tokens and spilling), the sum of the partial gradients of B and C
+0.05. 16 x 6273 tokens: 6.4 to 6.6 ms, in turns, of it these kernels 5.4. The batch in parts of four sequences, each
+with its chunks side by side, needed a walk for the states and one for the adjoints before the real ones, and 7.6 ms
+for these kernels. Turns of 8192 tokens: 7.1 instead of 6.8 at 16384 and 6.6 at 32768, with more memory. Left out of
+the adjoint walk (then 0.98) one at a time, the outer products saved 0.11 ms, the contractions 0.16, the exponentials
+0.09, memory 0.10. `C h` as a 16-bit product: 0.98 to 0.94. That of the adjoint states, too, in bfloat16: 0.92, but
+twice the error in the gradient of the step size; in float16 small gradients would vanish. Sums over channels through
+shared memory instead of transposed 16-bit fragments: 1.02.
 """
 
 import ctypes
@@ -63,7 +75,8 @@ import torch
 
 SOURCE = r"""
 // IO: type of activations, PT: type of parameters (0 float, 1 half, 2 bfloat16). N states, R time-step rank, K taps.
-// VEC: rows of E channels are aligned for 16-byte access. BLOCKS: of 16 channels a warp. W: warps a direction.
+// VEC: rows of E channels are aligned for 16-byte access. BLOCKS: of 16 channels a warp. W: warps a direction. SPLIT:
+// each of them is two, which share the channels and have half of the states.
 #define EXACT (IO == 0)
 #define DEV static __device__ __forceinline__
 #define NT ((N + 7) / 8)
@@ -72,9 +85,13 @@ SOURCE = r"""
 #ifndef W
 #define W 1
 #endif
+#ifndef SPLIT
+#define SPLIT 0
+#endif
 #ifndef ORDERED
 #define ORDERED 0
 #endif
+#define BLOCK_THREADS (W * 64 * (SPLIT + 1))
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
 
@@ -159,7 +176,7 @@ template <int BYTES> DEV void copy_async(void *to, const void *from, bool valid)
 }
 DEV void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> DEV void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
-DEV void block_barrier(int threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
+DEV void barrier(int which, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(which), "r"(threads) : "memory"); }
 DEV void sync_warp() { __syncwarp(); }
 DEV float exchange(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 #endif
@@ -295,7 +312,7 @@ DEV float softplus_slope(float delta) {
 // ------------------------------------------------------------------------------------------------------------------
 
 struct Walk {
-    int lane, g, q, dir, b, channel, chunk, first, last, tiles;
+    int lane, g, q, dir, half, team, b, channel, chunk, first, last, tiles;
     bool reversed;
     const long long *order;
     size_t row;  // of token 0 of this sequence among all B L rows
@@ -304,8 +321,9 @@ struct Walk {
         Walk w;
         w.lane = threadIdx.x & 31, w.g = w.lane >> 2, w.q = w.lane & 3;
         int warp = threadIdx.x >> 5;
-        w.dir = warp & 1;
-        w.channel = (blockIdx.x * W + (warp >> 1)) * 16 * m;
+        w.half = SPLIT ? warp & 1 : 0, w.team = warp >> SPLIT;
+        w.dir = w.team & 1;
+        w.channel = (blockIdx.x * W + (w.team >> 1)) * 16 * m;
         w.b = blockIdx.z;
         w.reversed = w.dir && !ORDERED;
         w.order = w.dir ? p.order : 0;
@@ -317,6 +335,11 @@ struct Walk {
         w.tiles = (w.last - w.first + TILE - 1) / TILE;
         w.row = (size_t)w.b * p.L;
         return w;
+    }
+    // For all that share the channels.
+    __device__ __forceinline__ void sync() const {
+        if (SPLIT) barrier(2 + team, 64);
+        else sync_warp();
     }
     // First place of the turn.
     __device__ __forceinline__ int base(const Args &p) const {
@@ -333,26 +356,27 @@ struct Walk {
     }
 };
 
-// The row of a tile that a lane copies half of, and where it comes from.
+// The row of a tile that a lane copies a part of, and where it comes from.
+#define LANES_OF_ROW (SPLIT ? 4 : 2)
 struct Row {
-    int lane, token;
+    int number, piece, token;  // the first piece of the row that this lane copies
     bool exists;
     __device__ __forceinline__ Row(const Walk &w, int begin) {
-        int place = w.place(begin, w.lane >> 1);
-        lane = w.lane, token = w.token(place), exists = place < w.last;
+        number = SPLIT ? w.half * (TILE / 2) + w.lane / 4 : w.lane / 2, piece = w.lane % LANES_OF_ROW;
+        int place = w.place(begin, number);
+        token = w.token(place), exists = place < w.last;
     }
 };
 // Rows that do not exist and columns past `left` become zero. Rows lie STRIDE values apart, in shared memory SPACING.
 template <int COLUMNS, int SPACING, int STRIDE, int BYTES>
 DEV void load_row(io_t *to, const io_t *from, int left, const Row &row) {
     const int PER = BYTES / sizeof(io_t), PIECES = COLUMNS / PER;
-    const int odd = row.lane & 1;
-    from += (long long)row.token * STRIDE + odd * PER;
-    to += (row.lane >> 1) * SPACING + odd * PER;
+    from += (long long)row.token * STRIDE + row.piece * PER;
+    to += row.number * SPACING + row.piece * PER;
 #pragma unroll
-    for (int i = 0; i < PIECES; i += 2) {
-        if (PIECES % 2 && i == PIECES - 1 && odd) break;
-        bool valid = row.exists && (i + odd) * PER < left;
+    for (int i = 0; i < PIECES; i += LANES_OF_ROW) {
+        if (i + LANES_OF_ROW > PIECES && i + row.piece >= PIECES) break;
+        bool valid = row.exists && (i + row.piece) * PER < left;
         if (BYTES >= 4) copy_async<BYTES < 4 ? 4 : BYTES>(to + i * PER, from + i * PER, valid);
         else to[i * PER] = valid ? from[i * PER] : (io_t)0;
     }
@@ -378,7 +402,7 @@ DEV u32 pair16(const io_t *p) {
 #define STEP_SIZE_BYTES(M) (EXACT ? 0 : WORDS(M) * 128 + 64 * M)
 
 template <int M> struct StepSize {
-    u32 *weight;  // [four words][lane][4]
+    u32 *weight;  // [four words][lane][4]; if the warp is split, [word][lane]
     float *bias;
 
     __device__ __forceinline__ void load(const Args &p, const Walk &w, char *to) {
@@ -391,7 +415,7 @@ template <int M> struct StepSize {
             for (int k = 0; k < EIGHTS; k++) {
                 int r = 8 * k + 2 * w.q, word = s * EIGHTS + k;
                 size_t at = ((size_t)w.dir * CHANNELS + min(w.channel + w.g * S + s, CHANNELS - 1)) * R + r;
-                weight[(word / 4 * 32 + w.lane) * 4 + word % 4] =
+                weight[SPLIT ? word * 32 + w.lane : (word / 4 * 32 + w.lane) * 4 + word % 4] =
                     pack16(r < R ? parameter(p.dt_w, at) : 0.f, r + 1 < R ? parameter(p.dt_w, at + 1) : 0.f);
             }
         for (int c = w.lane; c < 16 * M; c += 32)
@@ -401,10 +425,11 @@ template <int M> struct StepSize {
     }
     // Δ of a tile: softplus(time_step dt_proj' + bias), into delta[t][channel]. Steps past the end get a Δ too; their
     // inputs and the gradients that come back to them are zero.
+    // If the warp is split, half of the channels in each.
     __device__ __forceinline__ void apply(const Args &p, const Walk &w, const io_t *proj, float *delta) const {
         const int LD = 16 * M + 4, S = 2 * M;
-        const int g = w.g, q = w.q;
-        float acc[S][4];
+        const int g = w.g, q = w.q, COUNT = S / (SPLIT + 1), first = w.half * COUNT;  // slots of channels
+        float acc[COUNT][4];
 #if EXACT
         for (int s = 0; s < S; s++)
             for (int e = 0; e < 4; e++) {
@@ -416,15 +441,23 @@ template <int M> struct StepSize {
             }
 #else
         u32 words[WORDS(M)];
-#pragma unroll
-        for (int i = 0; i < WORDS(M); i += 4) {
-            uint4 v = *(const uint4 *)(weight + (i * 8 + w.lane) * 4);
-            words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
-        }
         float start[2 * S];
-        load_vector<2 * S>(start, bias + 2 * q * S);
+        if (SPLIT) {
 #pragma unroll
-        for (int s = 0; s < S; s++)
+            for (int i = 0; i < COUNT * EIGHTS; i++) words[i] = weight[(first * EIGHTS + i) * 32 + w.lane];
+#pragma unroll
+            for (int s = 0; s < COUNT; s++)
+                start[s] = bias[2 * q * S + first + s], start[S + s] = bias[(2 * q + 1) * S + first + s];
+        } else {
+#pragma unroll
+            for (int i = 0; i < WORDS(M); i += 4) {
+                uint4 v = *(const uint4 *)(weight + (i * 8 + w.lane) * 4);
+                words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
+            }
+            load_vector<2 * S>(start, bias + 2 * q * S);
+        }
+#pragma unroll
+        for (int s = 0; s < COUNT; s++)
 #pragma unroll
             for (int e = 0; e < 4; e++) acc[s][e] = start[(e & 1) * S + s];
 #pragma unroll
@@ -439,7 +472,7 @@ template <int M> struct StepSize {
                 else a[i] = r + 1 < R ? pair16(at) : r < R ? (u32)*(const u16 *)at : 0u;
             }
 #pragma unroll
-            for (int s = 0; s < S; s++) {
+            for (int s = 0; s < COUNT; s++) {
                 if (k + 1 < EIGHTS) mma_k16(acc[s], a, words[s * EIGHTS + k], words[s * EIGHTS + k + 1]);
                 else mma_k8(acc[s], a, words[s * EIGHTS + k]);
             }
@@ -447,24 +480,27 @@ template <int M> struct StepSize {
 #endif
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            float v[2 * S];
+            float v[2 * S], *to = delta + (g + 8 * half) * LD + 2 * q * S + first;
 #pragma unroll
-            for (int s = 0; s < S; s++)
+            for (int s = 0; s < COUNT; s++)
 #pragma unroll
                 for (int e = 0; e < 2; e++) v[e * S + s] = softplus(acc[s][2 * half + e]);
-            store_vector<2 * S>(delta + (g + 8 * half) * LD + 2 * q * S, v);
+            if (!SPLIT) store_vector<2 * S>(to, v);
+            else
+                for (int s = 0; s < COUNT; s++) to[s] = v[s], to[S + s] = v[S + s];
         }
     }
 };
 
-template <int M> DEV void load_A(const Args &p, const Walk &w, float a[M][NT][4]) {
+// A of a lane's channels and states, from group FIRST of eight on.
+template <int M, int COUNT> DEV void load_A(const Args &p, const Walk &w, float a[M][COUNT][4], int first = 0) {
 #pragma unroll
     for (int i = 0; i < M; i++)
 #pragma unroll
-        for (int nt = 0; nt < NT; nt++)
+        for (int nt = 0; nt < COUNT; nt++)
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                int channel = w.channel + w.g * 2 * M + 2 * i + (e >> 1), n = nt * 8 + 2 * w.q + (e & 1);
+                int channel = w.channel + w.g * 2 * M + 2 * i + (e >> 1), n = (first + nt) * 8 + 2 * w.q + (e & 1);
                 bool valid = channel < CHANNELS && n < N;
                 a[i][nt][e] =
                     valid ? -expf(parameter(p.a_log, ((size_t)w.dir * CHANNELS + channel) * N + n)) * LOG2E : 0.f;
@@ -477,19 +513,19 @@ template <int M> DEV float *fragment(float *to, const Args &p, const Walk &w, in
     size_t at = (size_t)(w.dir * p.B + w.b) * parts + part;
     return to + at * STATES_OF_PART + (w.channel / 16 + w.g * M / 8) * NT * 128 + (w.g * M % 8 * 4 + w.q) * 4;
 }
-template <int M> DEV void load_states(float h[M][NT][4], const float *from, const Walk &w) {
+template <int M, int COUNT> DEV void load_states(float h[M][COUNT][4], const float *from, const Walk &w) {
     if (M > 1 && w.channel + w.g * M / 8 * 16 >= CHANNELS) return;
 #pragma unroll
     for (int i = 0; i < M; i++)
 #pragma unroll
-        for (int nt = 0; nt < NT; nt++) load_vector<4>(h[i][nt], from + nt * 128 + i * 16);
+        for (int nt = 0; nt < COUNT; nt++) load_vector<4>(h[i][nt], from + nt * 128 + i * 16);
 }
-template <int M> DEV void store_states(float *to, const float h[M][NT][4], const Walk &w) {
+template <int M, int COUNT> DEV void store_states(float *to, const float h[M][COUNT][4], const Walk &w) {
     if (M > 1 && w.channel + w.g * M / 8 * 16 >= CHANNELS) return;
 #pragma unroll
     for (int i = 0; i < M; i++)
 #pragma unroll
-        for (int nt = 0; nt < NT; nt++) store_vector<4>(to + nt * 128 + i * 16, h[i][nt]);
+        for (int nt = 0; nt < COUNT; nt++) store_vector<4>(to + nt * 128 + i * 16, h[i][nt]);
 }
 // B or C (at `offset` of the projection) of a token and a state.
 DEV float projected(const io_t *proj, int t, int offset, int n) {
@@ -516,16 +552,16 @@ template <int S> DEV void load_channels_of_lane(float *to, const io_t *from) {
 // Of states h: as 16-bit values, float16 because it is as precise as tf32; states over 65504 count as that much. Lane
 // (g, q) holds the factor of step g / 2, the states 2q and 2q + 1 of each group. Sums: of channel row g in sum[0], of
 // row g + 8 in sum[2]; the other elements are by-products.
-DEV void contract_states(float *sum, const float x[NT][4], const u32 *factor, bool now) {
+template <int COUNT> DEV void contract_states(float *sum, const float x[COUNT][4], const u32 *factor, u32 mask) {
 #pragma unroll
-    for (int nt = 0; nt < NT; nt += 2) {
+    for (int nt = 0; nt < COUNT; nt += 2) {
         u32 rows[4] = {pack_half_finite(x[nt][0], x[nt][1]), pack_half_finite(x[nt][2], x[nt][3])};
-        if (nt + 1 < NT) {
-            const float *more = x[nt + 1 < NT ? nt + 1 : 0];
+        if (nt + 1 < COUNT) {
+            const float *more = x[nt + 1 < COUNT ? nt + 1 : 0];
             rows[2] = pack_half_finite(more[0], more[1]), rows[3] = pack_half_finite(more[2], more[3]);
-            mma_half_k16(sum, rows, now ? factor[nt] : 0, now ? factor[nt + 1 < NT ? nt + 1 : 0] : 0);
+            mma_half_k16(sum, rows, factor[nt] & mask, factor[nt + 1 < COUNT ? nt + 1 : 0] & mask);
         } else
-            mma_half_k8(sum, rows, now ? factor[nt] : 0);
+            mma_half_k8(sum, rows, factor[nt] & mask);
     }
 }
 // Of adjoint states, which as gradients may be too small for float16. Lane (g, q) holds the factor of step g / 2 and
@@ -545,7 +581,8 @@ DEV void contract_adjoints(float *low, float *high, const float *x, float factor
 
 // Bytes of shared memory of a warp.
 #define FORWARD_SHARED(M, KIND) (2 * (PROJ_TILE + TILE * ROW(M) * (int)sizeof(io_t)) + TILE * (16 * M + 4) * 4 \
-                                 + (KIND == SCAN ? 2 * TILE * ROW(M) * (int)sizeof(io_t) : 0) + STEP_SIZE_BYTES(M))
+                                 + (KIND == SCAN ? 2 * TILE * ROW(M) * (int)sizeof(io_t) : 0) + STEP_SIZE_BYTES(M) \
+                                 + 2 * SPLIT * TILE * (16 * M + 4) * 4)
 #define BACKWARD_SHARED (2 * (PROJ_TILE + 3 * TILE * 16 * (int)sizeof(io_t)) + 5 * TILE * 20 * 4 + NT * 512 \
                          + TILE * 16 * (int)sizeof(io_t) + 1536 + (EXACT ? NT * 512 : STEP_SIZE_BYTES(1)))
 
@@ -553,7 +590,7 @@ DEV void contract_adjoints(float *low, float *high, const float *x, float factor
 DEV int sub_parts(const Args &p) { return p.turn < 0 ? (p.L + 7) / 8 : p.chunk * p.span / 8; }
 
 template <int M, int KIND> DEV void walk_forward(const Args &p) {
-    const int LD = 16 * M + 4, S = 2 * M, LU = ROW(M);
+    const int LD = 16 * M + 4, S = 2 * M, LU = ROW(M), GROUPS = NT / (SPLIT + 1);  // of eight states
     extern __shared__ __align__(16) char shared[];
     Walk w = Walk::start(p, M);
     if (ORDERED && w.dir != p.mode - 1) return;
@@ -561,33 +598,35 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
     const bool meeting = KIND == SCAN && !ORDERED;
     if (KIND == STATES && w.tiles <= 0) return;
     if (w.channel >= CHANNELS) {
-        if (meeting) block_barrier(W * 64);
+        if (meeting) barrier(1, BLOCK_THREADS);
         return;
     }
     const int g = w.g, q = w.q, lane = w.lane, left = CHANNELS % (16 * M) ? CHANNELS - w.channel : 16 * M;
     const int U_TILE = TILE * LU * sizeof(io_t), STAGE = PROJ_TILE + U_TILE;
-    char *mine = shared + (threadIdx.x >> 5) * FORWARD_SHARED(M, KIND);
+    char *mine = shared + w.team * FORWARD_SHARED(M, KIND);
     float *delta = (float *)(mine + 2 * STAGE);
     io_t *gate = (io_t *)(delta + TILE * LD), *before = gate + TILE * LU;  // of SCAN alone
+    float *ys = SPLIT ? (float *)(before + TILE * LU) : delta;  // of each half; or Δ gives its place to the outputs
     const io_t *proj_rows = p.proj + ((size_t)w.dir * p.B * p.L + w.row) * PROJ;
     const io_t *u_rows = p.u + ((size_t)(KIND == ADJOINT ? 0 : w.dir) * p.B * p.L + w.row) * CHANNELS + w.channel;
     const io_t *z_rows = p.xz + (w.row * 2 + 1) * CHANNELS + w.channel;
     io_t *out_rows = p.out + w.row * CHANNELS + w.channel;
 
-    float a[M][NT][4], h[M][NT][4], total[S];
-    load_A<M>(p, w, a);
+    const int first_group = w.half * GROUPS;
+    float a[M][GROUPS][4], h[M][GROUPS][4], total[S];
+    load_A<M, GROUPS>(p, w, a, first_group);
     StepSize<M> step_size;
     step_size.load(p, w, mine + FORWARD_SHARED(M, KIND) - STEP_SIZE_BYTES(M));
 #pragma unroll
     for (int i = 0; i < M; i++)
 #pragma unroll
-        for (int nt = 0; nt < NT; nt++)
+        for (int nt = 0; nt < GROUPS; nt++)
 #pragma unroll
             for (int e = 0; e < 4; e++) h[i][nt][e] = 0.f;
 #pragma unroll
     for (int s = 0; s < S; s++) total[s] = 0.f;
     if (p.chunks > 1 && (KIND == SCAN || KIND == STATES))
-        load_states<M>(h, fragment<M>(p.states, p, w, p.chunks, w.chunk), w);
+        load_states<M, GROUPS>(h, fragment<M>(p.states, p, w, p.chunks, w.chunk) + first_group * 128, w);
     // The next part of which the state before is stored, and where; SCAN: the place that this is at.
     const int way = w.reversed ? -1 : 1;
     int part = 0, keep_at = -1;
@@ -597,50 +636,63 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
     const int four = lane % (4 * M) * 4, here = left - four;  // channels of this lane in the epilogue
     const int ROUNDS = M * 2, PER = 8 / M, row = lane / (4 * M);
     float skip[4], in_step[4];
+    u32 out_step[4];
 #pragma unroll
-    for (int j = 0; j < 4; j++) in_step[j] = q == j;
+    for (int j = 0; j < 4; j++) in_step[j] = q == j, out_step[j] = g >> 1 == j ? ~0u : 0;
 #pragma unroll
     for (int e = 0; e < 4; e++)
         skip[e] = KIND == SCAN && e < here ? parameter(p.skip, (size_t)w.dir * CHANNELS + w.channel + four + e) : 0.f;
 
     for (int tile = -1; tile < w.tiles; tile++) {
-        if (tile + 1 < w.tiles) {
-            char *stage = mine + ((tile + 1) & 1) * STAGE;
-            const Row source(w, w.begin(tile + 1));
-            load_row<PROJ, PROJ, PROJ, PROJ_PIECE>((io_t *)stage, proj_rows, PROJ, source);
-            load_row<16 * M, LU, CHANNELS, CHANNEL_PIECE>((io_t *)(stage + PROJ_TILE), u_rows, left, source);
+        if (SPLIT) {  // what the next copies overwrite has been read by both halves
+            copy_wait<0>();
+            w.sync();
         }
-        copy_commit();
+        auto fetch = [&] {
+            if (tile + 1 < w.tiles) {
+                char *stage = mine + ((tile + 1) & 1) * STAGE;
+                const Row source(w, w.begin(tile + 1));
+                load_row<PROJ, PROJ, PROJ, PROJ_PIECE>((io_t *)stage, proj_rows, PROJ, source);
+                load_row<16 * M, LU, CHANNELS, CHANNEL_PIECE>((io_t *)(stage + PROJ_TILE), u_rows, left, source);
+            }
+            copy_commit();
+        };
+        if (!SPLIT || tile < 0) fetch();
         if (tile < 0) continue;
         const int begin = w.begin(tile);
         if (KIND == SCAN && begin == keep_at) {
-            store_states<M>(fragment<M>(p.states, p, w, (p.L + p.kept - 1) / p.kept, part), h, w);
+            float *to = fragment<M>(p.states, p, w, (p.L + p.kept - 1) / p.kept, part);
+            store_states<M, GROUPS>(to + first_group * 128, h, w);
             part += way;
             keep_at = part * p.kept + (w.reversed ? p.kept - TILE : 0);
         }
         // The first direction to come by a token leaves its output; the second adds its own, and gates.
         const bool second =
             KIND == SCAN && (ORDERED ? p.mode == 2 : 2 * tile > w.tiles - 1 || (2 * tile == w.tiles - 1 && w.dir));
-        if (meeting && w.dir && tile == w.tiles / 2) block_barrier(W * 64);
+        if (meeting && w.dir && tile == w.tiles / 2) barrier(1, BLOCK_THREADS);
         if (second) {
             const Row source(w, begin);
             load_row<16 * M, LU, 2 * CHANNELS, CHANNEL_PIECE>(gate, z_rows, left, source);
             load_row<16 * M, LU, CHANNELS, CHANNEL_PIECE>(before, out_rows, left, source);
         }
         if (KIND == SCAN) copy_commit();
-        copy_wait<KIND == SCAN ? 2 : 1>();
-        sync_warp();
+        if (SPLIT) fetch();
+        else {
+            copy_wait<KIND == SCAN ? 2 : 1>();
+            sync_warp();
+        }
         const io_t *proj = (io_t *)(mine + (tile & 1) * STAGE), *u = (io_t *)(mine + (tile & 1) * STAGE + PROJ_TILE);
         step_size.apply(p, w, proj, delta);
-        sync_warp();
+        w.sync();
         const int in_at = KIND == ADJOINT ? R + N : R;
         // Unrolled, the loop outgrows the instruction cache; rolled, it wants its addresses ready.
-        const io_t *b_at = proj + q * PROJ + in_at, *c_at = proj + (g >> 1) * PROJ, *u_at = u + q * LU + g * S;
-        float *d_at = delta + g * S;
+        const io_t *b_at = proj + q * PROJ + in_at + first_group * 8, *c_at = proj + (g >> 1) * PROJ + first_group * 8;
+        const io_t *u_at = u + q * LU + g * S;
+        float *d_at = delta + g * S, *y_at = ys + w.half * TILE * LD + g * S;
 #pragma unroll(KIND == STATES ? 2 : 1)
         for (int t4 = 0; t4 < TILE; t4 += 4) {
             if (KIND == STATES && t4 % 8 == 0) {
-                if (part * 8 < p.L) store_states<M>(sub_at, h, w);
+                if (part * 8 < p.L) store_states<M, GROUPS>(sub_at, h, w);
                 part += way, sub_at += way * STATES_OF_PART;
             }
 #if EXACT
@@ -653,7 +705,7 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
                     if (KIND != ADJOINT) v *= step;
                     sum[s] = 0.f, total[s] += step;
 #pragma unroll
-                    for (int nt = 0; nt < NT; nt++)
+                    for (int nt = 0; nt < GROUPS; nt++)
 #pragma unroll
                         for (int e = 0; e < 2; e++) {
                             int n = nt * 8 + 2 * q + e;
@@ -672,14 +724,14 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
                 if (KIND == SCAN && q == 0) store_vector<S>(d_at + j * LD, sum);
             }
 #else
-            float b[NT], in[S], y[S], step[S];
-            u32 c[NT];
+            float b[GROUPS], in[S], y[S], step[S];
+            u32 c[GROUPS];
             load_vector<S>(step, d_at + q * LD);
             load_channels_of_lane<S>(in, u_at);
 #pragma unroll
             for (int s = 0; s < S; s++) in[s] = round_tf32(KIND == ADJOINT ? in[s] : in[s] * step[s]);
 #pragma unroll
-            for (int nt = 0; nt < NT; nt++) {
+            for (int nt = 0; nt < GROUPS; nt++) {
                 b[nt] = projected(b_at, 0, 0, nt * 8 + g);
                 c[nt] = KIND == SCAN ? projected_half2(c_at, 0, R + N, nt * 8 + 2 * q) : 0;
             }
@@ -692,35 +744,36 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
                     load_vector<2>(d, d_at + j * LD + 2 * i);
                     if (KIND == ENDS || KIND == ADJOINT) total[2 * i] += d[0], total[2 * i + 1] += d[1];
 #pragma unroll
-                    for (int nt = 0; nt < NT; nt++) {
+                    for (int nt = 0; nt < GROUPS; nt++) {
                         float *x = h[i][nt], now = b[nt] * in_step[j];
                         if (KIND == ADJOINT) mma_tf32_k4(x, in[2 * i], in[2 * i + 1], now);
 #pragma unroll
                         for (int e = 0; e < 4; e++) x[e] *= decay(d[e >> 1], a[i][nt][e]);
                         if (KIND != ADJOINT) mma_tf32_k4(x, in[2 * i], in[2 * i + 1], now);
                     }
-                    if (KIND == SCAN) contract_states(sum, h[i], c, g >> 1 == j);
+                    if (KIND == SCAN) contract_states<GROUPS>(sum, h[i], c, out_step[j]);
                 }
                 y[2 * i] = sum[0], y[2 * i + 1] = sum[2];
             }
-            if (KIND == SCAN) {  // Δ of these steps is used up: their outputs take its place
-                sync_warp();
-                store_vector<S>(d_at + q * LD, y);
+            if (KIND == SCAN) {
+                if (!SPLIT) sync_warp();  // Δ of these steps is used up
+                store_vector<S>(y_at + q * LD, y);
             }
 #endif
-            b_at += 4 * PROJ, c_at += 4 * PROJ, u_at += 4 * LU, d_at += 4 * LD;
+            b_at += 4 * PROJ, c_at += 4 * PROJ, u_at += 4 * LU, d_at += 4 * LD, y_at += 4 * LD;
         }
         if (KIND == SCAN) {
-            copy_wait<0>();
-            sync_warp();
+            copy_wait<SPLIT>();
+            w.sync();
 #pragma unroll
-            for (int k = 0; k < ROUNDS; k++) {
-                int r = k * PER + row, place = w.place(begin, r);
-                float x[4], y[4];
+            for (int k = 0; k < ROUNDS / (SPLIT + 1); k++) {
+                int r = (k + w.half) * PER + row, place = w.place(begin, r);
+                float x[4], y[4], more[4];
                 unpack4(x, u + r * LU + four);
-                load_vector<4>(y, delta + r * LD + four);
+                load_vector<4>(y, ys + r * LD + four);
+                if (SPLIT) load_vector<4>(more, ys + (TILE + r) * LD + four);
 #pragma unroll
-                for (int e = 0; e < 4; e++) y[e] = fmaf(skip[e], x[e], y[e]);
+                for (int e = 0; e < 4; e++) y[e] = fmaf(skip[e], x[e], SPLIT ? y[e] + more[e] : y[e]);
                 if (second) {
                     float z[4], other[4];
                     unpack4(z, gate + r * LU + four);
@@ -730,12 +783,12 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
                 }
                 if (place < w.last) store4(out_rows + (long long)w.token(place) * CHANNELS + four, y, here);
             }
-            if (meeting && !w.dir && tile == (w.tiles - 1) / 2) block_barrier(W * 64);
+            if (meeting && !w.dir && tile == (w.tiles - 1) / 2) barrier(1, BLOCK_THREADS);
         }
         sync_warp();
     }
     if (KIND == ENDS || KIND == ADJOINT) {
-        store_states<M>(fragment<M>(KIND == ADJOINT ? p.adjoint : p.states, p, w, p.chunks, w.chunk), h, w);
+        store_states<M, GROUPS>(fragment<M>(KIND == ADJOINT ? p.adjoint : p.states, p, w, p.chunks, w.chunk), h, w);
         if (q == 0)
             for (int s = 0; s < S; s++)
                 if (g * S + s < left)
@@ -745,22 +798,22 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
 }
 
 #ifdef SCAN_KERNEL
-extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) scan(const Args p) {
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) scan(const Args p) {
     walk_forward<BLOCKS, SCAN>(p);
 }
 #endif
 #ifdef STATES_KERNEL
-extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) states(const Args p) {
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) states(const Args p) {
     walk_forward<BLOCKS, STATES>(p);
 }
 #endif
 #ifdef ENDS_KERNEL
-extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) ends(const Args p) {
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) ends(const Args p) {
     walk_forward<BLOCKS, ENDS>(p);
 }
 #endif
 #ifdef ADJOINT_KERNEL
-extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) adjoint(const Args p) {
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) adjoint(const Args p) {
     walk_forward<BLOCKS, ADJOINT>(p);
 }
 #endif
@@ -1018,7 +1071,7 @@ DEV void outer_product(float d[(NT + 1) / 2][4], const float x[NT][4], u32 facto
         mma_bf16_k16(d[nt / 2], a, factor0, factor1);
     }
 }
-extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const Args p) {
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(const Args p) {
     const int LD = 20, S = 2;
     extern __shared__ __align__(16) char shared[];
     Walk w = Walk::start(p, 1);
@@ -1026,7 +1079,7 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
     // In turns, the directions come by different chunks, but for the turn in the middle of an odd number.
     const bool meeting = !ORDERED && (p.turn < 0 || 2 * p.turn == p.chunks - 1);
     if (w.channel >= CHANNELS) {
-        if (meeting) block_barrier(W * 64);
+        if (meeting) barrier(1, BLOCK_THREADS);
         return;
     }
     const int g = w.g, q = w.q, lane = w.lane, left = CHANNELS % 16 ? CHANNELS - w.channel : 16;
@@ -1054,13 +1107,13 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
     partial_t *dbc = (partial_t *)p.dbc + ((block * p.B + w.b) * places - w.base(p)) * 2 * N;
 
     float a[1][NT][4], states[1][NT][4], (&lambda)[NT][4] = states[0], da[1][NT][4];
-    load_A<1>(p, w, a);
+    load_A<1, NT>(p, w, a);
 #pragma unroll
     for (int nt = 0; nt < NT; nt++)
 #pragma unroll
         for (int e = 0; e < 4; e++) lambda[nt][e] = da[0][nt][e] = 0.f;
     auto handed = [&] { return fragment<1>(p.adjoint, p, w, p.turn < 0 ? p.chunks : 1, p.turn < 0 ? w.chunk : 0); };
-    if (p.chunks > 1 && p.turn != 0) load_states<1>(states, handed(), w);
+    if (p.chunks > 1 && p.turn != 0) load_states<1, NT>(states, handed(), w);
     auto fetch_states = [&](int part) {
         if (part * 8 >= p.L) return;
         const float *from = fragment<1>(p.sub, p, w, sub_parts(p), part - w.base(p) / 8);
@@ -1093,7 +1146,7 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
         const bool second = ORDERED    ? p.mode == 2
                             : !meeting ? 2 * p.turn > p.chunks - 1
                                        : 2 * i > w.tiles - 1 || (2 * i == w.tiles - 1 && w.dir);
-        if (meeting && w.dir && i == w.tiles / 2) block_barrier(W * 64);
+        if (meeting && w.dir && i == w.tiles / 2) barrier(1, BLOCK_THREADS);
         if (second) load_row<16, 16, 2 * CHANNELS, CHANNEL_PIECE>(before, dz_rows, left, Row(w, begin));
         char *stage = mine + (i & 1) * STAGE;
         const io_t *proj = (io_t *)stage, *u = (io_t *)(stage + PROJ_TILE);
@@ -1247,7 +1300,7 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
                         for (int e = 0; e < 4; e++) x[e] = h[k][nt][e] * decay(d[e >> 1], a[0][nt][e]);
                         mma_tf32_k4(x, in[0], in[1], q == j ? b[nt] : 0.f);
                     }
-                    contract_states(sum, h[k + 1], c, g >> 1 == j);
+                    contract_states<NT>(sum, h[k + 1], c, g >> 1 == j ? ~0u : 0);
                     outer_product(dc, h[k + 1], g == k ? dy0 : 0, g == k ? dy1 : 0);
                 }
                 float y[S] = {sum[0], sum[2]};
@@ -1349,15 +1402,15 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
             store4(p.ddelta + rows + token * CHANNELS + four, r_dd, here);
             store4(dz_rows + token * 2 * CHANNELS + four, vy, here);
         }
-        if (meeting && !w.dir && i == (w.tiles - 1) / 2) block_barrier(W * 64);
+        if (meeting && !w.dir && i == (w.tiles - 1) / 2) barrier(1, BLOCK_THREADS);
         sync_warp();
     }
 #pragma unroll
     for (int nt = 0; nt < NT; nt++)
 #pragma unroll
         for (int e = 0; e < 4; e++) da[0][nt][e] *= a[0][nt][e] * LN2;
-    store_states<1>(fragment<1>(p.da, p, w, p.chunks, w.chunk), da, w);
-    if (p.turn >= 0) store_states<1>(handed(), states, w);
+    store_states<1, NT>(fragment<1>(p.da, p, w, p.chunks, w.chunk), da, w);
+    if (p.turn >= 0) store_states<1, NT>(handed(), states, w);
     float d_skip[4], d_bias[4];
     load_vector<4>(d_skip, d_skip_at);
     load_vector<4>(d_bias, d_bias_at);
@@ -1382,7 +1435,7 @@ extern "C" __global__ void __launch_bounds__(W * 64, MINBLOCKS) backward(const A
 TILE = 16  # tokens a warp takes at a time; the source has the same
 RUN = 32  # places a thread of the convolution takes; the source has the same
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_TURN_TOKENS = 32768  # about as many tokens the backward pass recomputes the states of at a time
+_TURN_TOKENS = 16384  # about as many tokens the backward pass recomputes the states of at a time
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1598,18 +1651,27 @@ class _Scan:
 
     def walk(self, name, modes=None, numbers=None, side_by_side=1, **tensors):
         """Launch a kernel whose warps walk over the sequence, or over chunks of it `side_by_side`."""
-        blocks = _blocks(self.rows * side_by_side, self.xz.dtype, self.device) if name in ("scan", "states") else 1
-        warps, resident = self.settings(name, blocks)
-        options = {"BLOCKS": blocks, "W": warps, "MINBLOCKS": resident}
-        shared = self._shared_bytes(name, blocks)
+        share = self.share(name, side_by_side)
+        blocks, split = max(share, 1), share < 1
+        warps, resident = self.settings(name, share)
+        options = {"BLOCKS": blocks, "W": warps, "MINBLOCKS": resident, "SPLIT": int(split)}
+        shared = self._shared_bytes(name, blocks, split) * 2 * warps
         grid = (-(-self.E // (16 * blocks * warps)), side_by_side, self.B)
         for mode in modes or self.modes:
-            self.launch(
-                name, grid, 64 * warps, options, shared * 2 * warps, {"mode": mode, **(numbers or {})}, **tensors
-            )
+            self.launch(name, grid, 64 * warps << split, options, shared, {"mode": mode, **(numbers or {})}, **tensors)
 
-    def _shared_bytes(self, name, blocks):
-        """Of a warp: `FORWARD_SHARED` and `BACKWARD_SHARED` of the source."""
+    def share(self, name, side_by_side):
+        """Blocks of 16 channels that a warp takes. Of many, it takes two, and shares more; but each of the GPU's
+        schedulers wants about three warps, so that of few, two warps share one, with half of the states each."""
+        warps, schedulers = self.rows * side_by_side, 4 * _multiprocessors(self.device)
+        if name not in ("scan", "states") or not self.options["IO"]:
+            return 1
+        if warps >= 5 * schedulers:
+            return 2
+        return 0.5 if name == "scan" and self.N == 16 and warps < 2 * schedulers else 1
+
+    def _shared_bytes(self, name, blocks, split):
+        """Of a warp, or the two of a split one: `FORWARD_SHARED` and `BACKWARD_SHARED` of the source."""
         size, exact = self.xz.element_size(), not self.options["IO"]
         proj_tile = -(-TILE * (self.R + 2 * self.N) * size // 16) * 16
         step_size = 0 if exact else -(-2 * blocks * -(-self.R // 8) // 4) * 512 + 64 * blocks
@@ -1617,13 +1679,14 @@ class _Scan:
         if name == "backward":
             states = -(-self.N // 8) * 512
             return 2 * proj_tile + 7 * tile + 5 * TILE * 20 * 4 + states + 1536 + (states if exact else step_size)
-        return 2 * proj_tile + (4 if name == "scan" else 2) * tile + TILE * (16 * blocks + 4) * 4 + step_size
+        steps = TILE * (16 * blocks + 4) * 4  # Δ, and the outputs of each half
+        return 2 * proj_tile + (4 if name == "scan" else 2) * tile + (3 if split else 1) * steps + step_size
 
-    def settings(self, name, blocks):
+    def settings(self, name, share):
         """Warps a direction in a thread block, and thread blocks that must fit a multiprocessor (caps registers)."""
         if not self.options["IO"] or self.N > 16:
             return 1, 1
-        return _SETTINGS[name, blocks]
+        return _SETTINGS[name, share]
 
     def convolve(self):
         """Convolution and SiLU: (2, B, L, E), each direction's tokens at their own places."""
@@ -1667,12 +1730,6 @@ def _multiprocessors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _blocks(rows, dtype, device):
-    """How many of so many blocks of 16 channels a warp takes. One of many shares more; but each scheduler wants about
-    three warps."""
-    return 2 if dtype != torch.float32 and rows >= 20 * _multiprocessors(device) else 1
-
-
 def _plan(batch, length, channels, device):
     """
     How the length is cut. If there are few sequences and channels, its chunks are walked side by side, which costs a
@@ -1691,7 +1748,7 @@ def _plan(batch, length, channels, device):
         turns, span = 1, min(-(-3 * schedulers // rows), -(-tiles // 2))
     else:
         turns = min(-(-batch * length // _TURN_TOKENS), tiles)
-        span = max(1, min(4, int(5 * schedulers / rows + 0.9))) if turns == 1 else 1
+        span = max(1, min(4, -(-5 * schedulers // rows)))
     chunk = -(-tiles // (turns * span)) * TILE
     return side_by_side, chunk, -(-length // chunk), span
 
@@ -1699,6 +1756,7 @@ def _plan(batch, length, channels, device):
 # (kernel, blocks of 16 channels a warp): (warps a direction in a thread block, thread blocks on a multiprocessor);
 # measured on an H200
 _SETTINGS = {
+    ("scan", 0.5): (1, 4),
     ("scan", 1): (1, 8),
     ("scan", 2): (1, 6),
     ("states", 1): (2, 4),

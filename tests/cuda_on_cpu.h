@@ -35,8 +35,9 @@ struct Warp { int count = 0; unsigned generation = 0; float exchanged[32]; float
 struct Fiber { ucontext_t context; bool done; std::vector<char> stack; };
 static std::vector<Fiber> fibers;
 static std::vector<Warp> warps;
-static int current, barrier_count;
-static unsigned barrier_generation;
+static int current;
+struct Barrier { int count; unsigned generation; };
+static Barrier barriers[16];
 static ucontext_t scheduler;
 static void yield_() { swapcontext(&fibers[current].context, &scheduler); }
 static void sync_warp() {
@@ -45,10 +46,10 @@ static void sync_warp() {
     if (++w.count == 32) w.count = 0, w.generation++;
     else while (w.generation == generation) yield_();
 }
-static void block_barrier(int threads) {
-    unsigned generation = barrier_generation;
-    if (++barrier_count == threads) barrier_count = 0, barrier_generation++;
-    else while (barrier_generation == generation) yield_();
+static void barrier(int which, int threads) {
+    unsigned generation = barriers[which].generation;
+    if (++barriers[which].count == threads) barriers[which].count = 0, barriers[which].generation++;
+    else while (barriers[which].generation == generation) yield_();
 }
 static float broadcast(float v, int lane) {
     Warp &w = warps[current / 32];
@@ -137,7 +138,7 @@ static void run_on_cpu(std::function<void()> kernel, int x, int y, int z, int th
                 blockIdx = {bx, by, bz};
                 memset(shared, 0xff, sizeof shared);
                 warps.assign((threads + 31) / 32, Warp());
-                barrier_count = 0;
+                for (Barrier &b : barriers) b.count = 0;
                 for (Fiber &fiber : fibers) {
                     fiber.done = false;
                     fiber.stack.resize(1 << 17);

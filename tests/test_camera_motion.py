@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Video, load_dataset
 from PIL import Image
-from transformers import pipeline
+from transformers import TrainingArguments, pipeline
 
 import modeling_videomamba  # noqa: F401  registers VideoMamba in transformers' Auto classes
 
@@ -20,6 +20,8 @@ SCRIPT = ROOT / "examples" / "make_camera_motion_clips.py"
 CHECKPOINT = ROOT / "model_cards" / "videomamba-tiny-camera-motion"
 sys.path.insert(0, str(SCRIPT.parent))
 import make_camera_motion_clips as clips  # noqa: E402
+import video_classification_data as data  # noqa: E402
+import video_classification_model as models  # noqa: E402
 
 
 # What the picture does when the camera does it, worked out by hand: where the left, right, upper and lower parts of
@@ -67,6 +69,21 @@ def part_shifts(frames, step=4):
         pairs = zip(part[:-step:2], part[step::2], strict=True)
         shifts.append(np.median([shift_between(first, second) for first, second in pairs], axis=0))
     return shifts
+
+
+def test_the_recipe_swaps_the_labels_that_a_mirror_and_time_swap(monkeypatch):
+    """By the hand-worked table: a mirror swaps the halves and turns dx round, reversed time turns all ways round."""
+    recipe = SCRIPT.parent / "recipes" / "camera_motion.args"
+    monkeypatch.setattr(sys, "argv", ["script", "--recipe", str(recipe), "--use_cpu"])
+    _, arguments, _ = data.parse_arguments(models.ModelArguments, data.DataArguments, TrainingArguments)
+    names = list(clips.LABELS)
+    mirror = data.parse_swaps(arguments.mirror_swaps, names)
+    reversal = data.parse_swaps(arguments.reversal_swaps, names)
+    for number, name in enumerate(names):
+        left, right, upper, lower = EXPECTED[name]
+        mirrored = tuple((-dx, dy) for dx, dy in (right, left, upper, lower))
+        assert EXPECTED[names[mirror[number]]] == mirrored
+        assert EXPECTED[names[reversal[number]]] == tuple((-dx, -dy) for dx, dy in EXPECTED[name])
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -17,7 +17,12 @@ from transformers import (
     set_seed,
 )
 
-from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassification
+from modeling_videomamba import (
+    VideoMambaConfig,
+    VideoMambaForVideoClassification,
+    VideoMambaImageProcessor,
+    VideoMambaVideoProcessor,
+)
 
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -87,6 +92,22 @@ def test_swin_is_torchvisions(tmp_path):
     again = AutoModelForVideoClassification.from_pretrained(tmp_path, trust_remote_code=True).eval()
     with torch.no_grad():
         torch.testing.assert_close(again(clips).logits, expected)
+
+
+def test_a_head_for_other_labels_is_drawn_anew(tmp_path):
+    config = AutoConfig.from_pretrained(EXAMPLES / "peers" / "swin3d-tiny", num_labels=9, trust_remote_code=True)
+    trained = AutoModelForVideoClassification.from_config(config, trust_remote_code=True)
+    trained.save_pretrained(tmp_path)
+    arguments = ModelArguments(str(tmp_path), trust_remote_code=True, ignore_mismatched_sizes=True)
+    VideoMambaVideoProcessor().save_pretrained(tmp_path)
+    VideoMambaImageProcessor().save_pretrained(tmp_path)
+    set_seed(0)
+    model, *_ = load_model(arguments, ["fight", "no fight"], True)
+    head = model.swin.head
+    assert head.weight.shape == (2, 768) and head.bias.tolist() == [0, 0]
+    assert 0.9 * 0.02 < head.weight.std() < 1.1 * 0.02 and head.weight.abs().max() < 0.1
+    for (name, weight), old in zip(model.named_parameters(), trained.parameters(), strict=True):
+        assert "head" in name or torch.equal(weight, old), name
 
 
 @pytest.fixture

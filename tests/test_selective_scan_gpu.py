@@ -131,7 +131,7 @@ def on_cpu(monkeypatch, compiled_for_cpu):
 
 
 # How the work is cut depends on how it fills the GPU: for 132 multiprocessors these lengths are cut into chunks, for a
-# tenth of one a warp takes 32 channels.
+# tenth of one a warp takes 32 channels, and where there are few, two warps share 16.
 @pytest.mark.parametrize(
     "multiprocessors, batch, length, channels, order, states",
     [
@@ -177,6 +177,7 @@ def test_kernels_on_the_cpu_in_float16_with_float32_parameters(on_cpu):
         (1, 105, "reversal", torch.float32),
         (0.1, 75, "reversal", torch.bfloat16),
         (1, 1, "reversal", torch.bfloat16),
+        (3, 75, "reversal", torch.bfloat16),
         (1, 75, "any", torch.float32),
     ],
 )

@@ -1,8 +1,10 @@
 """torchvision's Video Swin Transformer as a `transformers` model, so that it trains and is tested as VideoMamba is."""
 
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torchvision.models.video.swin_transformer import PatchEmbed3d, SwinTransformer3d
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_outputs import ImageClassifierOutput
 
 
@@ -48,7 +50,11 @@ class Swin3DForVideoClassification(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module):
-        """torchvision's constructor has drawn them."""
+        """As torchvision's constructor, which is not asked when a head for other labels replaces a loaded one."""
+        if isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                init.zeros_(module.bias)
 
     def forward(self, pixel_values, labels=None):
         logits = self.swin(pixel_values.transpose(1, 2))
