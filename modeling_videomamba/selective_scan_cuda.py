@@ -96,6 +96,7 @@ SOURCE = r"""
 #define LN2 0.6931471805599453f
 
 typedef unsigned int u32;
+typedef unsigned long long u64;
 typedef unsigned short u16;
 #if IO == 0
 typedef float io_t;
@@ -238,7 +239,8 @@ DEV void store4(io_t *to, const float *from, int left) {
 #if IO == 0
         *(float4 *)to = make_float4(from[0], from[1], from[2], from[3]);
 #else
-        *(uint2 *)to = make_uint2(pack16(from[0], from[1]), pack16(from[2], from[3]));
+        // As a `uint2`, the compiler sometimes makes two stores of it.
+        *(u64 *)to = pack16(from[0], from[1]) | (u64)pack16(from[2], from[3]) << 32;
 #endif
     } else {
 #pragma unroll
