@@ -320,8 +320,8 @@ class ClipReader:
     """
     Reads and transforms clips when a worker asks for them, and notes how long that takes.
 
-    What is random about a clip follows from `seed`, the epoch and its index alone, so that a resumed run sees what an
-    uninterrupted one would have seen.
+    What is random about a clip follows from `seed`, the epoch and its index alone (in a stream, the index in its
+    worker), so that a resumed run sees what an uninterrupted one would have seen.
     """
 
     def __init__(self, clips, transform, failures, seed=0, training=False):
@@ -377,8 +377,9 @@ class ClipStream(ClipReader, torch.utils.data.IterableDataset):
         self.clips.set_epoch(epoch)
 
     def __iter__(self):
+        worker = torch.utils.data.get_worker_info()  # each has its own part of the clips, and counts from zero
         for index, row in enumerate(self.clips):
-            clip = self.read(row, index)
+            clip = self.read(row, index if worker is None else (worker.id, index))
             if clip is not None:
                 yield clip
 

@@ -12,16 +12,15 @@ from datasets import Video, load_dataset
 from PIL import Image
 from transformers import TrainingArguments, pipeline
 
+import make_camera_motion_clips as clips
 import modeling_videomamba  # noqa: F401  registers VideoMamba in transformers' Auto classes
+import video_classification_data as data
+import video_classification_model as models
 
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "examples" / "make_camera_motion_clips.py"
 CHECKPOINT = ROOT / "model_cards" / "videomamba-tiny-camera-motion"
-sys.path.insert(0, str(SCRIPT.parent))
-import make_camera_motion_clips as clips  # noqa: E402
-import video_classification_data as data  # noqa: E402
-import video_classification_model as models  # noqa: E402
 
 
 # What the picture does when the camera does it, worked out by hand: where the left, right, upper and lower parts of

@@ -23,9 +23,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
+from datasets import IterableDataset
 from huggingface_hub import ModelCard
 from transformers import AutoModelForVideoClassification, AutoVideoProcessor, TrainingArguments
 
+import evaluate_video_classification as evaluation
+import run_video_classification_no_trainer as plain_loop
+import video_classification_data as data
+import video_classification_model as models
 from hub_server import HubServer
 from modeling_videomamba import (
     VideoMambaConfig,
@@ -39,11 +44,6 @@ from video_files import write_moving_bars, write_video
 
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
-import evaluate_video_classification as evaluation  # noqa: E402
-import run_video_classification_no_trainer as plain_loop  # noqa: E402
-import video_classification_data as data  # noqa: E402
-import video_classification_model as models  # noqa: E402
 
 
 NAMES = ["to the left", "to the right"]
@@ -259,6 +259,17 @@ def test_augmentation_is_the_same_for_all_frames_and_repeats_with_the_seed(tmp_p
     assert torch.equal(again[5]["pixel_values"], seen[5])
     again.set_epoch(1)
     assert not torch.equal(again[5]["pixel_values"], seen[5])
+
+
+def test_workers_of_a_stream_vary_their_clips_differently():
+    rows = IterableDataset.from_generator(
+        lambda files: ({"video": None, "label": 0} for _ in files), gen_kwargs={"files": list(range(8))}
+    )
+    clips = data.ClipStream(rows, lambda video, label: torch.rand(()), None, seed=1)
+    loader = torch.utils.data.DataLoader(clips, batch_size=None, num_workers=2)
+    drawn = [clip.item() for clip in loader]
+    assert len(drawn) == len(set(drawn)) == 8
+    assert [clip.item() for clip in loader] == drawn
 
 
 def test_names_and_skips_clips_that_cannot_be_read(tmp_path, caplog):

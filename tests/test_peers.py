@@ -1,6 +1,5 @@
 """Other video classifiers in the training scripts: from a config.json, torchvision's Swin, and models in shards."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,11 +22,10 @@ from modeling_videomamba import (
     VideoMambaImageProcessor,
     VideoMambaVideoProcessor,
 )
+from video_classification_model import ModelArguments, load_model, without_fsdp
 
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
-from video_classification_model import ModelArguments, load_model, without_fsdp  # noqa: E402
 
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}

@@ -20,12 +20,9 @@ from transformers import (
     pipeline,
 )
 
+import run_video_classification as example
+import video_classification_data as data
 from video_files import write_moving_bars
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-import run_video_classification as example  # noqa: E402
-import video_classification_data as data  # noqa: E402
 
 
 NAMES = ["to the left", "to the right"]
