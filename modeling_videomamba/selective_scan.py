@@ -232,7 +232,13 @@ def bidirectional_selective_scan(
     Returns:
         `torch.Tensor` of shape `(B, L, E)`, or `(B, L, hidden_size)` if projected, and the type of `xz`. Inside, Δ,
         A, the state and the sums are float32 whatever the type of `xz`.
+
+    Raises:
+        ValueError: if `order` has another length than `xz`. What it holds is looked at on a CPU with Numba alone; it
+            must be each token once.
     """
+    if order is not None and order.shape != (xz.shape[1],):
+        raise ValueError(f"`order` must list the {xz.shape[1]} tokens of `xz`; got the shape {tuple(order.shape)}.")
     chosen = BACKENDS[select_scan_backend(xz.device, xz.dtype, backend)]
     parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
     if chosen.projects and torch.is_grad_enabled() and _is_plain_linear(out_proj):

@@ -54,13 +54,13 @@ direction) and `x_proj` with 0.09 ms.
 
 Backward, 16 x 1569 tokens: 1.7 ms, of it the adjoint walk 0.95 to 1.03, the states before every 8 tokens 0.24 to 0.26,
 the convolution 0.10 (0.16 unrolled over all its tokens and spilling), the sum of the partial gradients of B and C
-0.05. 16 x 6273 tokens: 6.4 to 6.6 ms, in turns, of it these kernels 5.4. The batch in parts of four sequences, each
-with its chunks side by side, needed a walk for the states and one for the adjoints before the real ones, and 7.6 ms
-for these kernels. Turns of 8192 tokens: 7.1 instead of 6.8 at 16384 and 6.6 at 32768, with more memory. Left out of
-the adjoint walk (then 0.98) one at a time, the outer products saved 0.11 ms, the contractions 0.16, the exponentials
-0.09, memory 0.10. `C h` as a 16-bit product: 0.98 to 0.94. That of the adjoint states, too, in bfloat16: 0.92, but
-twice the error in the gradient of the step size; in float16 small gradients would vanish. Sums over channels through
-shared memory instead of transposed 16-bit fragments: 1.02.
+0.05. In turns of 16384 tokens it holds 0.5 GiB beside its inputs, in one turn 0.7. 16 x 6273 tokens: 6.8 ms and 1.4
+GiB in turns of 16384, 6.6 ms and 1.6 GiB in turns of 32768, 7.1 ms in turns of 8192. To take fewer sequences at a time
+instead leaves too few warps, or chunks side by side, whose states and adjoints want a walk each before the real ones
+(0.26 ms each for 25,000 tokens). Left out of the adjoint walk (then 0.98) one at a time, the outer products saved 0.11
+ms, the contractions 0.16, the exponentials 0.09, memory 0.10. `C h` as a 16-bit product: 0.98 to 0.94. That of the
+adjoint states, too, in bfloat16: 0.92, but twice the error in the gradient of the step size; in float16 small
+gradients would vanish. Sums over channels through shared memory instead of transposed 16-bit fragments: 1.02.
 """
 
 import ctypes

@@ -289,6 +289,11 @@ def test_mixer_runs_without_a_backend_name():
     assert mixer.scan_backend is None
 
 
+def test_order_of_another_length_is_refused():
+    with pytest.raises(ValueError, match=r"must list the 6 tokens of `xz`; got the shape \(5,\)"):
+        seam.bidirectional_selective_scan(*random_inputs(1, 6, 4), order=torch.arange(5), backend="torch")
+
+
 def test_out_proj_is_handed_over_only_if_nothing_is_attached_to_it(monkeypatch):
     handed_over, hooked = [], []
 
