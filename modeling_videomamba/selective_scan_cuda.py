@@ -1637,7 +1637,7 @@ class _Scan:
             "VEC": int(self.E % 8 == 0 and xz.data_ptr() % 16 == 0),
             "ORDERED": int(order is not None),
         }
-        self.rows = 2 * self.B * -(-self.E // 16)
+        self.rows = _rows(self.B, self.E)
         self.side_by_side, self.chunk, self.chunks, self.span = _plan(self.B, self.L, self.E, xz.device)
         self.modes = (0,) if order is None else (1, 2)  # launches of a walk: both directions at once, or one by one
 
@@ -1704,27 +1704,30 @@ class _Scan:
 
     def chunk_states(self, u, proj):
         """State before each chunk, if they are walked side by side."""
-        states, sums = self.new(*self.state_shape(self.chunks)), self.new(2, self.B, self.chunks, self.E)
-        self.walk("ends", side_by_side=self.chunks, u=u, proj=proj, states=states, sums=sums)
-        self.hand_on(0, states=states, sums=sums)
-        return states
+        return self.hand_on("ends", "states", 0, u=u, proj=proj)
 
     def chunk_adjoints(self, dout, proj):
         """Adjoint state after each chunk, likewise."""
-        adjoint, sums = self.new(*self.state_shape(self.chunks)), self.new(2, self.B, self.chunks, self.E)
         dy = (dout * torch.nn.functional.silu(self.xz[..., self.E :].float()) / 2).to(dout.dtype)
-        self.walk("adjoint", side_by_side=self.chunks, u=dy, proj=proj, adjoint=adjoint, sums=sums)
-        self.hand_on(1, adjoint=adjoint, sums=sums)
-        return adjoint
+        return self.hand_on("adjoint", "adjoint", 1, u=dy, proj=proj)
 
-    def hand_on(self, against, **tensors):
+    def hand_on(self, walk, states, against, **tensors):
+        """What each chunk starts from, given from a walk what each ends with from zero."""
+        found = {states: self.new(*self.state_shape(self.chunks)), "sums": self.new(2, self.B, self.chunks, self.E)}
+        self.walk(walk, side_by_side=self.chunks, **found, **tensors)
         size = -(-self.E // 16) * -(-self.N // 8) * 128
-        self.launch("hand_on", (-(-size // 128), self.B, 2), 128, numbers={"mode": against}, **tensors)
+        self.launch("hand_on", (-(-size // 128), self.B, 2), 128, numbers={"mode": against}, **found)
+        return found[states]
 
 
 def _state_shape(batch, parts, channels, states):
     """States as the lanes hold them, see `fragment` in the source."""
     return 2, batch, parts, -(-channels // 16), -(-states // 8), 32, 4
+
+
+def _rows(batch, channels):
+    """Warps of a walk over whole sequences, if each takes 16 channels."""
+    return 2 * batch * -(-channels // 16)
 
 
 @functools.cache
@@ -1743,7 +1746,7 @@ def _plan(batch, length, channels, device):
         whether the chunks of the scan are walked side by side, tokens in a chunk, chunks, chunks in a turn.
     """
     schedulers = 4 * _multiprocessors(device)
-    rows = 2 * batch * -(-channels // 16)  # warps if each takes 16 channels
+    rows = _rows(batch, channels)
     tiles = -(-length // TILE)
     side_by_side = rows < 1.2 * schedulers and tiles > 2
     if side_by_side:
@@ -1910,9 +1913,6 @@ def _walk_back(scan, states, tensors):
         for turn in turns:
             scan.walk("states", (mode,), {"turn": turn, "span": span}, span, **tensors)
             scan.walk("backward", (mode,), {"turn": turn, **numbers}, walks if turn < 0 else 1, **tensors)
-            if mode == 0 and places >= L:
-                dbc = partial[:, :, :, :L].sum(1)  # accumulates in float32
-                continue
             for direction in (0, 1) if mode == 0 else (mode - 1,):
                 first = places * (turn if direction and mode == 0 else walks - 1 - turn) if turn >= 0 else 0
                 tokens = slice(first, min(first + places, L))
