@@ -11,7 +11,7 @@ which a warp walks over the tiles of a sequence. Kept for the backward pass are 
 The first call of a model compiles what it needs, 2 s on the machine below, and keeps it in `~/.cache/videomamba`, or
 in the folder that the environment variable `VIDEOMAMBA_CACHE` names.
 
-NOTES (2026-11-22, one H200, torch 2.11, bfloat16; times are of both directions of one layer of VideoMamba-S, E = 768)
+NOTES (2026-11-23, one H200, torch 2.11, bfloat16; times are of both directions of one layer of VideoMamba-S, E = 768)
 
 Why CUDA C++ and not Triton: the walk is serial, so what counts is the instructions of one step and where its operands
 lie. In trials of half an hour Triton took 2.98 ms for 64 x 1569 tokens and CUDA C++ 1.28 ms, and CUDA C++ goes where
@@ -27,40 +27,49 @@ states `C h` and the outer product `Delta u B` are tensor-core instructions: no 
       of the step size in shared memory, what
       the gate needs fetched ahead              1.07   56
     + `C h` as one 16-bit product of all states
-      instead of four in tf32: what runs        1.05
+      instead of four in tf32                   1.04
+    + the number of the warp declared uniform,
+      so that borders and addresses lie in
+      uniform registers: what runs              1.03
     the public CUDA kernel                      5.62
     16 exponentials, at 16 a clock              0.63   the floor, with the one of the softplus
 
-What limits it: nothing alone. Before the last step, the special-function unit was busy 65 % of the time, the
+What limits it: nothing alone. Before the last two steps, the special-function unit was busy 65 % of the time, the
 schedulers 52 %; left out of the kernel one at a time, the exponentials saved 0.21 ms, reading and writing the
 sequences 0.12, making the step size 0.07, the tensor-core products 0.05; the inner loop alone took 0.85, without its
 tensor-core products 0.70. 12 warps a multiprocessor are as fast as 16; with more, registers spill (1.24 ms), and a
 spilled address is dear: the first-level cache does not keep it. Did not help: tiles moved by Hopper's copy engine
-(cp.async.bulk.tensor), which frees 20 to 30 registers (1.04 ms; 16 sequences 0.32 instead of 0.31, eight long ones
-1.86 instead of 1.68, the adjoint walk 1.00 to 1.23 instead of 0.98); outputs and a quarter of the next tile's step
-size in each group of four steps, so that the warps do not all want the special-function unit at once (1.10 ms, with
-the copy engine too); the outer product in 16-bit products of Delta u in two parts (1.10); contractions of depth 8,
-whose operands are in other registers than the states (86 instead of 77 instructions for 32 channels and a step);
-exponentials of packed halves (as slow as two single ones); a polynomial for every fourth or eighth exponential (+10 %,
-+3 %); unrolling all 16 steps of a tile (the code outgrows the instruction cache); 64 channels a warp (1.17 ms); larger
-thread blocks (1.30 ms).
+(cp.async.bulk.tensor), which frees 20 to 30 registers (1.04 to 1.06 ms; 16 sequences 0.32 instead of 0.30, the adjoint
+walk 1.00 to 1.23 instead of 0.98); outputs and a quarter of the next tile's step size in each group of four steps, so
+that the warps do not all want the special-function unit at once (1.10 ms, with the copy engine too); the outer product
+in 16-bit products of Delta u in two parts (1.10); contractions of depth 8, whose operands are in other registers than
+the states (86 instead of 77 instructions for 32 channels and a step), or, with the right factor zeroed in places, in
+the same (1.05; the adjoint walk 1.07 instead of 1.01); the operands of the next four steps loaded ahead (1.07), or
+eight steps unrolled (1.05); exponentials of packed halves (as slow as two single ones); a polynomial for every fourth
+or eighth exponential (+10 %, +3 %); unrolling all 16 steps of a tile (the code outgrows the instruction cache); 64
+channels a warp (1.17 ms); larger thread blocks (1.30 ms). The gate by `tanh.approx` would take 1.015, but its error,
+2^-11 of 1, is as large as the gate itself where that is almost closed.
 
-16 sequences of 1569 tokens take 0.31 ms, of 6273 1.20. Eight are 1.5 warps a scheduler: there two warps share 16
-channels and have half of the states each, 1.45 ms for 12545 tokens instead of 1.70 (at 16 sequences this is slower:
+16 sequences of 1569 tokens take 0.30 ms, of 6273 1.14. Eight are 1.5 warps a scheduler: there two warps share 16
+channels and have half of the states each, 1.38 ms for 12545 tokens instead of 1.70 (at 16 sequences this is slower:
 1.41 instead of 1.20); cutting the length in two costs a second walk. One sequence of 1569 tokens, in 17 chunks: 0.040
 ms for the chunks' states, 0.040 ms for the scan; chunks of 32 to 96 tokens are alike. Beside it, at 64 x 1569, stand
 the convolution with 0.15 ms (0.11 by its bytes; 0.23 without asking for inputs ahead, 0.17 with a walk for each
-direction) and `x_proj` with 0.09 ms.
+direction, 0.15 to 0.27 with runs of 29 to 93 tokens and other thread blocks) and `x_proj` with 0.09 ms.
 
-Backward, 16 x 1569 tokens: 1.7 ms, of it the adjoint walk 0.95 to 1.03, the states before every 8 tokens 0.24 to 0.26,
-the convolution 0.10 (0.16 unrolled over all its tokens and spilling), the sum of the partial gradients of B and C
-0.05. In turns of 16384 tokens it holds 0.5 GiB beside its inputs, in one turn 0.7. 16 x 6273 tokens: 6.8 ms and 1.4
-GiB in turns of 16384, 6.6 ms and 1.6 GiB in turns of 32768, 7.1 ms in turns of 8192. To take fewer sequences at a time
-instead leaves too few warps, or chunks side by side, whose states and adjoints want a walk each before the real ones
-(0.26 ms each for 25,000 tokens). Left out of the adjoint walk (then 0.98) one at a time, the outer products saved 0.11
-ms, the contractions 0.16, the exponentials 0.09, memory 0.10. `C h` as a 16-bit product: 0.98 to 0.94. That of the
-adjoint states, too, in bfloat16: 0.92, but twice the error in the gradient of the step size; in float16 small
-gradients would vanish. Sums over channels through shared memory instead of transposed 16-bit fragments: 1.02.
+Backward, 16 x 1569 tokens: 1.6 ms, of it the adjoint walk 0.89, the states before every 8 tokens 0.24, the convolution
+0.10 (0.16 unrolled over all its tokens and spilling), the sum of the partial gradients of B and C 0.05; it holds 0.7
+GiB beside its inputs (0.5 in turns of 16384 tokens, in 1.64 ms). 16 x 6273 tokens: 6.05 ms and 1.6 GiB (6.25 and 1.4
+in turns of 16384). To take fewer sequences at a time instead leaves too few warps, or chunks side by side, whose
+states and adjoints want a walk each before the real ones (0.26 ms each for 25,000 tokens). The adjoint walk was 0.98
+ms (left out one at a time, the outer products saved 0.11 ms, the contractions 0.16, the exponentials 0.09, memory
+0.10) before `C h` became a 16-bit product (0.94), the warp's number uniform, and the kept states decayed ones, so that
+the gradient of A need not wait for an exponential (0.89). How the compiler orders so many instructions counts as much:
+with a factor of `C h` selected, not masked, the same walk takes 1.02; with all exponentials of a step asked for first,
+which spills nothing, 0.97. Did not help: the contraction of the adjoint states in bfloat16 (twice the error in the
+gradient of the step size; in float16 small gradients would vanish); that of the states in bfloat16, so that the outer
+product takes the same words (0.97); sums over channels through shared memory instead of transposed 16-bit fragments
+(1.02); odd strides and wider stores of the partial gradients (1.01, 1.05).
 """
 
 import ctypes
@@ -179,6 +188,8 @@ DEV void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> DEV void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 DEV void barrier(int which, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(which), "r"(threads) : "memory"); }
 DEV void sync_warp() { __syncwarp(); }
+// The same in all lanes of a warp: the compiler, told so, keeps it and what follows from it in uniform registers.
+DEV int uniform(int v) { return __shfl_sync(0xffffffffu, v, 0); }
 DEV float exchange(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 #endif
 
@@ -315,6 +326,7 @@ DEV float softplus_slope(float delta) {
 
 struct Walk {
     int lane, g, q, dir, half, team, b, channel, chunk, first, last, tiles;
+    int base;  // first place of the turn
     bool reversed;
     const long long *order;
     size_t row;  // of token 0 of this sequence among all B L rows
@@ -322,7 +334,7 @@ struct Walk {
     static __device__ __forceinline__ Walk start(const Args &p, int m) {
         Walk w;
         w.lane = threadIdx.x & 31, w.g = w.lane >> 2, w.q = w.lane & 3;
-        int warp = threadIdx.x >> 5;
+        int warp = uniform(threadIdx.x >> 5);
         w.half = SPLIT ? warp & 1 : 0, w.team = warp >> SPLIT;
         w.dir = w.team & 1;
         w.channel = (blockIdx.x * W + (w.team >> 1)) * 16 * m;
@@ -331,6 +343,7 @@ struct Walk {
         w.order = w.dir ? p.order : 0;
         int turns = (p.chunks + p.span - 1) / p.span;
         int before = p.turn < 0 ? 0 : (w.reversed ? p.turn : turns - 1 - p.turn) * p.span;
+        w.base = before * p.chunk;
         w.chunk = before + blockIdx.y;
         w.first = w.chunk * p.chunk;
         w.last = min(w.first + p.chunk, p.L);
@@ -342,10 +355,6 @@ struct Walk {
     __device__ __forceinline__ void sync() const {
         if (SPLIT) barrier(2 + team, 64);
         else sync_warp();
-    }
-    // First place of the turn.
-    __device__ __forceinline__ int base(const Args &p) const {
-        return p.turn < 0 ? 0 : first - (int)blockIdx.y * p.chunk;
     }
     // Where tile i lies, the place of its step r, and the token there, if the place is before `last`.
     __device__ __forceinline__ int begin(int i) const { return first + (reversed ? tiles - 1 - i : i) * TILE; }
@@ -634,7 +643,7 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
     int part = 0, keep_at = -1;
     if (KIND == STATES) part = w.begin(0) / 8 + w.reversed;
     if (KIND == SCAN && p.kept) keep_at = w.begin(0), part = keep_at / p.kept;
-    float *sub_at = KIND == STATES ? fragment<M>(p.sub, p, w, sub_parts(p), part - w.base(p) / 8) : 0;
+    float *sub_at = KIND == STATES ? fragment<M>(p.sub, p, w, sub_parts(p), part - w.base / 8) : 0;
     const int four = lane % (4 * M) * 4, here = left - four;  // channels of this lane in the epilogue
     const int ROUNDS = M * 2, PER = 8 / M, row = lane / (4 * M);
     float skip[4], in_step[4];
@@ -1106,7 +1115,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
     const size_t block = (size_t)w.dir * ((CHANNELS + 15) / 16) + w.channel / 16;
     // [dir][block of 16 channels][b][place]
     const int places = p.turn < 0 ? p.L : p.chunk;
-    partial_t *dbc = (partial_t *)p.dbc + ((block * p.B + w.b) * places - w.base(p)) * 2 * N;
+    partial_t *dbc = (partial_t *)p.dbc + ((block * p.B + w.b) * places - w.base) * 2 * N;
 
     float a[1][NT][4], states[1][NT][4], (&lambda)[NT][4] = states[0], da[1][NT][4];
     load_A<1, NT>(p, w, a);
@@ -1118,7 +1127,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
     if (p.chunks > 1 && p.turn != 0) load_states<1, NT>(states, handed(), w);
     auto fetch_states = [&](int part) {
         if (part * 8 >= p.L) return;
-        const float *from = fragment<1>(p.sub, p, w, sub_parts(p), part - w.base(p) / 8);
+        const float *from = fragment<1>(p.sub, p, w, sub_parts(p), part - w.base / 8);
 #pragma unroll
         for (int nt = 0; nt < NT; nt++) copy_async<16>(saved + (nt * 32 + lane) * 4, from + nt * 128, true);
     };
@@ -1172,10 +1181,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
 #pragma unroll 1
         for (int t8 = 8; t8 >= 0; t8 -= 8) {
             const bool valid = part_of(i, t8) < (p.L + 7) / 8;
-            float h[9][NT][4];
+            float h[NT][4], decayed[8][NT][4];  // state, and before what each of the 8 tokens adds to it
             if (t8 == 0) copy_wait<0>();
 #pragma unroll
-            for (int nt = 0; nt < NT; nt++) load_vector<4>(h[0][nt], saved + (nt * 32 + lane) * 4);
+            for (int nt = 0; nt < NT; nt++) load_vector<4>(h[nt], saved + (nt * 32 + lane) * 4);
             sync_warp();
             if (t8 == 8) {
                 fetch_states(part_of(i, 0));
@@ -1196,10 +1205,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
 #pragma unroll
                     for (int e = 0; e < 4; e++) {
                         int n = nt * 8 + 2 * q + (e & 1);
-                        float v = dx_at[k * LD + (e >> 1)] * projected(proj_at, k, R, n);
-                        float factor = decay(delta_at[k * LD + (e >> 1)], a[0][nt][e]);
-                        h[k + 1][nt][e] = fmaf(h[k][nt][e], factor, v);
-                        sum[e >> 1] = fmaf(h[k + 1][nt][e], projected(proj_at, k, R + N, n), sum[e >> 1]);
+                        decayed[k][nt][e] = h[nt][e] * decay(delta_at[k * LD + (e >> 1)], a[0][nt][e]);
+                        h[nt][e] = fmaf(dx_at[k * LD + (e >> 1)], projected(proj_at, k, R, n), decayed[k][nt][e]);
+                        sum[e >> 1] = fmaf(h[nt][e], projected(proj_at, k, R + N, n), sum[e >> 1]);
                     }
 #pragma unroll
                 for (int s = 0; s < S; s++) {
@@ -1218,12 +1226,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
                     for (int e = 0; e < 4; e++) {
                         int n = nt * 8 + 2 * q + (e & 1);
                         float &l = lambda[nt][e], dyv = dy_at[k * LD + (e >> 1)], step = delta_at[k * LD + (e >> 1)];
+                        float in = dx_at[k * LD + (e >> 1)], b = projected(proj_at, k, R, n);
                         l = fmaf(dyv, projected(proj_at, k, R + N, n), l);
-                        sx[e >> 1] = fmaf(l, projected(proj_at, k, R, n), sx[e >> 1]);
-                        part_b[e & 1] = fmaf(dx_at[k * LD + (e >> 1)], l, part_b[e & 1]);
-                        part_c[e & 1] = fmaf(dyv, h[k + 1][nt][e], part_c[e & 1]);
+                        sx[e >> 1] = fmaf(l, b, sx[e >> 1]);
+                        part_b[e & 1] = fmaf(in, l, part_b[e & 1]);
+                        part_c[e & 1] = fmaf(dyv, fmaf(in, b, decayed[k][nt][e]), part_c[e & 1]);
+                        float v = l * decayed[k][nt][e];
                         l *= decay(step, a[0][nt][e]);
-                        float v = l * h[k][nt][e];
                         da[0][nt][e] = fmaf(v, step, da[0][nt][e]);
                         ss[e >> 1] = fmaf(v, a[0][nt][e], ss[e >> 1]);
                     }
@@ -1297,13 +1306,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
                     load_vector<S>(d, delta_at + k * LD);
 #pragma unroll
                     for (int nt = 0; nt < NT; nt++) {
-                        float *x = h[k + 1][nt];
 #pragma unroll
-                        for (int e = 0; e < 4; e++) x[e] = h[k][nt][e] * decay(d[e >> 1], a[0][nt][e]);
-                        mma_tf32_k4(x, in[0], in[1], q == j ? b[nt] : 0.f);
+                        for (int e = 0; e < 4; e++)
+                            decayed[k][nt][e] = h[nt][e] *= decay(d[e >> 1], a[0][nt][e]);
+                        mma_tf32_k4(h[nt], in[0], in[1], q == j ? b[nt] : 0.f);
                     }
-                    contract_states<NT>(sum, h[k + 1], c, g >> 1 == j ? ~0u : 0);
-                    outer_product(dc, h[k + 1], g == k ? dy0 : 0, g == k ? dy1 : 0);
+                    contract_states<NT>(sum, h, c, g >> 1 == j ? ~0u : 0);
+                    outer_product(dc, h, g == k ? dy0 : 0, g == k ? dy1 : 0);
                 }
                 float y[S] = {sum[0], sum[2]};
                 store_vector<S>(ys_at + (t4 + q) * LD, y);
@@ -1343,9 +1352,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
                     for (int nt = 0; nt < NT; nt++)
 #pragma unroll
                         for (int e = 0; e < 4; e++) {
-                            float &l = lambda[nt][e];
+                            float &l = lambda[nt][e], v = l * decayed[k][nt][e];
                             l *= decay(d[e >> 1], a[0][nt][e]);
-                            float v = l * h[k][nt][e];
                             da[0][nt][e] = fmaf(v, d[e >> 1], da[0][nt][e]);
                             ss[e >> 1] = fmaf(v, a[0][nt][e], ss[e >> 1]);
                         }
@@ -1437,7 +1445,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
 TILE = 16  # tokens a warp takes at a time; the source has the same
 RUN = 32  # places a thread of the convolution takes; the source has the same
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_TURN_TOKENS = 16384  # about as many tokens the backward pass recomputes the states of at a time
+_TURN_TOKENS = 32768  # about as many tokens the backward pass recomputes the states of at a time
 
 
 # --------------------------------------------------------------------------------------------------------------------
