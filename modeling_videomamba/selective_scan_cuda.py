@@ -1783,7 +1783,7 @@ _SETTINGS = {
 def _project(u, weight):
     """`u` (2, B, L, E) times `weight` (2, P, E), transposed: (2, B, L, P)."""
     rows = u.view(2, -1, u.shape[3])
-    return torch.bmm(rows, weight.to(u.dtype).transpose(1, 2)).view(*u.shape[:3], -1)
+    return torch.bmm(rows, weight.transpose(1, 2)).view(*u.shape[:3], -1)
 
 
 @torch.library.custom_op("videomamba::bidirectional_scan_cuda", mutates_args=())
@@ -1814,7 +1814,7 @@ def _scan_op(
             numbers = {"chunk": scan.chunk * scan.chunks, "chunks": 1, "kept": scan.chunk if keep else 0}
             scan.walk("scan", numbers=numbers, u=u, proj=proj, out=out, states=states)
         if out_proj_weight is not None:
-            out = torch.nn.functional.linear(out, out_proj_weight.to(out.dtype))
+            out = torch.nn.functional.linear(out, out_proj_weight)
     return out, proj, states
 
 
@@ -1860,7 +1860,6 @@ def _backward_op(
     proj: torch.Tensor,
     states: torch.Tensor,
 ) -> list[torch.Tensor]:
-    io, (dt_proj, x_proj) = xz.dtype, (dt_proj_weight.to(xz.dtype), x_proj_weight.to(xz.dtype))
     dxz = torch.empty_like(xz)
     dout = dout.contiguous()
     if dout.data_ptr() % 16:
@@ -1870,17 +1869,18 @@ def _backward_op(
         B, L, E, R, N = scan.B, scan.L, scan.E, scan.R, scan.N
         dprojected, y = dout, None
         if out_proj_weight is not None:
-            dout = dprojected @ out_proj_weight.to(io)
+            dout = dprojected @ out_proj_weight
             y = torch.empty_like(dout)
         u = scan.convolve()
         du, ddelta = torch.empty_like(u), torch.empty_like(u)
         tensors = {"u": u, "proj": proj, "dout": dout, "out": dxz, "du": du, "ddelta": ddelta, "y": y}
-        dbc, dA, d_skip, d_dt_bias = _walk_back(scan, states, tensors)
-        ddelta, u, du = ddelta.view(2, -1, E), u.view(2, -1, E), du.view(2, -1, E)
-        dproj = torch.cat([torch.bmm(ddelta, dt_proj), dbc.view(2, -1, 2 * N).to(io)], dim=-1)
+        dproj = torch.empty_like(proj)
+        dA, d_skip, d_dt_bias = _walk_back(scan, states, tensors, dproj[..., R:])
+        ddelta, u, du, dproj = ddelta.view(2, -1, E), u.view(2, -1, E), du.view(2, -1, E), dproj.view(2, -1, R + 2 * N)
+        torch.bmm(ddelta, dt_proj_weight.to(xz.dtype), out=dproj[..., :R])
         d_dt_weight = torch.bmm(ddelta.transpose(1, 2), proj.view(2, -1, R + 2 * N)[..., :R])
         d_x_weight = torch.bmm(dproj.transpose(1, 2), u)
-        du.baddbmm_(dproj, x_proj)
+        du.baddbmm_(dproj, x_proj_weight)
         K = scan.options["K"]
         groups, runs = -(-E // (2 if scan.options["VEC"] else 1)), -(-L // RUN)
         dconv = scan.new(B, runs, 2, K + 1, E)
@@ -1897,12 +1897,12 @@ def _backward_op(
     return [dxz, *(g.contiguous().to(p.dtype) for g, p in zip(gradients, parameters, strict=True))]
 
 
-def _walk_back(scan, states, tensors):
+def _walk_back(scan, states, tensors, dbc):
     """
-    Writes `out`, `du`, `ddelta` and `y` of `tensors`.
+    Writes `out`, `du`, `ddelta` and `y` of `tensors`, and into `dbc` (2, B, L, 2N) the gradients of B and C.
 
     Returns:
-        the gradients of B and C, (2, B, L, 2N), and, in float32, those of A_log, D and the bias of Δ.
+        in float32, the gradients of A_log, D and the bias of Δ.
     """
     B, L, E, N, io = scan.B, scan.L, scan.E, scan.N, scan.xz.dtype
     if scan.side_by_side:
@@ -1914,7 +1914,6 @@ def _walk_back(scan, states, tensors):
         turns, numbers = range(walks), {"chunk": places, "chunks": walks}
     sub = scan.new(*scan.state_shape(-(-places // 8)))
     partial = scan.new(2, -(-E // 16), B, places, 2 * N, dtype=io if io == torch.bfloat16 else torch.float32)
-    dbc = scan.new(2, B, L, 2 * N, dtype=partial.dtype)
     da, dvec = scan.new(*scan.state_shape(walks)), scan.new(2, B, walks, 2, E)
     tensors = {**tensors, "states": states, "sub": sub, "adjoint": adjoint, "dbc": partial, "da": da, "dvec": dvec}
     for mode in scan.modes:
@@ -1931,8 +1930,7 @@ def _walk_back(scan, states, tensors):
     # (block, group, g, q, row, column): channel = block * 16 + g * 2 + row, state = group * 8 + 2q + column
     dA = da.sum(dim=(1, 2)).view(2, -1, -(-N // 8), 8, 4, 2, 2).permute(0, 1, 3, 5, 2, 4, 6)
     dA = dA.reshape(2, -(-E // 16) * 16, -1)[:, :E, :N]
-    d_skip, d_dt_bias = dvec.sum(dim=(1, 2)).unbind(1)
-    return dbc, dA, d_skip, d_dt_bias
+    return dA, dvec[..., 0, :].sum(dim=(1, 2)), dvec[..., 1, :].sum(dim=(1, 2))
 
 
 @_backward_op.register_fake
@@ -1962,5 +1960,8 @@ def bidirectional_selective_scan(
     """See `selective_scan.bidirectional_selective_scan`; the backward pass makes the input of `out_proj` again."""
     if A_log.is_complex():
         raise ValueError("The scan backend 'cuda' takes a real `A_log`, got a complex one")
+    x_proj_weight = x_proj_weight.to(xz.dtype)
+    if out_proj_weight is not None:
+        out_proj_weight = out_proj_weight.to(xz.dtype)
     parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
     return _scan_op(xz.contiguous(), *parameters, out_proj_weight, order, torch.is_grad_enabled())[0]
