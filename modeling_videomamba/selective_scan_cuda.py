@@ -1819,19 +1819,8 @@ def _scan_op(
 
 
 @_scan_op.register_fake
-def _(
-    xz,
-    conv_weight,
-    conv_bias,
-    x_proj_weight,
-    dt_proj_weight,
-    dt_proj_bias,
-    A_log,
-    D,
-    out_proj_weight,
-    order,
-    for_backward,
-):
+def _(xz, *rest):
+    _, _, x_proj_weight, _, _, A_log, _, out_proj_weight, _, for_backward = rest
     batch, length, channels = xz.shape[0], xz.shape[1], xz.shape[2] // 2
     outputs = channels if out_proj_weight is None else out_proj_weight.shape[0]
     side_by_side, _, chunks, _ = _plan(batch, length, channels, xz.device)
