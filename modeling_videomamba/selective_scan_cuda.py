@@ -47,10 +47,10 @@ the states (86 instead of 77 instructions for 32 channels and a step), or, with 
 the same (1.05; the adjoint walk 1.07 instead of 1.01); the operands of the next four steps loaded ahead (1.07), or
 eight steps unrolled (1.05); exponentials of packed halves (as slow as two single ones); a polynomial for every fourth
 or eighth exponential (+10 %, +3 %); unrolling all 16 steps of a tile (the code outgrows the instruction cache); 64
-channels a warp (1.17 ms); larger thread blocks (1.30 ms). Of 369 other orders of the inner loop (decays a step ahead,
-operands a group ahead, two sums for `C h`, late stores, two or four groups unrolled) none gains here; the best gains
-1.7 % at 16 x 6273 and 1.8 % at 8 x 12545. The gate by `tanh.approx` would take 1.015, but its error,
-2^-11 of 1, is as large as the gate itself where that is almost closed.
+channels a warp (1.17 ms); larger thread blocks (1.30 ms). Other orders of the inner loop (decays a step ahead,
+operands a group ahead, two sums for `C h`, late stores, two or four groups unrolled) and settings of the compiler: the
+best of 60 gains 0.3 % here, the best of 153 gains 1.7 % at 16 x 6273 and 1.8 % at 8 x 12545. The gate by `tanh.approx`
+would take 1.015, but its error, 2^-11 of 1, is as large as the gate itself where that is almost closed.
 
 16 sequences of 1569 tokens take 0.30 ms, of 6273 1.14. Eight are 1.5 warps a scheduler: there two warps share 16
 channels and have half of the states each, 1.38 ms for 12545 tokens instead of 1.70 (at 16 sequences this is slower:
@@ -58,8 +58,8 @@ channels and have half of the states each, 1.38 ms for 12545 tokens instead of 1
 ms for the chunks' states, 0.040 ms for the scan; chunks of 32 to 96 tokens are alike. Beside it, at 64 x 1569, stand
 the convolution with 0.15 ms (0.11 by its bytes; 0.23 without asking for inputs ahead, 0.17 with a walk for each
 direction, 0.15 to 0.27 with runs of 29 to 93 tokens and other thread blocks) and `x_proj` with 0.09 ms. In one
-kernel, where a warp multiplies 16 tokens from its registers, the two take 0.285 to 0.39 ms (25,000 tokens: 0.10
-instead of 0.11).
+kernel, where a warp multiplies 16 tokens from its registers, the two take 0.285 to 0.39 ms instead of 0.25 (16 x 1569:
+0.10 to 0.13 instead of 0.11).
 
 Backward, 16 x 1569 tokens: 1.6 ms, of it the adjoint walk 0.89, the states before every 8 tokens 0.24, the convolution
 0.10 (0.16 unrolled over all its tokens and spilling), the sum of the partial gradients of B and C 0.05; it holds 0.7
