@@ -30,11 +30,18 @@ states `C h` and the outer product `Delta u B` are tensor-core instructions: no 
       instead of four in tf32                   1.04
     + the number of the warp declared uniform,
       so that borders and addresses lie in
-      uniform registers: what runs              1.03
+      uniform registers                         1.03
+    + seven savings of instructions: what runs  1.01
     the public CUDA kernel                      5.62
     16 exponentials, at 16 a clock              0.63   the floor, with the one of the softplus
 
-What limits it: nothing alone. Before the last two steps, the special-function unit was busy 65 % of the time, the
+The seven: tf32 rounded in the mean by one product; offsets of 32 bits, from places that a lane keeps (64 bits: 1.13
+instead of 1.09 ms at 16 x 6273); the same for outputs; biases of the step size laid out as the sum they start; the
+factor of the mean of both directions inside the sigmoid; a step's decays all asked for first; where a tile begins
+advanced, not worked out. They are the best of 129 sets of such savings, timed at 64 x 1569, 16 x 6273 and 8 x 12545;
+at 64 x 1569 alone another set is ahead, 1.004.
+
+What limits it: nothing alone. Before the last three steps, the special-function unit was busy 65 % of the time, the
 schedulers 52 %; left out of the kernel one at a time, the exponentials saved 0.21 ms, reading and writing the
 sequences 0.12, making the step size 0.07, the tensor-core products 0.05; the inner loop alone took 0.85, without its
 tensor-core products 0.70. 12 warps a multiprocessor are as fast as 16; with more, registers spill (1.24 ms), and a
@@ -49,31 +56,34 @@ eight steps unrolled (1.05); exponentials of packed halves (as slow as two singl
 or eighth exponential (+10 %, +3 %); unrolling all 16 steps of a tile (the code outgrows the instruction cache); 64
 channels a warp (1.17 ms); larger thread blocks (1.30 ms). Other orders of the inner loop (decays a step ahead,
 operands a group ahead, two sums for `C h`, late stores, two or four groups unrolled) and settings of the compiler: the
-best of 60 gains 0.3 % here, the best of 153 gains 1.7 % at 16 x 6273 and 1.8 % at 8 x 12545. The gate by `tanh.approx`
-would take 1.015, but its error, 2^-11 of 1, is as large as the gate itself where that is almost closed.
+best of 60 gained 0.3 % here, the best of 153 gained 1.7 % at 16 x 6273 and 1.8 % at 8 x 12545, before the seven
+savings. Tiles of 32 tokens for warps of 16 channels: 1.12 to 1.20 instead of 1.09 at 16 x 6273. The gate by
+`tanh.approx` would take 1.015, but its error, 2^-11 of 1, is as large as the gate itself where that is almost closed.
 
-16 sequences of 1569 tokens take 0.30 ms, of 6273 1.14. Eight are 1.5 warps a scheduler: there two warps share 16
-channels and have half of the states each, 1.38 ms for 12545 tokens instead of 1.70 (at 16 sequences this is slower:
-1.41 instead of 1.20); cutting the length in two costs a second walk. One sequence of 1569 tokens, in 17 chunks: 0.040
-ms for the chunks' states, 0.040 ms for the scan; chunks of 32 to 96 tokens are alike. Beside it, at 64 x 1569, stand
-the convolution with 0.15 ms (0.11 by its bytes; 0.23 without asking for inputs ahead, 0.17 with a walk for each
-direction, 0.15 to 0.27 with runs of 29 to 93 tokens and other thread blocks) and `x_proj` with 0.09 ms. In one
-kernel, where a warp multiplies 16 tokens from its registers, the two take 0.285 to 0.39 ms instead of 0.25 (16 x 1569:
-0.10 to 0.13 instead of 0.11).
+16 sequences of 1569 tokens take 0.29 ms, of 6273 1.09. Eight are 1.5 warps a scheduler: there two warps share 16
+channels and have half of the states each, 1.34 ms for 12545 tokens (before the savings 1.38 instead of 1.70; at 16
+sequences this is slower: 1.41 instead of 1.20); cutting the length in two costs a second walk. One sequence of 1569
+tokens, in 17 chunks: 0.040 ms for the chunks' states, 0.040 ms for the scan; chunks of 32 to 96 tokens are alike.
+Beside it, at 64 x 1569, stand the convolution with 0.14 ms (0.11 by its bytes, 0.08 by its exponentials and
+reciprocals; 0.16 with four channels a thread in blocks of 128, of which every second is half idle, and addresses
+worked out at each step; 0.23 without asking for inputs ahead, 0.17 with a walk for each direction; runs of 29 and 125
+tokens are 1 % slower than of 61) and `x_proj` with 0.09 ms. In one kernel, where a warp multiplies 16 tokens from its
+registers, the two take 0.285 to 0.39 ms instead of 0.25 (16 x 1569: 0.10 to 0.13 instead of 0.11).
 
 Backward, 16 x 1569 tokens: 1.6 ms, of it the adjoint walk 0.89, the states before every 8 tokens 0.24, the convolution
-0.10 (0.16 unrolled over all its tokens and spilling), the sum of the partial gradients of B and C 0.05; it holds 0.7
-GiB beside its inputs (0.5 in turns of 16384 tokens, in 1.64 ms). 16 x 6273 tokens: 6.05 ms and 1.6 GiB (6.25 and 1.4
-in turns of 16384). To take fewer sequences at a time instead leaves too few warps, or chunks side by side, whose
-states and adjoints want a walk each before the real ones (0.26 ms each for 25,000 tokens). The adjoint walk was 0.98
-ms (left out one at a time, the outer products saved 0.11 ms, the contractions 0.16, the exponentials 0.09, memory
-0.10) before `C h` became a 16-bit product (0.94), the warp's number uniform, and the kept states decayed ones, so that
-the gradient of A need not wait for an exponential (0.89). How the compiler orders so many instructions counts as much:
-with a factor of `C h` selected, not masked, the same walk takes 1.02; with all exponentials of a step asked for first,
-which spills nothing, 0.97. Did not help: the contraction of the adjoint states in bfloat16 (twice the error in the
-gradient of the step size; in float16 small gradients would vanish); that of the states in bfloat16, so that the outer
-product takes the same words (0.97); sums over channels through shared memory instead of transposed 16-bit fragments
-(1.02); odd strides and wider stores of the partial gradients (1.01, 1.05).
+0.10 (since then 0.066 in runs of 61 tokens and without addresses worked out at each step; 0.16 unrolled over all its
+tokens and spilling), the sum of the partial gradients of B and C 0.05; it holds 0.7 GiB beside its inputs (0.5 in
+turns of 16384 tokens, 2.5 % slower). 16 x 6273 tokens: 6.05 ms, of it 0.36 for the convolution (since then 0.23), and
+1.6 GiB (3 % slower and 1.4 in turns of 16384). To take fewer sequences at a time instead leaves too few warps, or
+chunks side by side, whose states and adjoints want a walk each before the real ones (0.26 ms each for 25,000 tokens).
+The adjoint walk was 0.98 ms (left out one at a time, the outer products saved 0.11 ms, the contractions 0.16, the
+exponentials 0.09, memory 0.10) before `C h` became a 16-bit product (0.94), the warp's number uniform, and the kept
+states decayed ones, so that the gradient of A need not wait for an exponential (0.89). How the compiler orders so many
+instructions counts as much: with a factor of `C h` selected, not masked, the same walk takes 1.02; with all
+exponentials of a step asked for first, which spills nothing, 0.97. Did not help: the contraction of the adjoint states
+in bfloat16 (twice the error in the gradient of the step size; in float16 small gradients would vanish); that of the
+states in bfloat16, so that the outer product takes the same words (0.97); sums over channels through shared memory
+instead of transposed 16-bit fragments (1.02); odd strides and wider stores of the partial gradients (1.01, 1.05).
 """
 
 import ctypes
@@ -107,6 +117,9 @@ SOURCE = r"""
 #define BLOCK_THREADS (W * 64 * (SPLIT + 1))
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
+// The tensor cores cut off what tf32 has no bits for: on average ln 2 / 2 units in the last place of 1. This factor
+// makes good for it in one instruction, where rounding takes four.
+#define TF32_LOSS 1.000338f
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -194,6 +207,7 @@ DEV void barrier(int which, int threads) { asm volatile("bar.sync %0, %1;" ::"r"
 DEV void sync_warp() { __syncwarp(); }
 // The same in all lanes of a warp: the compiler, told so, keeps it and what follows from it in uniform registers.
 DEV int uniform(int v) { return __shfl_sync(0xffffffffu, v, 0); }
+DEV void keep_in_register(int &v) { asm("" : "+r"(v)); }
 DEV float exchange(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 #endif
 
@@ -310,6 +324,14 @@ DEV float sigmoid(float v) {
     return rcp(1.f + ex2(v * -LOG2E));
 #endif
 }
+// Half of it, in as many instructions.
+DEV float half_sigmoid(float v) {
+#if EXACT
+    return 0.5f * sigmoid(v);
+#else
+    return rcp(fmaf(2.f, ex2(v * -LOG2E), 2.f));
+#endif
+}
 // Derivative of the softplus, from its value.
 DEV float softplus_slope(float delta) {
 #if EXACT
@@ -371,27 +393,38 @@ struct Walk {
     }
 };
 
-// The row of a tile that a lane copies a part of, and where it comes from.
+// Column `column` of row `row`. Within a sequence 32 bits are enough for the offset in bytes: see `_Scan`.
+template <typename T> DEV T *cell(T *rows, u32 row, u32 stride, u32 column) {
+    return (T *)((u64)rows + (row * stride + column) * (u32)sizeof(T));
+}
+
+// What a lane copies of each tile: of one row, a few pieces.
 #define LANES_OF_ROW (SPLIT ? 4 : 2)
 struct Row {
-    int number, piece, token;  // the first piece of the row that this lane copies
-    bool exists;
-    __device__ __forceinline__ Row(const Walk &w, int begin) {
+    int number, piece, place;  // in the tile; the first of the pieces; where it lies from the tile's first place on
+    __device__ __forceinline__ Row(const Walk &w) {
         number = SPLIT ? w.half * (TILE / 2) + w.lane / 4 : w.lane / 2, piece = w.lane % LANES_OF_ROW;
-        int place = w.place(begin, number);
-        token = w.token(place), exists = place < w.last;
+        place = w.place(0, number);
+    }
+    // Where registers are left, the compiler need not work them out again for every tile.
+    __device__ __forceinline__ void keep() {
+        keep_in_register(number);
+        keep_in_register(piece);
+        keep_in_register(place);
     }
 };
 // Rows that do not exist and columns past `left` become zero. Rows lie STRIDE values apart, in shared memory SPACING.
 template <int COLUMNS, int SPACING, int STRIDE, int BYTES>
-DEV void load_row(io_t *to, const io_t *from, int left, const Row &row) {
+DEV void load_row(io_t *to, const io_t *from, int left, const Walk &w, const Row &row, int begin) {
     const int PER = BYTES / sizeof(io_t), PIECES = COLUMNS / PER;
-    from += (long long)row.token * STRIDE + row.piece * PER;
+    int place = begin + row.place;
+    bool exists = place < w.last;
+    from = cell(from, w.token(place), STRIDE, row.piece * PER);
     to += row.number * SPACING + row.piece * PER;
 #pragma unroll
     for (int i = 0; i < PIECES; i += LANES_OF_ROW) {
         if (i + LANES_OF_ROW > PIECES && i + row.piece >= PIECES) break;
-        bool valid = row.exists && (i + row.piece) * PER < left;
+        bool valid = exists && (i + row.piece) * PER < left;
         if (BYTES >= 4) copy_async<BYTES < 4 ? 4 : BYTES>(to + i * PER, from + i * PER, valid);
         else to[i * PER] = valid ? from[i * PER] : (io_t)0;
     }
@@ -414,11 +447,11 @@ DEV u32 pair16(const io_t *p) {
 // What makes Δ of a warp's channels: dt_proj's rows as the tensor cores want a right factor, 8 ranks a word, and bias.
 #define EIGHTS ((R + 7) / 8)
 #define WORDS(M) ((2 * M * EIGHTS + 3) / 4 * 4)
-#define STEP_SIZE_BYTES(M) (EXACT ? 0 : WORDS(M) * 128 + 64 * M)
+#define STEP_SIZE_BYTES(M) (EXACT ? 0 : WORDS(M) * 128 + 128 * M)
 
 template <int M> struct StepSize {
     u32 *weight;  // [four words][lane][4]; if the warp is split, [word][lane]
-    float *bias;
+    float *bias;  // [q][slot s][4]: elements e and e + 2 for channel (2q + e) S + s, as a lane holds the sum
 
     __device__ __forceinline__ void load(const Args &p, const Walk &w, char *to) {
         weight = (u32 *)to, bias = (float *)(to + WORDS(M) * 128);
@@ -433,8 +466,11 @@ template <int M> struct StepSize {
                 weight[SPLIT ? word * 32 + w.lane : (word / 4 * 32 + w.lane) * 4 + word % 4] =
                     pack16(r < R ? parameter(p.dt_w, at) : 0.f, r + 1 < R ? parameter(p.dt_w, at + 1) : 0.f);
             }
-        for (int c = w.lane; c < 16 * M; c += 32)
-            bias[c] = w.channel + c < CHANNELS ? parameter(p.dt_b, (size_t)w.dir * CHANNELS + w.channel + c) : 0.f;
+        for (int c = w.lane; c < 16 * M; c += 32) {
+            float v = w.channel + c < CHANNELS ? parameter(p.dt_b, (size_t)w.dir * CHANNELS + w.channel + c) : 0.f;
+            float *at = bias + (c / (2 * S) * S + c % S) * 4 + c / S % 2;
+            at[0] = at[2] = v;
+        }
         sync_warp();
 #endif
     }
@@ -456,25 +492,18 @@ template <int M> struct StepSize {
             }
 #else
         u32 words[WORDS(M)];
-        float start[2 * S];
         if (SPLIT) {
 #pragma unroll
             for (int i = 0; i < COUNT * EIGHTS; i++) words[i] = weight[(first * EIGHTS + i) * 32 + w.lane];
-#pragma unroll
-            for (int s = 0; s < COUNT; s++)
-                start[s] = bias[2 * q * S + first + s], start[S + s] = bias[(2 * q + 1) * S + first + s];
         } else {
 #pragma unroll
             for (int i = 0; i < WORDS(M); i += 4) {
                 uint4 v = *(const uint4 *)(weight + (i * 8 + w.lane) * 4);
                 words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
             }
-            load_vector<2 * S>(start, bias + 2 * q * S);
         }
 #pragma unroll
-        for (int s = 0; s < COUNT; s++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) acc[s][e] = start[(e & 1) * S + s];
+        for (int s = 0; s < COUNT; s++) load_vector<4>(acc[s], bias + (q * S + first + s) * 4);
 #pragma unroll
         for (int k = 0; k < EIGHTS; k += 2) {
             u32 a[4];
@@ -649,7 +678,9 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
     if (KIND == SCAN && p.kept) keep_at = w.begin(0), part = keep_at / p.kept;
     float *sub_at = KIND == STATES ? fragment<M>(p.sub, p, w, sub_parts(p), part - w.base / 8) : 0;
     const int four = lane % (4 * M) * 4, here = left - four;  // channels of this lane in the epilogue
-    const int ROUNDS = M * 2, PER = 8 / M, row = lane / (4 * M);
+    const int ROUNDS = M * 2, PER = 8 / M;
+    Row row(w);
+    row.keep();
     float skip[4], in_step[4];
     u32 out_step[4];
 #pragma unroll
@@ -658,23 +689,24 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
     for (int e = 0; e < 4; e++)
         skip[e] = KIND == SCAN && e < here ? parameter(p.skip, (size_t)w.dir * CHANNELS + w.channel + four + e) : 0.f;
 
-    for (int tile = -1; tile < w.tiles; tile++) {
+    // Where a tile begins, and its stage in shared memory.
+    int begin = w.begin(-1), now = STAGE;
+    for (int tile = -1; tile < w.tiles; tile++, begin += way * TILE, now = STAGE - now) {
         if (SPLIT) {  // what the next copies overwrite has been read by both halves
             copy_wait<0>();
             w.sync();
         }
         auto fetch = [&] {
             if (tile + 1 < w.tiles) {
-                char *stage = mine + ((tile + 1) & 1) * STAGE;
-                const Row source(w, w.begin(tile + 1));
-                load_row<PROJ, PROJ, PROJ, PROJ_PIECE>((io_t *)stage, proj_rows, PROJ, source);
-                load_row<16 * M, LU, CHANNELS, CHANNEL_PIECE>((io_t *)(stage + PROJ_TILE), u_rows, left, source);
+                char *stage = mine + STAGE - now;
+                const int from = begin + way * TILE;
+                load_row<PROJ, PROJ, PROJ, PROJ_PIECE>((io_t *)stage, proj_rows, PROJ, w, row, from);
+                load_row<16 * M, LU, CHANNELS, CHANNEL_PIECE>((io_t *)(stage + PROJ_TILE), u_rows, left, w, row, from);
             }
             copy_commit();
         };
         if (!SPLIT || tile < 0) fetch();
         if (tile < 0) continue;
-        const int begin = w.begin(tile);
         if (KIND == SCAN && begin == keep_at) {
             float *to = fragment<M>(p.states, p, w, (p.L + p.kept - 1) / p.kept, part);
             store_states<M, GROUPS>(to + first_group * 128, h, w);
@@ -686,9 +718,8 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
             KIND == SCAN && (ORDERED ? p.mode == 2 : 2 * tile > w.tiles - 1 || (2 * tile == w.tiles - 1 && w.dir));
         if (meeting && w.dir && tile == w.tiles / 2) barrier(1, BLOCK_THREADS);
         if (second) {
-            const Row source(w, begin);
-            load_row<16 * M, LU, 2 * CHANNELS, CHANNEL_PIECE>(gate, z_rows, left, source);
-            load_row<16 * M, LU, CHANNELS, CHANNEL_PIECE>(before, out_rows, left, source);
+            load_row<16 * M, LU, 2 * CHANNELS, CHANNEL_PIECE>(gate, z_rows, left, w, row, begin);
+            load_row<16 * M, LU, CHANNELS, CHANNEL_PIECE>(before, out_rows, left, w, row, begin);
         }
         if (KIND == SCAN) copy_commit();
         if (SPLIT) fetch();
@@ -696,7 +727,7 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
             copy_wait<KIND == SCAN ? 2 : 1>();
             sync_warp();
         }
-        const io_t *proj = (io_t *)(mine + (tile & 1) * STAGE), *u = (io_t *)(mine + (tile & 1) * STAGE + PROJ_TILE);
+        const io_t *proj = (io_t *)(mine + now), *u = (io_t *)(mine + now + PROJ_TILE);
         step_size.apply(p, w, proj, delta);
         w.sync();
         const int in_at = KIND == ADJOINT ? R + N : R;
@@ -739,39 +770,53 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
                 if (KIND == SCAN && q == 0) store_vector<S>(d_at + j * LD, sum);
             }
 #else
-            float b[GROUPS], in[S], y[S], step[S];
+            float b[GROUPS], in[S], step[S], sum[M][4], factor[M][GROUPS][4];
             u32 c[GROUPS];
             load_vector<S>(step, d_at + q * LD);
             load_channels_of_lane<S>(in, u_at);
 #pragma unroll
-            for (int s = 0; s < S; s++) in[s] = round_tf32(KIND == ADJOINT ? in[s] : in[s] * step[s]);
+            for (int s = 0; s < S; s++) in[s] *= KIND == ADJOINT ? TF32_LOSS : step[s] * TF32_LOSS;
 #pragma unroll
             for (int nt = 0; nt < GROUPS; nt++) {
                 b[nt] = projected(b_at, 0, 0, nt * 8 + g);
                 c[nt] = KIND == SCAN ? projected_half2(c_at, 0, R + N, nt * 8 + 2 * q) : 0;
             }
 #pragma unroll
-            for (int i = 0; i < M; i++) {
-                float sum[4] = {0.f, 0.f, 0.f, 0.f};
+            for (int i = 0; i < M; i++)
 #pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    float d[2];
-                    load_vector<2>(d, d_at + j * LD + 2 * i);
-                    if (KIND == ENDS || KIND == ADJOINT) total[2 * i] += d[0], total[2 * i + 1] += d[1];
+                for (int e = 0; e < 4; e++) sum[i][e] = 0.f;
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                float d[S];
+                load_vector<S>(d, d_at + j * LD);
+                if (KIND == ENDS || KIND == ADJOINT)
+#pragma unroll
+                    for (int s = 0; s < S; s++) total[s] += d[s];
+#pragma unroll
+                for (int i = 0; i < M; i++)
+#pragma unroll
+                    for (int nt = 0; nt < GROUPS; nt++)
+#pragma unroll
+                        for (int e = 0; e < 4; e++) factor[i][nt][e] = decay(d[2 * i + (e >> 1)], a[i][nt][e]);
+#pragma unroll
+                for (int i = 0; i < M; i++)
 #pragma unroll
                     for (int nt = 0; nt < GROUPS; nt++) {
                         float *x = h[i][nt], now = b[nt] * in_step[j];
                         if (KIND == ADJOINT) mma_tf32_k4(x, in[2 * i], in[2 * i + 1], now);
 #pragma unroll
-                        for (int e = 0; e < 4; e++) x[e] *= decay(d[e >> 1], a[i][nt][e]);
+                        for (int e = 0; e < 4; e++) x[e] *= factor[i][nt][e];
                         if (KIND != ADJOINT) mma_tf32_k4(x, in[2 * i], in[2 * i + 1], now);
                     }
-                    if (KIND == SCAN) contract_states<GROUPS>(sum, h[i], c, out_step[j]);
-                }
-                y[2 * i] = sum[0], y[2 * i + 1] = sum[2];
+                if (KIND == SCAN)
+#pragma unroll
+                    for (int i = 0; i < M; i++) contract_states<GROUPS>(sum[i], h[i], c, out_step[j]);
             }
             if (KIND == SCAN) {
                 if (!SPLIT) sync_warp();  // Δ of these steps is used up
+                float y[S];
+#pragma unroll
+                for (int i = 0; i < M; i++) y[2 * i] = sum[i][0], y[2 * i + 1] = sum[i][2];
                 store_vector<S>(y_at + q * LD, y);
             }
 #endif
@@ -782,7 +827,7 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
             w.sync();
 #pragma unroll
             for (int k = 0; k < ROUNDS / (SPLIT + 1); k++) {
-                int r = (k + w.half) * PER + row, place = w.place(begin, r);
+                int r = (k + w.half) * PER + lane / (4 * M), place = w.place(begin, r);
                 float x[4], y[4], more[4];
                 unpack4(x, u + r * LU + four);
                 load_vector<4>(y, ys + r * LD + four);
@@ -794,9 +839,9 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
                     unpack4(z, gate + r * LU + four);
                     unpack4(other, before + r * LU + four);
 #pragma unroll
-                    for (int e = 0; e < 4; e++) y[e] = (y[e] + other[e]) * 0.5f * z[e] * sigmoid(z[e]);
+                    for (int e = 0; e < 4; e++) y[e] = (y[e] + other[e]) * z[e] * half_sigmoid(z[e]);
                 }
-                if (place < w.last) store4(out_rows + (long long)w.token(place) * CHANNELS + four, y, here);
+                if (place < w.last) store4(cell(out_rows, w.token(place), CHANNELS, four), y, here);
             }
             if (meeting && !w.dir && tile == (w.tiles - 1) / 2) barrier(1, BLOCK_THREADS);
         }
@@ -859,56 +904,62 @@ extern "C" __global__ void hand_on(const Args p) {
 #endif
 
 // ------------------------------------------------------------------------------------------------------------------
-// Depthwise causal convolution and SiLU. A thread walks over RUN places for a few channels. Unless there is an order,
+// Depthwise causal convolution and SiLU. A thread walks over RUN places for CV channels. Unless there is an order,
 // both directions go along in one walk, since they look at the same K tokens: with the newest of these the forward
 // direction ends its window, with the oldest the backward one.
 // ------------------------------------------------------------------------------------------------------------------
-#define RUN 32
+#define RUN 61  // with the HALO that a walk goes further, a multiple of K = 4
+#define CONV_THREADS 64
 #define HALO (K - 1)
 #define WALKED (ORDERED ? 1 : 2)  // directions in one walk
+#define CV (VEC ? 2 : 1)
+#if !VEC
+typedef io_t few_t;
+#elif IO == 0
+typedef float2 few_t;
+#else
+typedef u32 few_t;
+#endif
 
-// COUNT neighbours, 1, or 2 or 4 at a multiple of it.
-template <int COUNT> DEV void load_few(float *to, const io_t *from, bool exists) {
-    float v[4] = {0.f, 0.f, 0.f, 0.f};
-    if (exists) {
-        if (COUNT == 4) unpack4(v, from);
-        else if (COUNT == 2) {
-            float2 two = load2(from);
-            v[0] = two.x, v[1] = two.y;
-        } else
-            v[0] = value(from[0]);
-    }
-#pragma unroll
-    for (int c = 0; c < COUNT; c++) to[c] = v[c];
+DEV void unpack(float to[CV], few_t v) {
+#if !VEC
+    to[0] = value(v);
+#else
+    float2 two = load2((const io_t *)&v);
+    to[0] = two.x, to[CV - 1] = two.y;
+#endif
 }
-template <int COUNT> DEV void store_few(io_t *to, const float *from) {
-    if (COUNT == 4) store4(to, from, 4);
-    else if (COUNT == 2) store2(to, from[0], from[COUNT - 1]);
+DEV few_t load_few(const io_t *from, bool exists) {
+    few_t none = {};
+    return exists ? *(const few_t *)from : none;
+}
+DEV void store_few(io_t *to, const float from[CV]) {
+    if (CV == 2) store2(to, from[0], from[CV - 1]);
     else to[0] = stored(from[0]);
 }
 // The token that direction `dir` meets at a place, if it exists.
 DEV int token_at(const Args &p, int dir, int place) {
     return ORDERED && dir && place >= 0 && place < p.L ? (int)p.order[place] : place;
 }
-template <int COUNT> struct Taps {
-    float weight[WALKED][K][COUNT], bias[WALKED][COUNT];
+struct Taps {
+    float weight[WALKED][K][CV], bias[WALKED][CV];
 
-    __device__ __forceinline__ Taps(const Args &p, int dir, int channel) {
+    __device__ __forceinline__ Taps(const Args &p, int dir, int channel, float scale = 1.f) {
 #pragma unroll
         for (int d = 0; d < WALKED; d++)
 #pragma unroll
-            for (int c = 0; c < COUNT; c++) {
+            for (int c = 0; c < CV; c++) {
                 size_t at = (size_t)(dir + d) * CHANNELS + channel + c;
-                bias[d][c] = parameter(p.conv_b, at);
+                bias[d][c] = scale * parameter(p.conv_b, at);
 #pragma unroll
-                for (int k = 0; k < K; k++) weight[d][k][c] = parameter(p.conv_w, at * K + k);
+                for (int k = 0; k < K; k++) weight[d][k][c] = scale * parameter(p.conv_w, at * K + k);
             }
     }
     // Of a window whose newest token lies at `newest`, round robin: of direction d the K tokens from its first on.
     static __device__ __forceinline__ int slot(int d, int newest, int k) {
         return (d ? newest - k + K : newest + 1 + k) % K;
     }
-    __device__ __forceinline__ float sum(int d, int c, const float window[K][COUNT], int newest) const {
+    __device__ __forceinline__ float sum(int d, int c, const float window[K][CV], int newest) const {
         float y = bias[d][c];
 #pragma unroll
         for (int k = 0; k < K; k++) y = fmaf(weight[d][k][c], window[slot(d, newest, k)][c], y);
@@ -917,50 +968,54 @@ template <int COUNT> struct Taps {
 };
 
 #ifdef CONV_KERNEL
-#define CV (VEC ? 4 : 1)
-extern "C" __global__ void conv(const Args p) {
-    int groups = (CHANNELS + CV - 1) / CV, at = blockIdx.x * blockDim.x + threadIdx.x;
-    int dir = at / groups, channel = at % groups * CV, b = blockIdx.z, start = blockIdx.y * RUN;
+#define SCALE (EXACT ? 1.f : LOG2E)  // of the taps: spares the exponential of the SiLU a product
+DEV float silu_of_scaled(float y) {
+#if EXACT
+    return y * sigmoid(y);
+#else
+    return y * rcp(fmaf(LOG2E, ex2(-y), LOG2E));
+#endif
+}
+extern "C" __global__ void __launch_bounds__(CONV_THREADS, 20) conv(const Args p) {
+    const int groups = (CHANNELS + CV - 1) / CV, at = blockIdx.x * CONV_THREADS + threadIdx.x;
+    const int dir = at / groups, channel = at % groups * CV, b = blockIdx.z, start = blockIdx.y * RUN;
     if (dir >= 2 / WALKED) return;
-    const Taps<CV> taps(p, dir, channel);
-    float window[K][CV], ahead[K][CV];  // the next K inputs are under way while these are used
-    const io_t *x = p.xz + (size_t)b * p.L * 2 * CHANNELS + channel;
-    io_t *u = (io_t *)p.u + (size_t)b * p.L * CHANNELS + channel;
-    auto load = [&](float *to, int place) {
-        load_few<CV>(to, x + (long long)token_at(p, dir, place) * 2 * CHANNELS, place >= 0 && place < p.L);
+    const Taps taps(p, dir, channel, SCALE);
+    float window[K][CV];
+    few_t ahead[K];  // the next K inputs are under way while these are used
+    const io_t *x = p.xz + (size_t)b * p.L * 2 * CHANNELS + channel, *x_now = x + (long long)start * 2 * CHANNELS;
+    io_t *u = (io_t *)p.u + ((size_t)dir * p.B + b) * p.L * CHANNELS + channel;
+    io_t *u_now = u + (long long)start * CHANNELS;
+    // From one direction's output on to the other's in the same step.
+    const long long other = (long long)p.B * p.L * CHANNELS - HALO * CHANNELS;
+    // Pointers advance and the places left are counted down, so that nothing is left to work out at a step.
+    int done = 0, inputs = p.L - start, outputs = min(inputs, RUN);
+    auto load = [&](int i, bool exists) {
+        const io_t *row = x_now + i * 2 * CHANNELS;
+        return load_few(ORDERED ? x + (long long)token_at(p, dir, start + done + i) * 2 * CHANNELS : row, exists);
     };
 #pragma unroll
-    for (int k = 0; k < HALO; k++) load(window[k], start + k - HALO);
+    for (int k = 0; k < HALO; k++) unpack(window[k], load(k - HALO, start + k - HALO >= 0));
 #pragma unroll
-    for (int j = 0; j < K; j++) load(ahead[j], start + j);
+    for (int j = 0; j < K; j++) ahead[j] = load(j, inputs > j);
 #pragma unroll 1
-    for (int v = 0; v < RUN + HALO * (WALKED - 1); v += K) {
-        float now[K][CV];
-#pragma unroll
-        for (int j = 0; j < K; j++)
-#pragma unroll
-            for (int c = 0; c < CV; c++) now[j][c] = ahead[j][c];
-#pragma unroll
-        for (int j = 0; j < K; j++) load(ahead[j], start + v + K + j);
+    for (; outputs > -HALO * (WALKED - 1); done += K, inputs -= K, outputs -= K) {
 #pragma unroll
         for (int j = 0; j < K; j++) {
             const int newest = (j + HALO) % K;
-            int place = start + v + j, token = token_at(p, dir, place);
-#pragma unroll
-            for (int c = 0; c < CV; c++) window[newest][c] = now[j][c];
+            unpack(window[newest], ahead[j]);
+            ahead[j] = load(K + j, inputs > K + j);
 #pragma unroll
             for (int d = 0; d < WALKED; d++) {
                 float y[CV];
 #pragma unroll
-                for (int c = 0; c < CV; c++) {
-                    y[c] = taps.sum(d, c, window, newest);
-                    y[c] *= sigmoid(y[c]);
-                }
-                int i = v + j - d * HALO, to = d ? place - HALO : token;
-                if (i >= 0 && i < RUN && start + i < p.L)
-                    store_few<CV>(u + ((long long)(dir + d) * p.B * p.L + to) * CHANNELS, y);
+                for (int c = 0; c < CV; c++) y[c] = silu_of_scaled(taps.sum(d, c, window, newest));
+                if (outputs <= j - d * HALO || done < d * HALO - j) continue;
+                if (ORDERED) store_few(u + (long long)token_at(p, dir, start + done + j) * CHANNELS, y);
+                else store_few(u_now + d * other + j * CHANNELS, y);
             }
         }
+        x_now += K * 2 * CHANNELS, u_now += K * CHANNELS;
     }
 }
 #endif
@@ -968,12 +1023,11 @@ extern "C" __global__ void conv(const Args p) {
 #ifdef CONV_BACKWARD_KERNEL
 // Adds the gradients of both directions at each token. p.mode 1: direction 0 alone; 2: direction 1 along p.order, on
 // top of what direction 0 left.
-#define CV (VEC ? 2 : 1)
-extern "C" __global__ void __launch_bounds__(128, 4) conv_backward(const Args p) {
-    int groups = (CHANNELS + CV - 1) / CV, at = blockIdx.x * blockDim.x + threadIdx.x;
-    int dir = ORDERED && p.mode == 2, channel = at * CV, b = blockIdx.z, start = blockIdx.y * RUN;
-    if (at >= groups) return;
-    const Taps<CV> taps(p, dir, channel);
+extern "C" __global__ void __launch_bounds__(CONV_THREADS, 10) conv_backward(const Args p) {
+    const int channel = (blockIdx.x * CONV_THREADS + threadIdx.x) * CV, b = blockIdx.z;
+    const int dir = ORDERED && p.mode == 2, start = blockIdx.y * RUN;
+    if (channel >= CHANNELS) return;
+    const Taps taps(p, dir, channel);
     // Of both windows, the newest: an input; for direction 0 the gradient there, for direction 1 that at the oldest.
     float window[K][CV], dy[WALKED][K][CV], d_weight[WALKED][K + 1][CV];
 #pragma unroll
@@ -985,71 +1039,65 @@ extern "C" __global__ void __launch_bounds__(128, 4) conv_backward(const Args p)
                 d_weight[d][k][c] = 0.f;
                 if (k < K) dy[d][k][c] = window[k][c] = 0.f;
             }
-    const io_t *x = p.xz + (size_t)b * p.L * 2 * CHANNELS + channel;
-    const io_t *du_rows = p.du + ((size_t)dir * p.B + b) * p.L * CHANNELS + channel;
-    io_t *dx_rows = p.out + (size_t)b * p.L * 2 * CHANNELS + channel;
-    float ahead[K][CV], du_ahead[WALKED][K][CV];  // the next K inputs and gradients are under way while these are used
-    auto load = [&](int v) {
+    const long long row = (long long)b * p.L + start - HALO;
+    const io_t *x_now = p.xz + row * 2 * CHANNELS + channel;
+    const io_t *du_now = p.du + ((long long)dir * p.B * p.L + row) * CHANNELS + channel;
+    io_t *dx_now = p.out + row * 2 * CHANNELS + channel;
+    const long long other = (long long)p.B * p.L * CHANNELS - HALO * CHANNELS;  // from one direction's gradient on
+    few_t ahead[K], du_ahead[WALKED][K];  // the next K inputs and gradients are under way while these are used
+    // From the place `start` + `done` on: the outputs that this run's inputs go into, and this run's own.
+    int done = -HALO, outputs = min(p.L - start, RUN + HALO) + HALO, own = min(p.L - start, RUN) + HALO;
+    // How far a token lies from where the pointers are, in tokens.
+    auto away = [&](int i) { return ORDERED ? token_at(p, dir, start + done + i) - start - done : i; };
+    auto load = [&](int i) {
+        const int j = i % K, token = away(i);
+        ahead[j] = load_few(x_now + (long long)token * 2 * CHANNELS, outputs > i && (i >= K || start + done + i >= 0));
 #pragma unroll
-        for (int j = 0; j < K; j++) {
-            int i = v + j, place = start + i, token = token_at(p, dir, place);
-            load_few<CV>(ahead[j], x + (long long)token * 2 * CHANNELS, place >= 0 && place < p.L);
-#pragma unroll
-            for (int d = 0; d < WALKED; d++) {
-                int own = i - d * HALO, at = d ? place - HALO : token;
-                bool exists = i >= 0 && start + own >= 0 && start + own < p.L && own < RUN + (d ? 0 : HALO);
-                load_few<CV>(du_ahead[d][j], du_rows + ((long long)d * p.B * p.L + at) * CHANNELS, exists);
-            }
+        for (int d = 0; d < WALKED; d++) {
+            bool exists = (d ? own > i - HALO && start + done + i >= HALO : outputs > i) && (i >= K || done + i >= 0);
+            du_ahead[d][j] = load_few(du_now + d * other + (long long)token * CHANNELS, exists);
         }
     };
-    load(-HALO);
+#pragma unroll
+    for (int j = 0; j < K; j++) load(j);
 #pragma unroll 1
-    for (int v = -HALO; v < RUN + HALO; v += K) {
-        float now[K][CV], du[WALKED][K][CV];
+    for (; own > -HALO; done += K, outputs -= K, own -= K) {
 #pragma unroll
-        for (int j = 0; j < K; j++)
+        for (int j = 0; j < K; j++) {
+            float du[WALKED][CV];
+            unpack(window[j], ahead[j]);
 #pragma unroll
-            for (int c = 0; c < CV; c++) {
-                now[j][c] = ahead[j][c];
+            for (int d = 0; d < WALKED; d++) unpack(du[d], du_ahead[d][j]);
+            load(K + j);
 #pragma unroll
-                for (int d = 0; d < WALKED; d++) du[d][j][c] = du_ahead[d][j][c];
-            }
-        load(v + K);
-#pragma unroll
-        for (int newest = 0; newest < K; newest++) {
-            int i = v + newest, place = start + i;
-#pragma unroll
-            for (int c = 0; c < CV; c++) window[newest][c] = now[newest][c];
-#pragma unroll
-            for (int d = 0; d < WALKED; d++) {
-                int own = i - d * HALO;
+            for (int d = 0; d < WALKED; d++)
 #pragma unroll
                 for (int c = 0; c < CV; c++) {
-                    float y = taps.sum(d, c, window, newest), gate = sigmoid(y);
-                    dy[d][newest][c] = du[d][newest][c] * gate * fmaf(y, 1.f - gate, 1.f);
-                    float counted = own >= 0 && own < RUN ? dy[d][newest][c] : 0.f;
+                    float y = taps.sum(d, c, window, j), gate = sigmoid(y);
+                    dy[d][j][c] = du[d][c] * gate * fmaf(y, 1.f - gate, 1.f);
+                    // Those of neighbouring runs are counted there.
+                    float counted = (d ? done >= HALO - j : own > j) ? dy[d][j][c] : 0.f;
 #pragma unroll
                     for (int k = 0; k < K; k++)
-                        d_weight[d][k][c] = fmaf(counted, window[taps.slot(d, newest, k)][c], d_weight[d][k][c]);
+                        d_weight[d][k][c] = fmaf(counted, window[taps.slot(d, j, k)][c], d_weight[d][k][c]);
                     d_weight[d][K][c] += counted;
                 }
-            }
             // The gradient of the oldest input: of direction 0 from the outputs it and the K - 1 after it went into,
             // of direction 1 from those it and the K - 1 before it went into.
-            int oldest = place - HALO;
-            if (i < HALO || oldest >= p.L || i >= RUN + HALO) continue;
+            if (done < HALO - j || own <= j - HALO) continue;
             float dx[CV];
-            io_t *to = dx_rows + (long long)token_at(p, dir, oldest) * 2 * CHANNELS;
-            load_few<CV>(dx, to, ORDERED && p.mode == 2);
+            io_t *to = dx_now + (long long)away(j - HALO) * 2 * CHANNELS;
+            unpack(dx, load_few(to, ORDERED && p.mode == 2));
 #pragma unroll
             for (int c = 0; c < CV; c++)
 #pragma unroll
-                for (int j = 0; j < K; j++)
+                for (int k = 0; k < K; k++)
 #pragma unroll
                     for (int d = 0; d < WALKED; d++)
-                        dx[c] = fmaf(taps.weight[d][HALO - j][c], dy[d][taps.slot(d, newest, j)][c], dx[c]);
-            store_few<CV>(to, dx);
+                        dx[c] = fmaf(taps.weight[d][HALO - k][c], dy[d][taps.slot(d, j, k)][c], dx[c]);
+            store_few(to, dx);
         }
+        x_now += K * 2 * CHANNELS, du_now += K * CHANNELS, dx_now += K * 2 * CHANNELS;
     }
 #pragma unroll
     for (int d = 0; d < WALKED; d++) {
@@ -1142,13 +1190,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
     }
     auto part_of = [&](int i, int t8) { return (w.begin(w.tiles - 1 - i) + (w.reversed ? 8 - t8 : t8)) / 8; };
     auto load_stage = [&](int i) {
-        const Row source(w, w.begin(w.tiles - 1 - i));
+        const Row row(w);
+        const int from = w.begin(w.tiles - 1 - i);
         char *stage = mine + (i & 1) * STAGE;
         io_t *tile = (io_t *)(stage + PROJ_TILE);
-        load_row<PROJ, PROJ, PROJ, PROJ_PIECE>((io_t *)stage, proj_rows, PROJ, source);
-        load_row<16, 16, CHANNELS, CHANNEL_PIECE>(tile, p.u + rows, left, source);
-        load_row<16, 16, CHANNELS, CHANNEL_PIECE>(tile + TILE * 16, dout_rows, left, source);
-        load_row<16, 16, 2 * CHANNELS, CHANNEL_PIECE>(tile + TILE * 32, z_rows, left, source);
+        load_row<PROJ, PROJ, PROJ, PROJ_PIECE>((io_t *)stage, proj_rows, PROJ, w, row, from);
+        load_row<16, 16, CHANNELS, CHANNEL_PIECE>(tile, p.u + rows, left, w, row, from);
+        load_row<16, 16, CHANNELS, CHANNEL_PIECE>(tile + TILE * 16, dout_rows, left, w, row, from);
+        load_row<16, 16, 2 * CHANNELS, CHANNEL_PIECE>(tile + TILE * 32, z_rows, left, w, row, from);
     };
     load_stage(0);
     fetch_states(part_of(0, 8));
@@ -1162,7 +1211,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
                             : !meeting ? 2 * p.turn > p.chunks - 1
                                        : 2 * i > w.tiles - 1 || (2 * i == w.tiles - 1 && w.dir);
         if (meeting && w.dir && i == w.tiles / 2) barrier(1, BLOCK_THREADS);
-        if (second) load_row<16, 16, 2 * CHANNELS, CHANNEL_PIECE>(before, dz_rows, left, Row(w, begin));
+        if (second) load_row<16, 16, 2 * CHANNELS, CHANNEL_PIECE>(before, dz_rows, left, w, Row(w), begin);
         char *stage = mine + (i & 1) * STAGE;
         const io_t *proj = (io_t *)stage, *u = (io_t *)(stage + PROJ_TILE);
         const io_t *dout = u + TILE * 16, *z = dout + TILE * 16;
@@ -1385,7 +1434,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
             load_vector<4>(vds, ds + from);
             load_vector<4>(vy, ys + from);
             if (place >= w.last) continue;
-            const long long token = w.token(place);
+            const int token = w.token(place);
             load_vector<4>(skip, skip_at);
             load_vector<4>(d_skip, d_skip_at);
             load_vector<4>(d_bias, d_bias_at);
@@ -1410,11 +1459,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
                     vy[e] = mean * vo[e] * gate * fmaf(vz[e], 1.f - gate, 1.f);
                     other[e] = mean * vz[e] * gate;
                 }
-                if (p.y) store4(p.y + w.row * CHANNELS + w.channel + token * CHANNELS + four, other, here);
+                if (p.y) store4(cell(p.y + w.row * CHANNELS + w.channel, token, CHANNELS, four), other, here);
             }
-            store4(p.du + rows + token * CHANNELS + four, r_du, here);
-            store4(p.ddelta + rows + token * CHANNELS + four, r_dd, here);
-            store4(dz_rows + token * 2 * CHANNELS + four, vy, here);
+            store4(cell(p.du + rows, token, CHANNELS, four), r_du, here);
+            store4(cell(p.ddelta + rows, token, CHANNELS, four), r_dd, here);
+            store4(cell(dz_rows, token, 2 * CHANNELS, four), vy, here);
         }
         if (meeting && !w.dir && i == (w.tiles - 1) / 2) barrier(1, BLOCK_THREADS);
         sync_warp();
@@ -1447,7 +1496,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
 """
 
 TILE = 16  # tokens a warp takes at a time; the source has the same
-RUN = 32  # places a thread of the convolution takes; the source has the same
+RUN = 61  # places a thread of the convolution takes; the source has the same
+CONV_THREADS = 64  # of a block of the convolution; likewise
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _TURN_TOKENS = 32768  # about as many tokens the backward pass recomputes the states of at a time
 
@@ -1622,6 +1672,13 @@ class _Scan:
         self.xz, self.order, self.device = xz, order, xz.device
         self.R, self.N = dt_weight.shape[2], A_log.shape[2]
         parameters = (conv_weight, conv_bias, dt_weight, dt_bias, A_log, D)
+        size = self.L * xz.shape[2] * xz.element_size()
+        if size >= 2**32:
+            raise ValueError(
+                f"{self.L} tokens of {xz.shape[2]} values in {xz.dtype} are {size / 2**30:.1f} GiB; the scan backend "
+                "'cuda' takes sequences of less than 4 GiB, as offsets in them have 32 bits. Cut them, or choose "
+                "another backend with `use_scan_backend`."
+            )
         # A kernel does not look where its pointers lead.
         for parameter, last in zip(
             parameters, ((conv_weight.shape[2],), (), (self.R,), (), (self.N,), ()), strict=True
@@ -1650,6 +1707,7 @@ class _Scan:
             "ORDERED": int(order is not None),
         }
         self.rows = _rows(self.B, self.E)
+        self.conv_groups = self.E // 2 if self.options["VEC"] else self.E  # of channels that a thread takes
         self.side_by_side, self.chunk, self.chunks, self.span = _plan(self.B, self.L, self.E, xz.device)
         self.modes = (0,) if order is None else (1, 2)  # launches of a walk: both directions at once, or one by one
 
@@ -1688,7 +1746,7 @@ class _Scan:
         """Of a warp, or the two of a split one: `FORWARD_SHARED` and `BACKWARD_SHARED` of the source."""
         size, exact = self.xz.element_size(), not self.options["IO"]
         proj_tile = -(-TILE * (self.R + 2 * self.N) * size // 16) * 16
-        step_size = 0 if exact else -(-2 * blocks * -(-self.R // 8) // 4) * 512 + 64 * blocks
+        step_size = 0 if exact else -(-2 * blocks * -(-self.R // 8) // 4) * 512 + 128 * blocks
         tile = TILE * size * (16 * blocks + 16 * (blocks > 1))
         if name == "backward":
             states = -(-self.N // 8) * 512
@@ -1705,10 +1763,9 @@ class _Scan:
     def convolve(self):
         """Convolution and SiLU: (2, B, L, E), each direction's tokens at their own places."""
         u = self.new(2, self.B, self.L, self.E, dtype=self.xz.dtype)
-        groups = -(-self.E // (4 if self.options["VEC"] else 1))
-        walks = groups if self.order is None else 2 * groups  # a walk for both directions, or for each
-        grid = (-(-walks // 128), -(-self.L // RUN), self.B)
-        self.launch("conv", grid, 128, u=u)
+        walks = self.conv_groups if self.order is None else 2 * self.conv_groups  # for both directions, or for each
+        grid = (-(-walks // CONV_THREADS), -(-self.L // RUN), self.B)
+        self.launch("conv", grid, CONV_THREADS, u=u)
         return u
 
     def state_shape(self, parts):
@@ -1875,11 +1932,11 @@ def _backward_op(
         d_x_weight = torch.bmm(dproj.transpose(1, 2), u)
         du.baddbmm_(dproj, x_proj_weight)
         K = scan.options["K"]
-        groups, runs = -(-E // (2 if scan.options["VEC"] else 1)), -(-L // RUN)
+        runs = -(-L // RUN)
         dconv = scan.new(B, runs, 2, K + 1, E)
         for mode in scan.modes:
-            grid = (-(-groups // 128), runs, B)
-            scan.launch("conv_backward", grid, 128, numbers={"mode": mode}, du=du, out=dxz, dvec=dconv)
+            grid = (-(-scan.conv_groups // CONV_THREADS), runs, B)
+            scan.launch("conv_backward", grid, CONV_THREADS, numbers={"mode": mode}, du=du, out=dxz, dvec=dconv)
         dconv = dconv.sum(dim=(0, 1))
         gradients = [dconv[:, :K].transpose(1, 2), dconv[:, K], d_x_weight, d_dt_weight, d_dt_bias, dA, d_skip]
         parameters = [conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D]

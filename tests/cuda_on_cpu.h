@@ -61,6 +61,7 @@ static float broadcast(float v, int lane) {
 }
 static float exchange(float v, int mask) { return broadcast(v, (current % 32) ^ mask); }
 static int uniform(int v) { return (int)broadcast((float)v, 0); }
+static void keep_in_register(int &) {}
 static float flush(float x) { return std::fabs(x) < 1.17549435e-38f ? 0.f : x; }
 static float ex2(float x) { return flush(std::exp2(x)); }
 static float rcp(float x) { return 1.f / x; }

@@ -226,6 +226,17 @@ def test_a_parameter_of_another_shape_is_refused(on_cpu):
         selective_scan_cuda.bidirectional_selective_scan(*tensors)
 
 
+def test_a_sequence_beyond_32_bit_offsets_is_refused(on_cpu):
+    on_cpu(1)
+    tensors, _ = make_inputs(1, 18, 24, torch.float32)
+    most = 2**32 // (48 * 4)  # rows of 24 channels and their gates
+    scan = functools.partial(selective_scan_cuda._Scan, order=None)
+    parameters = (*tensors[1:3], *tensors[4:])
+    scan(tensors[0][:, :1].expand(1, most, 48), *parameters)
+    with pytest.raises(ValueError, match=r"22369622 tokens of 48 values in torch.float32 .* less than 4 GiB"):
+        scan(tensors[0][:, :1].expand(1, most + 1, 48), *parameters)
+
+
 def test_a_cpu_tensor_is_refused_by_name():
     with pytest.raises(ValueError, match="cuda: it needs an NVIDIA GPU"):
         select_scan_backend(torch.device("cpu"), torch.float32, "cuda")
