@@ -1973,7 +1973,7 @@ def _walk_back(scan, states, tensors, dbc):
             for direction in (0, 1) if mode == 0 else (mode - 1,):
                 first = places * (turn if direction and mode == 0 else walks - 1 - turn) if turn >= 0 else 0
                 tokens = slice(first, min(first + places, L))
-                found = partial[direction, :, :, : tokens.stop - first].sum(0)  # accumulates in float32
+                found = partial[direction, :, :, : tokens.stop - first].sum(0).to(io)  # accumulates in float32
                 if direction and scan.order is not None:
                     tokens = scan.tensors["order"][tokens]
                 dbc[direction][:, tokens] = found

@@ -159,12 +159,14 @@ def test_kernels_on_the_cpu_in_float32(on_cpu, multiprocessors, length, order, s
     assert_close_to_oracle(tensors, grad, make_order(order, length), TOLERANCE[torch.float32])
 
 
-def test_kernels_on_the_cpu_in_float16_with_float32_parameters(on_cpu):
+@pytest.mark.parametrize("order", ["reversal", "any"])
+def test_kernels_on_the_cpu_in_float16_with_float32_parameters(on_cpu, order):
     on_cpu(1)
     tensors, grad = make_inputs(1, 20, 24, torch.float16)
     tensors = [tensors[0], *(t.float() for t in tensors[1:])]
-    found = output_and_gradients(selective_scan_cuda.bidirectional_selective_scan, tensors, grad, None)
-    expected = output_and_gradients(bidirectional_selective_scan_reference, tensors, grad, None)
+    order = make_order(order, 20)
+    found = output_and_gradients(selective_scan_cuda.bidirectional_selective_scan, tensors, grad, order)
+    expected = output_and_gradients(bidirectional_selective_scan_reference, tensors, grad, order)
     assert [f.dtype for f in found] == [torch.float16] * 2 + [torch.float32] * 7
     for f, e in zip(found, expected, strict=True):
         assert (f.double() - e).norm() <= TOLERANCE[torch.float16] * e.double().norm()
@@ -303,7 +305,7 @@ def test_a_very_long_sequence(dtype, tolerance):
 
 
 @gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("order", ["spatial", "temporal", "any"])
 @pytest.mark.parametrize("batch", [1, 70])
 def test_orders(order, batch, dtype):
