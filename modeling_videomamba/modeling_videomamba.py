@@ -396,7 +396,8 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
             hidden_states = layer(hidden_states, order, **kwargs)
         last_hidden_state = self.norm(hidden_states)
         if self.embeddings.has_class_token:
-            pooled = last_hidden_state[:, class_token_index(self.config, math.prod(grid))]
+            # Not of `last_hidden_state`: so `torch.compile` leaves that out of a classifier, which wants no more.
+            pooled = self.norm(hidden_states[:, class_token_index(self.config, math.prod(grid))])
         else:
             pooled = last_hidden_state.mean(dim=1)
         return BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=pooled)
