@@ -1195,11 +1195,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
         const int from = w.begin(w.tiles - 1 - i);
         char *stage = mine + (i & 1) * STAGE;
         io_t *tile = (io_t *)(stage + PROJ_TILE);
-        load_row<PROJ, PROJ, PROJ, PROJ_PIECE>((io_t *)stage, proj_rows, PROJ, w, row, from);
         load_row<16, 16, CHANNELS, CHANNEL_PIECE>(tile, p.u + rows, left, w, row, from);
         load_row<16, 16, CHANNELS, CHANNEL_PIECE>(tile + TILE * 16, dout_rows, left, w, row, from);
         load_row<16, 16, 2 * CHANNELS, CHANNEL_PIECE>(tile + TILE * 32, z_rows, left, w, row, from);
+        load_row<PROJ, PROJ, PROJ, PROJ_PIECE>((io_t *)stage, proj_rows, PROJ, w, row, from);
     };
+    float in_step[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) in_step[j] = q == j;
     load_stage(0);
     fetch_states(part_of(0, 8));
     copy_commit();
@@ -1227,7 +1230,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
             unpack4(vu, u + at);
             load_vector<4>(step, delta + row * LD + four);
 #pragma unroll
-            for (int e = 0; e < 4; e++) vo[e] *= 0.5f * vz[e] * sigmoid(vz[e]), vu[e] *= step[e];
+            for (int e = 0; e < 4; e++) vo[e] *= vz[e] * half_sigmoid(vz[e]), vu[e] *= step[e];
             store_vector<4>(dy + row * LD + four, vo);
             store_vector<4>(dx + row * LD + four, vu);
         }
@@ -1350,8 +1353,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
                 in[0] = round_tf32(in[0]), in[1] = round_tf32(in[1]);
 #pragma unroll
                 for (int nt = 0; nt < NT; nt++) {
-                    b[nt] = projected(down, t4, 0, nt * 8 + g);
                     c[nt] = projected_half2(across, t4, N, nt * 8 + 2 * q);
+                    b[nt] = projected(down, t4, 0, nt * 8 + g);
                 }
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
@@ -1363,7 +1366,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
 #pragma unroll
                         for (int e = 0; e < 4; e++)
                             decayed[k][nt][e] = h[nt][e] *= decay(d[e >> 1], a[0][nt][e]);
-                        mma_tf32_k4(h[nt], in[0], in[1], q == j ? b[nt] : 0.f);
+                        mma_tf32_k4(h[nt], in[0], in[1], b[nt] * in_step[j]);
                     }
                     contract_states<NT>(sum, h, c, g >> 1 == j ? ~0u : 0);
                     outer_product(dc, h, g == k ? dy0 : 0, g == k ? dy1 : 0);
@@ -1398,7 +1401,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
                     load_vector<S>(d, delta_at + k * LD);
 #pragma unroll
                     for (int nt = 0; nt < NT; nt++) {
-                        mma_tf32_k4(lambda[nt], in[0], in[1], q == j ? c[nt] : 0.f);
+                        mma_tf32_k4(lambda[nt], in[0], in[1], c[nt] * in_step[j]);
                         contract_adjoints(low, high, lambda[nt], g >> 1 == j ? b[nt] : 0.f);
                     }
                     outer_product(db, lambda, now ? dx0 : 0, now ? dx1 : 0);
@@ -1407,9 +1410,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
 #pragma unroll
                         for (int e = 0; e < 4; e++) {
                             float &l = lambda[nt][e], v = l * decayed[k][nt][e];
-                            l *= decay(d[e >> 1], a[0][nt][e]);
                             da[0][nt][e] = fmaf(v, d[e >> 1], da[0][nt][e]);
                             ss[e >> 1] = fmaf(v, a[0][nt][e], ss[e >> 1]);
+                            l *= decay(d[e >> 1], a[0][nt][e]);
                         }
                     mma_tf32_k4(s, ss[0], ss[1], now ? 1.f : 0.f);
                 }
@@ -1423,7 +1426,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
 #endif
         }
         sync_warp();
-#pragma unroll
+#pragma unroll 1
         for (int k = 0; k < 2; k++) {
             int row = 8 * k + lane / 4, at = row * 16 + four, from = row * LD + four, place = w.place(begin, row);
             float vo[4], vz[4], vu[4], step[4], vdy[4], vdx[4], vds[4], vy[4], r_du[4], r_dd[4];
@@ -1456,9 +1459,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
                 unpack4(other, before + at);
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    float gate = sigmoid(vz[e]), mean = 0.5f * (vy[e] + other[e]);
-                    vy[e] = mean * vo[e] * gate * fmaf(vz[e], 1.f - gate, 1.f);
-                    other[e] = mean * vz[e] * gate;
+                    float gate = sigmoid(vz[e]), mean = 0.5f * (vy[e] + other[e]) * gate;
+                    vy[e] = mean * vo[e] * fmaf(vz[e], 1.f - gate, 1.f);
+                    other[e] = mean * vz[e];
                 }
                 if (p.y) store4(cell(p.y + w.row * CHANNELS + w.channel, token, CHANNELS, four), other, here);
             }
