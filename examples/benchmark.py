@@ -241,7 +241,7 @@ def plot(rows, path, title):
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     full = [r for r in rows if r["task"] == "inference" and int(r["batch"]) > 1] or rows
     panels = {"inference, full batch": full, "training": [r for r in rows if r["task"] == "training"]}
@@ -260,6 +260,8 @@ def plot(rows, path, title):
         ticks = sorted({int(r["frames"]) for r in found})
         axis.set_xticks(ticks, ticks)
         axis.minorticks_off()
+        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.suptitle(title, fontsize=10)

@@ -31,20 +31,30 @@ states `C h` and the outer product `Delta u B` are tensor-core instructions: no 
     + the number of the warp declared uniform,
       so that borders and addresses lie in
       uniform registers                         1.03
-    + seven savings of instructions: what runs  1.01
+    + seven savings of instructions             1.01
+    + seven blocks a multiprocessor, not six;
+      the last loop over outputs half unrolled,
+      which fits their registers: what runs     0.97
     the public CUDA kernel                      5.62
     16 exponentials, at 16 a clock              0.63   the floor, with the one of the softplus
 
 The seven: tf32 rounded in the mean by one product; offsets of 32 bits, from places that a lane keeps (64 bits: 1.13
 instead of 1.09 ms at 16 x 6273); the same for outputs; biases of the step size laid out as the sum they start; the
 factor of the mean of both directions inside the sigmoid; a step's decays all asked for first; where a tile begins
-advanced, not worked out. They are the best of 129 sets of such savings, timed at 64 x 1569, 16 x 6273 and 8 x 12545;
-at 64 x 1569 alone another set is ahead, 1.004.
+advanced, not worked out. They are the best of 129 sets of such savings, timed at 64 x 1569, 16 x 6273 and 8 x 12545.
 
-What limits it: nothing alone. Before the last three steps, the special-function unit was busy 65 % of the time, the
+How the compiler orders and allots so much unrolled code is worth as much as what the code says, so the two longest
+kernels were searched: rearrangements that change nothing else (the order of loads, loops and products, how far a loop
+is unrolled, masks as products or as selections, blocks a multiprocessor), compiled side by side and timed, the best
+ones combined further. Of 2,614 sets of 24 for the forward scan, the two last in the table are all that matters (with
+them and five more, 0.969); seven blocks alone give 0.998, half unrolling alone 1.009; warps of 16 channels gain
+nothing, at most 0.2 %. Of 1,817 sets of 30 for the adjoint walk, the seven that run gain 11 %; the best, with a few
+more, 12 %.
+
+What limits it: nothing alone. Before the last four steps, the special-function unit was busy 65 % of the time, the
 schedulers 52 %; left out of the kernel one at a time, the exponentials saved 0.21 ms, reading and writing the
 sequences 0.12, making the step size 0.07, the tensor-core products 0.05; the inner loop alone took 0.85, without its
-tensor-core products 0.70. 12 warps a multiprocessor are as fast as 16; with more, registers spill (1.24 ms), and a
+tensor-core products 0.70. With more than 14 warps of 32 channels a multiprocessor, registers spill (1.24 ms), and a
 spilled address is dear: the first-level cache does not keep it. Did not help: tiles moved by Hopper's copy engine
 (cp.async.bulk.tensor), which frees 20 to 30 registers (1.04 to 1.06 ms; 16 sequences 0.32 instead of 0.30, the adjoint
 walk 1.00 to 1.23 instead of 0.98); outputs and a quarter of the next tile's step size in each group of four steps, so
@@ -68,22 +78,22 @@ Beside it, at 64 x 1569, stand the convolution with 0.14 ms (0.11 by its bytes, 
 reciprocals; 0.16 with four channels a thread in blocks of 128, of which every second is half idle, and addresses
 worked out at each step; 0.23 without asking for inputs ahead, 0.17 with a walk for each direction; runs of 29 and 125
 tokens are 1 % slower than of 61) and `x_proj` with 0.09 ms. In one kernel, where a warp multiplies 16 tokens from its
-registers, the two take 0.285 to 0.39 ms instead of 0.25 (16 x 1569: 0.10 to 0.13 instead of 0.11).
+registers, the two take 0.285 to 0.39 ms instead of 0.25 (16 x 1569: 0.10 to 0.13 instead of 0.11). To find in the
+second-level cache what was just written, one sequence or a few at a time (16 x 6273: 0.376 to 0.236 instead of 0.230
+ms) or the last first (no change), does not pay either.
 
-Backward, 16 x 1569 tokens: 1.6 ms, of it the adjoint walk 0.89, the states before every 8 tokens 0.24, the convolution
-0.10 (since then 0.066 in runs of 61 tokens and without addresses worked out at each step; 0.16 unrolled over all its
-tokens and spilling), the sum of the partial gradients of B and C 0.05; it holds 0.7 GiB beside its inputs (0.5 in
-turns of 16384 tokens, 2.5 % slower). 16 x 6273 tokens: 6.05 ms, of it 0.36 for the convolution (since then 0.23), and
-1.6 GiB (3 % slower and 1.4 in turns of 16384). To take fewer sequences at a time instead leaves too few warps, or
-chunks side by side, whose states and adjoints want a walk each before the real ones (0.26 ms each for 25,000 tokens).
-The adjoint walk was 0.98 ms (left out one at a time, the outer products saved 0.11 ms, the contractions 0.16, the
-exponentials 0.09, memory 0.10) before `C h` became a 16-bit product (0.94), the warp's number uniform, and the kept
-states decayed ones, so that the gradient of A need not wait for an exponential (0.89). How the compiler orders so many
-instructions counts as much: with a factor of `C h` selected, not masked, the same walk takes 1.02; with all
-exponentials of a step asked for first, which spills nothing, 0.97. Did not help: the contraction of the adjoint states
-in bfloat16 (twice the error in the gradient of the step size; in float16 small gradients would vanish); that of the
-states in bfloat16, so that the outer product takes the same words (0.97); sums over channels through shared memory
-instead of transposed 16-bit fragments (1.02); odd strides and wider stores of the partial gradients (1.01, 1.05).
+Backward, 16 x 1569 tokens: 0.80 ms for the adjoint walk, 0.24 for the states before every 8 tokens, 0.065 for the
+convolution (0.10 before its addresses advanced, 0.16 unrolled over all its tokens and spilling), 0.06 for the sum of
+the partial gradients of B and C; it holds 0.7 GiB beside its inputs (0.5 in turns of 16384 tokens, 2.5 % slower). 16 x
+6273 tokens: 3.18, 0.94, 0.23 and 0.22 ms, and 1.6 GiB (3 % slower and 1.4 in turns of 16384). To take fewer sequences
+at a time instead leaves too few warps, or chunks side by side, whose states and adjoints want a walk each before the
+real ones (0.26 ms each for 25,000 tokens). The adjoint walk was 0.98 ms (left out one at a time, the outer products
+saved 0.11 ms, the contractions 0.16, the exponentials 0.09, memory 0.10) before `C h` became a 16-bit product (0.94),
+the warp's number uniform, and the kept states decayed ones, so that the gradient of A need not wait for an exponential
+(0.90), and the search (0.80). Did not help: the contraction of the adjoint states in bfloat16 (twice the error in the
+gradient of the step size; in float16 small gradients would vanish); that of the states in bfloat16, so that the outer
+product takes the same words (0.97); sums over channels through shared memory instead of transposed 16-bit fragments
+(1.02); odd strides and wider stores of the partial gradients (1.01, 1.05).
 """
 
 import ctypes
