@@ -106,7 +106,17 @@ from pathlib import Path
 import torch
 
 
-SOURCE = r"""
+TILE = 16  # tokens a warp takes at a time
+RUN = 61  # places a thread of the convolution takes; with the K - 1 that a walk goes further, a multiple of K = 4
+CONV_THREADS = 64  # of a block of the convolution
+
+SOURCE = (
+    f"""
+#define TILE {TILE}
+#define RUN {RUN}
+#define CONV_THREADS {CONV_THREADS}
+"""
+    + r"""
 // IO: type of activations, PT: type of parameters (0 float, 1 half, 2 bfloat16). N states, R time-step rank, K taps.
 // VEC: rows of E channels are aligned for 16-byte access. BLOCKS: of 16 channels a warp. W: warps a direction. SPLIT:
 // each of them is two, which share the channels and have half of the states.
@@ -114,7 +124,6 @@ SOURCE = r"""
 #define DEV static __device__ __forceinline__
 #define NT ((N + 7) / 8)
 #define PROJ (R + 2 * N)
-#define TILE 16
 #ifndef W
 #define W 1
 #endif
@@ -919,8 +928,6 @@ extern "C" __global__ void hand_on(const Args p) {
 // both directions go along in one walk, since they look at the same K tokens: with the newest of these the forward
 // direction ends its window, with the oldest the backward one.
 // ------------------------------------------------------------------------------------------------------------------
-#define RUN 61  // with the HALO that a walk goes further, a multiple of K = 4
-#define CONV_THREADS 64
 #define HALO (K - 1)
 #define WALKED (ORDERED ? 1 : 2)  // directions in one walk
 #define CV (VEC ? 2 : 1)
@@ -1436,6 +1443,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
 #endif
         }
         sync_warp();
+        // Not unrolled: one of the seven rearrangements that the search found, see NOTES.
 #pragma unroll 1
         for (int k = 0; k < 2; k++) {
             int row = 8 * k + lane / 4, at = row * 16 + four, from = row * LD + four, place = w.place(begin, row);
@@ -1508,10 +1516,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
 }
 #endif
 """
+)
 
-TILE = 16  # tokens a warp takes at a time; the source has the same
-RUN = 61  # places a thread of the convolution takes; the source has the same
-CONV_THREADS = 64  # of a block of the convolution; likewise
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _TURN_TOKENS = 32768  # about as many tokens the backward pass recomputes the states of at a time
 
