@@ -1,10 +1,11 @@
 # make demo [VIDEO=clip.mp4]   names what the camera does in a video (without VIDEO, in a clip it makes)
 # make test [ARGS="-k name"]   runs the tests; ARGS goes to pytest
-# make lint                    checks style and format
+# make lint                    checks style and format; needs no PyTorch
 # Each makes .venv on first use, with PYTHON=... if given, else the first Python >= 3.10 it finds.
 
 .PHONY: demo test lint
 .DELETE_ON_ERROR:
+.NOTPARALLEL: # never two pips at once
 
 export VIDEO
 venv := .venv/bin/python
@@ -16,7 +17,7 @@ demo: .venv/demo-installed
 test: .venv/test-installed
 	$(venv) -m pytest $(ARGS)
 
-lint: .venv/test-installed
+lint: .venv/lint-installed
 	$(venv) -m ruff check .
 	$(venv) -m ruff format --check .
 
@@ -33,11 +34,17 @@ $(venv):
 	echo "No Python 3.10 or later among: $(pythons). Name one with PYTHON=..." >&2; \
 	exit 1
 
-# A changed pyproject.toml installs again. The two stamps follow one another, so that never two pips run at once.
+# A changed pyproject.toml installs again.
 .venv/demo-installed: pyproject.toml | $(venv)
 	$(venv) -m pip install --editable .
 	@touch $@
 
 .venv/test-installed: .venv/demo-installed
 	$(venv) -m pip install --editable '.[test]'
+	@touch $@
+
+# Dependency groups need pip 25.1.
+.venv/lint-installed: pyproject.toml | $(venv)
+	$(venv) -m pip install --upgrade 'pip>=25.1'
+	$(venv) -m pip install --group lint
 	@touch $@
