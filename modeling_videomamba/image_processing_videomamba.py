@@ -13,17 +13,8 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 
-class VideoMambaImageProcessor(TorchvisionBackend):
-    r"""
-    Turns decoded frames into `pixel_values`: resize so that the shorter edge has `size["shortest_edge"]` pixels, crop
-    the centre, divide by 255, normalise with ImageNet's mean and standard deviation.
-
-    The shorter edge goes to 224 pixels, bilinear with antialiasing, of which 224 × 224 are kept, as VideoMAE does.
-    (Vision Mamba tests images at a bicubic 256-pixel edge: `size={"shortest_edge": 256}, resample=3` does that.)
-
-    The keyword arguments are those of every image processor of `transformers`
-    ([`~transformers.processing_utils.ImagesKwargs`]); each can be set here, and again in a call.
-    """
+class VideoMambaFramesMixin:
+    """What the image and the video processor share: their defaults, and the steps from frames to `pixel_values`."""
 
     resample = PILImageResampling.BILINEAR
     image_mean = IMAGENET_DEFAULT_MEAN
@@ -37,6 +28,64 @@ class VideoMambaImageProcessor(TorchvisionBackend):
     do_normalize = True
     do_convert_rgb = True
     model_input_names = ["pixel_values"]
+
+    def _preprocess(
+        self,
+        videos: list[torch.Tensor],
+        do_resize: bool,
+        size,
+        resample,
+        do_center_crop: bool,
+        crop_size,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean,
+        image_std,
+        return_tensors=None,
+        **kwargs,
+    ) -> BatchFeature:
+        """(T, C, H, W) tensors to `pixel_values`."""
+        pixel_values = []
+        for video in videos:
+            if do_rescale and video.is_floating_point() and video.numel() and 0 < video.max() <= 1:
+                logger.warning_once(
+                    "The frames are floating point numbers of at most 1 and would be divided by 255 once more. "
+                    "Pass `do_rescale=False` if they lie between 0 and 1."
+                )
+            if do_resize:
+                video = self.resize(video, size=size, resample=resample)
+            if do_center_crop:
+                video = self.center_crop(video, crop_size)
+            # Frames come as channels-last views, which torchvision resizes three times as fast; but the arithmetic
+            # below is four times as fast on contiguous planes.
+            video = self.rescale_and_normalize(
+                video.contiguous(), do_rescale, rescale_factor, do_normalize, image_mean, image_std
+            )
+            pixel_values.append(video)
+        shapes = {tuple(video.shape) for video in pixel_values}
+        if return_tensors is not None and len(shapes) > 1:
+            found = ", ".join(str(tuple(video.shape)) for video in pixel_values)
+            raise ValueError(
+                "The videos of a batch must have the same number of frames and the same size to be stacked, but their "
+                f"(T, C, H, W) are {found}. Sample the same number of frames from each (`num_frames`, with "
+                "`do_sample_frames=True` for frames that are already decoded), keep `do_center_crop`, or give the "
+                "videos one by one."
+            )
+        return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=return_tensors)
+
+
+class VideoMambaImageProcessor(VideoMambaFramesMixin, TorchvisionBackend):
+    r"""
+    Turns decoded frames into `pixel_values`: resize so that the shorter edge has `size["shortest_edge"]` pixels, crop
+    the centre, divide by 255, normalise with ImageNet's mean and standard deviation.
+
+    The shorter edge goes to 224 pixels, bilinear with antialiasing, of which 224 × 224 are kept, as VideoMAE does.
+    (Vision Mamba tests images at a bicubic 256-pixel edge: `size={"shortest_edge": 256}, resample=3` does that.)
+
+    The keyword arguments are those of every image processor of `transformers`
+    ([`~transformers.processing_utils.ImagesKwargs`]); each can be set here, and again in a call.
+    """
 
     def __init__(self, **kwargs: Unpack[ImagesKwargs]):
         super().__init__(**kwargs)
@@ -72,51 +121,6 @@ class VideoMambaImageProcessor(TorchvisionBackend):
             for i, video in enumerate(split_videos(images))
         ]
         return [video if device is None else video.to(device) for video in videos]
-
-    def _preprocess(
-        self,
-        videos: list[torch.Tensor],
-        do_resize: bool,
-        size,
-        resample,
-        do_center_crop: bool,
-        crop_size,
-        do_rescale: bool,
-        rescale_factor: float,
-        do_normalize: bool,
-        image_mean,
-        image_std,
-        return_tensors=None,
-        **kwargs,
-    ) -> BatchFeature:
-        """(T, C, H, W) tensors to `pixel_values`. The video processor takes the same steps by this same function."""
-        pixel_values = []
-        for video in videos:
-            if do_rescale and video.is_floating_point() and video.numel() and 0 < video.max() <= 1:
-                logger.warning_once(
-                    "The frames are floating point numbers of at most 1 and would be divided by 255 once more. "
-                    "Pass `do_rescale=False` if they lie between 0 and 1."
-                )
-            if do_resize:
-                video = self.resize(video, size=size, resample=resample)
-            if do_center_crop:
-                video = self.center_crop(video, crop_size)
-            # Frames come as channels-last views, which torchvision resizes three times as fast; but the arithmetic
-            # below is four times as fast on contiguous planes.
-            video = self.rescale_and_normalize(
-                video.contiguous(), do_rescale, rescale_factor, do_normalize, image_mean, image_std
-            )
-            pixel_values.append(video)
-        shapes = {tuple(video.shape) for video in pixel_values}
-        if return_tensors is not None and len(shapes) > 1:
-            found = ", ".join(str(tuple(video.shape)) for video in pixel_values)
-            raise ValueError(
-                "The videos of a batch must have the same number of frames and the same size to be stacked, but their "
-                f"(T, C, H, W) are {found}. Sample the same number of frames from each (`num_frames`, with "
-                "`do_sample_frames=True` for frames that are already decoded), keep `do_center_crop`, or give the "
-                "videos one by one."
-            )
-        return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=return_tensors)
 
 
 def split_videos(videos) -> list:

@@ -42,6 +42,22 @@ def no_network():
 
 
 @pytest.fixture(scope="session")
+def video(tmp_path_factory):
+    """Returns the path of a file of `video_files.FILES`, of 60 numbered frames; writes it when first asked for."""
+    from video_files import FILES, write_video
+
+    folder = tmp_path_factory.mktemp("videos")
+
+    def path(name):
+        file = folder / name
+        if not file.exists():
+            write_video(file, 60, **FILES[name])
+        return str(file)
+
+    return path
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real video clips beside the project, which are not ours to distribute."""
     if not SHARED_DATA.is_dir():

@@ -37,7 +37,7 @@ from modeling_videomamba import (
     VideoMambaForVideoClassification,
     VideoMambaImageProcessor,
     VideoMambaVideoProcessor,
-    video_processing_videomamba,
+    video_decoding,
 )
 from modeling_videomamba.selective_scan import use_scan_backend
 from video_files import write_moving_bars, write_video
@@ -504,7 +504,7 @@ def test_workers_decode_with_one_thread_each(tmp_path):
             return 1
 
         def __getitem__(self, index):
-            with video_processing_videomamba._open_pyav(path, "clip.mp4") as (_, stream):
+            with video_decoding.open_pyav(path, "clip.mp4") as (_, stream):
                 return stream.codec_context.thread_count
 
     assert Threads()[0] == 0 and next(iter(torch.utils.data.DataLoader(Threads(), num_workers=1))).item() == 1

@@ -29,6 +29,10 @@ def numbered_frame(number: int, height: int = 64, width: int = 96) -> np.ndarray
     return frame
 
 
+def numbered_frames(count: int, height: int = 48, width: int = 64) -> list[np.ndarray]:
+    return [numbered_frame(i, height, width) for i in range(count)]
+
+
 def read_number(frame: np.ndarray) -> int:
     """The number drawn into a (height, width, 3) frame by `numbered_frame`."""
     width = frame.shape[1]
@@ -89,6 +93,43 @@ def write_video(
         if sound is not None:
             _mux_tone(container, sound, seconds=len(frames) / rate)
     return str(path)
+
+
+# Kinds of whole files, written with 60 numbered frames: {file name: options of `write_video`}.
+X265 = {"codec": "libx265", "options": {"x265-params": "log-level=none:open-gop=1", "preset": "ultrafast"}}
+IRREGULAR = np.cumsum(np.random.default_rng(0).integers(10, 200, 60)).tolist()
+FILES = {
+    "h264.mp4": {"audio": True},
+    "no_b_frames.mp4": {"b_frames": 0},
+    "one_key_frame.mp4": {"gop": 250},
+    "open_gop.mp4": {"b_frames": 3, "options": {"x264-params": "open-gop=1"}},
+    "fragmented.mp4": {"container_options": {"movflags": "frag_keyframe+empty_moov"}},
+    "irregular.mp4": {"pts": IRREGULAR},
+    "irregular.mkv": {"pts": IRREGULAR},
+    "late.mp4": {"pts": [2000 + 40 * i for i in range(60)]},
+    "late.mkv": {"pts": [2000 + 40 * i for i in range(60)]},
+    "h264.mkv": {},
+    "h264.ts": {"audio": True},
+    "h264.flv": {},
+    "h264.avi": {},
+    "raw.h264": {"format": "h264"},
+    "mpeg4.avi": {"codec": "mpeg4"},
+    "mpeg4_b_frames.avi": {"codec": "mpeg4", "options": {"bf": "2"}},
+    "mpeg2.mpg": {"codec": "mpeg2video", "options": {"bf": "2"}},
+    "wmv2.wmv": {"codec": "wmv2"},
+    "mjpeg.avi": {"codec": "mjpeg", "pix_fmt": "yuvj420p"},
+    "vp9.webm": {"codec": "libvpx-vp9", "options": {"cpu-used": "8", "deadline": "realtime"}},
+    "hevc.mp4": X265,
+    "odd_mpeg4.mp4": {"codec": "mpeg4", "size": (97, 131)},
+    "odd_h264.mp4": {"pix_fmt": "yuv444p", "size": (97, 131)},
+    "odd_vp8.webm": {"codec": "libvpx", "size": (97, 131)},
+    "h264_10_bit.mp4": {"pix_fmt": "yuv420p10le"},
+    "hevc_10_bit.mp4": {**X265, "pix_fmt": "yuv420p10le"},
+    "ffv1_10_bit.mkv": {"codec": "ffv1", "pix_fmt": "yuv420p10le"},
+    "grey.mp4": {"pix_fmt": "gray"},
+    "grey_16_bit.mkv": {"codec": "ffv1", "pix_fmt": "gray16le"},
+    "animation.gif": {"codec": "gif", "pix_fmt": "rgb8"},
+}
 
 
 def write_moving_bars(root, counts) -> Path:

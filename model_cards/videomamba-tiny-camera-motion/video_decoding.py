@@ -1,0 +1,1 @@
+../../modeling_videomamba/video_decoding.py

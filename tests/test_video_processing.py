@@ -1,0 +1,165 @@
+"""The video processor: which frames it takes, where files may come from, and what it says of bad options."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from transformers import AutoVideoProcessor, VideoMAEImageProcessor
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.video_utils import VideoMetadata
+
+from modeling_videomamba import VideoMambaVideoProcessor
+from video_files import numbered_frames, read_numbers
+
+
+@pytest.mark.parametrize(
+    ("total", "options", "expected"),
+    [
+        (60, {}, range(14, 46, 2)),  # 31 frames, 14 before and 15 after
+        (31, {}, range(0, 31, 2)),  # just long enough
+        (30, {}, [0, 2, 4, 6, 8, 10, 12, 14, 15, 17, 19, 21, 23, 25, 27, 29]),  # too short: the whole clip
+        (8, {}, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7]),
+        (2, {}, [0] * 8 + [1] * 8),
+        (1, {}, [0] * 16),
+        (10, {"num_frames": 4, "frame_stride": 1}, [3, 4, 5, 6]),
+        (10, {"num_frames": 1}, [4]),
+        (100, {"num_frames": 4, "frame_stride": None}, [0, 33, 66, 99]),
+        (100, {"fps": 2}, [0, 14, 28, 42, 57, 71, 85, 99]),  # 4 s at 2 frames a second
+        (3, {"fps": 2}, [0]),
+        (5, {"fps": 50}, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]),
+    ],
+)
+def test_sampling(total, options, expected):
+    metadata = VideoMetadata(total_num_frames=total, fps=25.0)
+    called = VideoMambaVideoProcessor().sample_frames(metadata, **options)
+    saved = VideoMambaVideoProcessor(**options).sample_frames(metadata)
+    assert called.tolist() == saved.tolist() == list(expected)
+    assert called.dtype == np.int64
+
+
+def test_sampling_of_everything():
+    processor = VideoMambaVideoProcessor(num_frames=None)
+    assert processor.sample_frames(VideoMetadata(total_num_frames=5)).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_call_goes_before_what_is_saved():
+    metadata = VideoMetadata(total_num_frames=100, fps=25.0)
+    processor = VideoMambaVideoProcessor(fps=2, frame_stride=None)
+    assert len(processor.sample_frames(metadata)) == 8
+    assert len(processor.sample_frames(metadata, num_frames=16)) == 16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_frames": 4, "fps": 2}, r"`num_frames` \(4\) and `fps` \(2\) exclude each other"),
+        ({"fps": 2}, "Sampling 2 frames a second needs the frame rate of the clip, which is unknown"),
+    ],
+)
+def test_sampling_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        VideoMambaVideoProcessor().sample_frames(VideoMetadata(total_num_frames=9), **options)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("num_frames", 0), ("num_frames", -1), ("frame_stride", 0), ("decoder", "ffmpeg")]
+)
+def test_bad_options(option, value):
+    with pytest.raises(ValueError, match=option):
+        VideoMambaVideoProcessor(**{option: value})
+    with pytest.raises(ValueError, match=option):
+        VideoMambaVideoProcessor()(numbered_frames(2), **{option: value})
+
+
+def test_decoded_frames_are_taken_as_they_are():
+    frames = numbered_frames(20)
+    processor = VideoMambaVideoProcessor(do_resize=False, do_center_crop=False, do_normalize=False, do_rescale=False)
+
+    def numbers(**options):
+        video = processor(frames, return_tensors="np", **options).pixel_values[0]
+        return read_numbers(video.transpose(0, 2, 3, 1))
+
+    assert numbers() == numbers(do_sample_frames=False, num_frames=4) == list(range(20))
+    assert numbers(do_sample_frames=True, num_frames=4) == [6, 8, 10, 12]
+    assert numbers(do_sample_frames=True, num_frames=4, frame_stride=None) == [0, 6, 13, 19]
+    metadata = {"total_num_frames": 20, "fps": 5.0}
+    assert numbers(do_sample_frames=True, fps=1, video_metadata=metadata) == [0, 6, 13, 19]
+    with pytest.raises(ValueError, match=r"videos\[0\] has 20 decoded frames, but 21"):
+        numbers(do_sample_frames=True, num_frames=21)
+    with pytest.raises(ValueError, match=r"`video_metadata` says 30"):
+        numbers(do_sample_frames=True, video_metadata={"total_num_frames": 30})
+    with pytest.raises(ValueError, match="entries|entry"):
+        numbers(video_metadata=[metadata, metadata])
+
+
+def test_sources(video):
+    path = video("h264.mp4")
+    data = Path(path).read_bytes()
+    buffer = io.BytesIO()
+    buffer.write(data)  # stands at its end
+    processor = VideoMambaVideoProcessor()
+    expected = processor(path, return_tensors="pt").pixel_values
+    with open(path, "rb") as file:
+        for source in (Path(path), data, bytearray(data), buffer, buffer, file, [path], [[path]]):
+            torch.testing.assert_close(processor(source, return_tensors="pt").pixel_values, expected)
+    batch = processor([path, data], return_tensors="pt").pixel_values
+    torch.testing.assert_close(batch, expected.repeat(2, 1, 1, 1, 1))
+
+
+def test_from_file_to_pixel_values(video):
+    with av.open(video("h264.mp4")) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    theirs = VideoMAEImageProcessor(image_mean=IMAGENET_DEFAULT_MEAN, image_std=IMAGENET_DEFAULT_STD)
+    expected = theirs([frames[i] for i in range(14, 46, 2)], return_tensors="pt").pixel_values
+    output = VideoMambaVideoProcessor()(video("h264.mp4"), return_tensors="pt", return_metadata=True)
+    torch.testing.assert_close(output["pixel_values"], expected, atol=1e-5, rtol=0)
+    metadata = output["video_metadata"][0]
+    assert (metadata.total_num_frames, metadata.fps, metadata.duration) == (60, 25.0, 2.4)
+    assert (metadata.height, metadata.width, metadata.video_backend) == (64, 96, "pyav")
+    assert metadata.frames_indices.tolist() == list(range(14, 46, 2))
+    assert metadata.timestamps[0] == 14 / 25
+
+
+def test_files_and_frames_do_not_mix(video):
+    with pytest.raises(ValueError, match=r"mixes files.*videos\[1\] is a ndarray"):
+        VideoMambaVideoProcessor()([video("h264.mp4"), numbered_frames(1)[0]])
+
+
+def test_decoded_frames_need_no_decoder(monkeypatch):
+    for module in ("av", "torchcodec", "decord"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert VideoMambaVideoProcessor()(numbered_frames(2)).pixel_values[0].shape == (2, 3, 224, 224)
+
+
+def test_what_a_pipeline_passes(video):
+    processor = VideoMambaVideoProcessor()
+    batch = processor(video("h264.mp4"), num_frames=8, do_sample_frames=True, return_tensors="pt")
+    assert list(batch) == ["pixel_values"] and batch.pixel_values.shape == (1, 8, 3, 224, 224)
+    assert batch.to(torch.bfloat16).pixel_values.dtype == torch.bfloat16
+    assert processor(video("h264.mp4"), do_sample_frames=False).pixel_values[0].shape[0] == 60
+    assert processor(video("h264.mp4"), fps=5, return_tensors="pt").pixel_values.shape[1] == 12
+
+
+def test_save_and_load(tmp_path):
+    processor = VideoMambaVideoProcessor(num_frames=8, frame_stride=None, decoder="pyav", size={"shortest_edge": 64})
+    processor.save_pretrained(tmp_path)
+    for loaded in (VideoMambaVideoProcessor.from_pretrained(tmp_path), AutoVideoProcessor.from_pretrained(tmp_path)):
+        assert type(loaded) is VideoMambaVideoProcessor
+        assert (loaded.num_frames, loaded.frame_stride, loaded.decoder) == (8, None, "pyav")
+        assert loaded.to_dict() == processor.to_dict()
+    changed = AutoVideoProcessor.from_pretrained(tmp_path, frame_stride=3, decoder="decord")
+    assert (changed.frame_stride, changed.decoder) == (3, "decord")
+    assert changed.sample_frames(VideoMetadata(total_num_frames=22)).tolist() == list(range(0, 22, 3))
+
+
+def test_the_configuration_files_are_plain(tmp_path):
+    VideoMambaVideoProcessor().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "video_preprocessor_config.json").read_text())
+    assert saved["num_frames"] == 16 and saved["frame_stride"] == 2
+    assert saved["size"] == {"shortest_edge": 224} and saved["crop_size"] == {"height": 224, "width": 224}
+    assert saved["image_mean"] == list(IMAGENET_DEFAULT_MEAN) and saved["image_std"] == list(IMAGENET_DEFAULT_STD)
