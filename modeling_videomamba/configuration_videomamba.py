@@ -102,7 +102,7 @@ class VideoMambaConfig(PreTrainedConfig):
         if self.time_step_rank == "auto":
             self.time_step_rank = math.ceil(self.hidden_size / 16)
         super().__post_init__(**kwargs)
-        self._check_values()
+        self.check_values()
 
     @classmethod
     def light(cls, **kwargs):
@@ -117,9 +117,10 @@ class VideoMambaConfig(PreTrainedConfig):
     @property
     def grid_size(self):
         """Tubelets of a clip along time, height and width: (n_t, n_h, n_w) of section 4.1."""
-        return tubelet_grid(self, self.num_frames, *_pair(self.image_size))
+        return tubelet_grid(self, self.num_frames, *height_and_width(self.image_size))
 
-    def _check_values(self):
+    def check_values(self):
+        """Raises a ValueError that names the first field whose value cannot be, or that contradicts another."""
         for name in (
             "num_channels",
             "num_frames",
@@ -166,7 +167,7 @@ class VideoMambaConfig(PreTrainedConfig):
             raise ValueError(f"`drop_path_rate` is a probability in [0, 1), got {self.drop_path_rate}.")
 
 
-def _pair(size):
+def height_and_width(size):
     """(height, width) of a size given as one number or two."""
     if isinstance(size, int):
         return size, size
@@ -184,7 +185,7 @@ def tubelet_grid(config, num_frames, height, width):
     Returns:
         `tuple[int, int, int]`: (n_t, n_h, n_w).
     """
-    patch_height, patch_width = _pair(config.patch_size)
+    patch_height, patch_width = height_and_width(config.patch_size)
     return num_frames // config.tubelet_size, height // patch_height, width // patch_width
 
 
@@ -211,7 +212,7 @@ def count_parameters_and_macs(config):
     )
     patches = math.prod(config.grid_size)
     tokens = patches + (config.class_token_position != "none")
-    tubelet = config.num_channels * config.tubelet_size * math.prod(_pair(config.patch_size))
+    tubelet = config.num_channels * config.tubelet_size * math.prod(height_and_width(config.patch_size))
 
     outer = d * 2 * e + e * d
     inner = 2 * (e * k + e * (r + 2 * n) + r * e)  # both directions: convolution, x_proj, dt_proj

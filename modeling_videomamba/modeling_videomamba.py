@@ -16,8 +16,8 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_videomamba import VideoMambaConfig, _pair, tubelet_grid
-from .selective_scan import bidirectional_selective_scan
+from .configuration_videomamba import VideoMambaConfig, height_and_width, tubelet_grid
+from .selective_scan import ScanOrder, bidirectional_selective_scan
 
 
 AUTO_MAP = {
@@ -26,22 +26,31 @@ AUTO_MAP = {
 }
 
 
+class VideoMambaTubeletProjection(nn.Conv3d):
+    """A convolution whose kernel is its stride, and so one matrix product, which GPUs run several times as fast."""
+
+    def forward(self, pixel_values):
+        """(B, C, T, H, W) to (B, D, n_t, n_h, n_w); what does not fill a tubelet is left out."""
+        frames, rows, columns = self.kernel_size
+        # Views (B, C, n_t, n_h, n_w, frames, rows, columns).
+        tubelets = pixel_values.unfold(2, frames, frames).unfold(3, rows, rows).unfold(4, columns, columns)
+        tubelets = tubelets.permute(0, 2, 3, 4, 1, 5, 6, 7).flatten(4)
+        return F.linear(tubelets, self.weight.flatten(1), self.bias).permute(0, 4, 1, 2, 3)
+
+
 class VideoMambaPatchEmbeddings(nn.Module):
     """Clip (B, T, C, H, W) to tubelet tokens (B, n_t · n_h · n_w, D), frame by frame (paper, section 4.1)."""
 
     def __init__(self, config):
         super().__init__()
-        tubelet = (config.tubelet_size, *_pair(config.patch_size))
-        self.projection = nn.Conv3d(config.num_channels, config.hidden_size, kernel_size=tubelet, stride=tubelet)
+        tubelet = (config.tubelet_size, *height_and_width(config.patch_size))
+        self.projection = VideoMambaTubeletProjection(
+            config.num_channels, config.hidden_size, kernel_size=tubelet, stride=tubelet
+        )
 
     def forward(self, pixel_values):
-        # Tubelets do not overlap: their convolution is one matrix product, which GPUs run several times as fast.
-        weight = self.projection.weight
-        frames, rows, columns = weight.shape[2:]
-        # Views (B, n_t, C, n_h, n_w, frames, rows, columns); what does not fill a tubelet is left out.
-        tubelets = pixel_values.to(weight.dtype).unfold(1, frames, frames).unfold(3, rows, rows)
-        tubelets = tubelets.unfold(4, columns, columns).permute(0, 1, 3, 4, 2, 5, 6, 7).flatten(4).flatten(1, 3)
-        return F.linear(tubelets, weight.flatten(1), self.projection.bias)
+        pixel_values = pixel_values.to(self.projection.weight.dtype)
+        return self.projection(pixel_values.transpose(1, 2)).flatten(2).transpose(1, 2)
 
 
 class VideoMambaEmbeddings(nn.Module):
@@ -57,18 +66,20 @@ class VideoMambaEmbeddings(nn.Module):
         self.config = config
         self.patch_embeddings = VideoMambaPatchEmbeddings(config)
         self.has_class_token = config.class_token_position != "none"
-        num_patches = math.prod(config.grid_size)
         if self.has_class_token:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        num_patches = math.prod(config.grid_size)
         if config.position_embedding_type == "learned":
             num_tokens = num_patches + self.has_class_token
             self.position_embeddings = nn.Parameter(torch.zeros(1, num_tokens, config.hidden_size))
+        elif config.position_embedding_type == "sinusoidal":
+            self.register_buffer("sinusoids", sinusoidal_positions(num_patches, config.hidden_size), persistent=False)
 
-    def forward(self, pixel_values, interpolate_pos_encoding=False):
-        grid = self._check_pixel_values(pixel_values, interpolate_pos_encoding)
+    def forward(self, pixel_values, grid):
+        """Clips (B, T, C, H, W), and how many tubelets they hold along time, height and width; tokens (B, L, D)."""
         tokens = self.patch_embeddings(pixel_values)
         if self.config.position_embedding_type == "sinusoidal":
-            tokens = tokens + sinusoidal_positions(tokens.shape[1], tokens.shape[2], tokens.device).to(tokens.dtype)
+            tokens = tokens + self.sinusoids_for(grid).to(tokens)
         elif self.config.position_embedding_type == "learned":
             positions = self.position_embeddings[:, self.has_class_token :]
             if grid != self.config.grid_size:
@@ -83,44 +94,55 @@ class VideoMambaEmbeddings(nn.Module):
         place = class_token_index(self.config, tokens.shape[1])
         return torch.cat([tokens[:, :place], class_token, tokens[:, place:]], dim=1)
 
-    def _check_pixel_values(self, pixel_values, interpolate_pos_encoding):
-        """Refuse what the model would not understand; returns the grid of tubelets (n_t, n_h, n_w)."""
-        config = self.config
-        if pixel_values.ndim != 5:
-            raise ValueError(
-                "`pixel_values` must have 5 axes (batch, frames, channels, height, width), got the shape "
-                f"{tuple(pixel_values.shape)}. A single clip needs a batch axis: `pixel_values[None]`."
-            )
-        _, num_frames, channels, height, width = pixel_values.shape
-        if channels != config.num_channels:
-            raise ValueError(
-                f"`pixel_values` of shape {tuple(pixel_values.shape)} has {channels} channels on axis 2, the model "
-                f"expects {config.num_channels}. The axes are (batch, frames, channels, height, width)."
-            )
-        if not pixel_values.is_floating_point():
-            raise ValueError(
-                f"`pixel_values` must be floating point and normalised, got {pixel_values.dtype}. Pass the frames "
-                "through the model's video or image processor first."
-            )
-        expected = (config.num_frames, *_pair(config.image_size))
-        grid = tubelet_grid(config, num_frames, height, width)
-        if (num_frames, height, width) != expected and not interpolate_pos_encoding:
-            raise ValueError(
-                f"The clip has {num_frames} frames of {height} × {width} pixels, but the model was made for "
-                f"{expected[0]} frames of {expected[1]} × {expected[2]}. Resample the clip, or pass "
-                "`interpolate_pos_encoding=True`."
-            )
-        if 0 in grid:
-            raise ValueError(
-                f"The clip has {num_frames} frames of {height} × {width} pixels, less than one tubelet of "
-                f"{config.tubelet_size} frames of {' × '.join(map(str, _pair(config.patch_size)))}."
-            )
-        # On a GPU this look would make the host wait for the device, and there NaN shows in the logits.
-        if pixel_values.device.type == "cpu" and not torch.compiler.is_compiling() and pixel_values.isnan().any():
-            raise ValueError(
-                "`pixel_values` contains NaN. Check the frames and the processor's `image_mean` and `image_std`."
-            )
-        return grid
+    def sinusoids_for(self, grid):
+        """The table (1, n_t · n_h · n_w, D): the one at hand, or another for clips of another size."""
+        if math.prod(grid) == self.sinusoids.shape[1]:
+            return self.sinusoids
+        return sinusoidal_positions(math.prod(grid), self.config.hidden_size, self.sinusoids.device)
+
+
+def checked_grid(config, pixel_values, interpolate_pos_encoding=False):
+    """
+    Refuse a batch of clips that the model would not understand.
+
+    Returns:
+        `tuple[int, int, int]`: its tubelets along time, height and width.
+    """
+    if pixel_values.ndim != 5:
+        raise ValueError(
+            "`pixel_values` must have 5 axes (batch, frames, channels, height, width), got the shape "
+            f"{tuple(pixel_values.shape)}. A single clip needs a batch axis: `pixel_values[None]`."
+        )
+    _, num_frames, channels, height, width = pixel_values.shape
+    if channels != config.num_channels:
+        raise ValueError(
+            f"`pixel_values` of shape {tuple(pixel_values.shape)} has {channels} channels on axis 2, the model "
+            f"expects {config.num_channels}. The axes are (batch, frames, channels, height, width)."
+        )
+    if not pixel_values.is_floating_point():
+        raise ValueError(
+            f"`pixel_values` must be floating point and normalised, got {pixel_values.dtype}. Pass the frames "
+            "through the model's video or image processor first."
+        )
+    expected = (config.num_frames, *height_and_width(config.image_size))
+    grid = tubelet_grid(config, num_frames, height, width)
+    if (num_frames, height, width) != expected and not interpolate_pos_encoding:
+        raise ValueError(
+            f"The clip has {num_frames} frames of {height} × {width} pixels, but the model was made for "
+            f"{expected[0]} frames of {expected[1]} × {expected[2]}. Resample the clip, or pass "
+            "`interpolate_pos_encoding=True`."
+        )
+    if 0 in grid:
+        raise ValueError(
+            f"The clip has {num_frames} frames of {height} × {width} pixels, less than one tubelet of "
+            f"{config.tubelet_size} frames of {' × '.join(map(str, height_and_width(config.patch_size)))}."
+        )
+    # On a GPU this look would make the host wait for the device, and there NaN shows in the logits.
+    if pixel_values.device.type == "cpu" and not torch.compiler.is_compiling() and pixel_values.isnan().any():
+        raise ValueError(
+            "`pixel_values` contains NaN. Check the frames and the processor's `image_mean` and `image_std`."
+        )
+    return grid
 
 
 def class_token_index(config, num_patches):
@@ -158,7 +180,7 @@ def interpolate_positions(positions, grid, new_grid):
 
 def backward_order(config, grid, device=None):
     """
-    Tokens in the order in which the backward direction visits them (paper, section 4.4 and figure 2 b).
+    The order in which the backward direction visits the tokens (paper, section 4.4 and figure 2 b).
 
     A class token stands in the mirrored place of this order, so that a first token, which sees nothing on the way
     forward, is visited last on the way back, whatever is reversed.
@@ -166,22 +188,24 @@ def backward_order(config, grid, device=None):
     Args:
         config (`VideoMambaConfig`).
         grid (`tuple[int, int, int]`): (n_t, n_h, n_w).
+        device (`torch.device`, *optional*): of the order's tensors.
 
     Returns:
-        `torch.LongTensor` of shape `(L,)`, or None for the full reversal.
+        `ScanOrder` of L tokens, or None for the full reversal.
     """
     if config.backward_scan == "spatiotemporal":
         return None
     frames, *space = grid
     tokens = torch.arange(math.prod(grid), device=device).view(frames, math.prod(space))
-    patches = tokens.flip(1 if config.backward_scan == "spatial" else 0).flatten()
-    if config.class_token_position == "none":
-        return patches
-    place = class_token_index(config, patches.numel())
-    mirrored = patches.numel() - place
-    patches = patches + (patches >= place)
-    class_token = torch.full((1,), place, device=device)
-    return torch.cat([patches[:mirrored], class_token, patches[mirrored:]])
+    visits = tokens.flip(1 if config.backward_scan == "spatial" else 0).flatten()
+    place = None
+    if config.class_token_position != "none":
+        place = class_token_index(config, visits.numel())
+        mirrored = visits.numel() - place
+        visits = visits + (visits >= place)
+        class_token = torch.full((1,), place, device=device)
+        visits = torch.cat([visits[:mirrored], class_token, visits[mirrored:]])
+    return ScanOrder(visits, torch.argsort(visits), config.backward_scan, frames, place)
 
 
 class VideoMambaRMSNorm(nn.Module):
@@ -222,7 +246,8 @@ class VideoMambaMixer(nn.Module):
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
     def forward(self, hidden_states, order=None):
-        return bidirectional_selective_scan(
+        plain = is_plain_linear(self.out_proj)
+        mixed = bidirectional_selective_scan(
             self.in_proj(hidden_states),
             self.conv_weight,
             self.conv_bias,
@@ -233,8 +258,26 @@ class VideoMambaMixer(nn.Module):
             self.D,
             order=order,
             backend=self.scan_backend,
-            out_proj=self.out_proj,
+            out_proj_weight=self.out_proj.weight if plain else None,
         )
+        return mixed if plain else self.out_proj(mixed)
+
+
+def is_plain_linear(module):
+    """
+    Whether a module is a product with a matrix and nothing else, so that its weight may be used in its place.
+
+    It is not if anything was attached to it (a bias, a hook, another `forward`, as Accelerate's offloading gives it),
+    if something stands in its place (an adapter, a quantised layer), or if its weight is not a plain tensor (torchao).
+    """
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) in (nn.Parameter, torch.Tensor)
+        and module.bias is None
+        and "forward" not in vars(module)
+        and not any(getattr(module, name) for name in hooks)
+    )
 
 
 class VideoMambaLayer(GradientCheckpointingLayer):
@@ -299,15 +342,18 @@ class VideoMambaPreTrainedModel(PreTrainedModel):
         resized = copy.deepcopy(self.config)
         resized.num_frames = self.config.num_frames if num_frames is None else num_frames
         resized.image_size = self.config.image_size if image_size is None else image_size
-        resized._check_values()
+        resized.check_values()
+        embeddings = self.base_model.embeddings
         if self.config.position_embedding_type == "learned":
-            embeddings = self.base_model.embeddings
             table = embeddings.position_embeddings
             class_token, tubelets = table.tensor_split([int(embeddings.has_class_token)], dim=1)
             tubelets = interpolate_positions(tubelets, self.config.grid_size, resized.grid_size)
             table = nn.Parameter(torch.cat([class_token, tubelets], dim=1), requires_grad=table.requires_grad)
             embeddings.position_embeddings = table
+        elif self.config.position_embedding_type == "sinusoidal":
+            embeddings.sinusoids = embeddings.sinusoids_for(resized.grid_size).to(embeddings.sinusoids)
         self.config.num_frames, self.config.image_size = resized.num_frames, resized.image_size
+        self.base_model.keep_order()
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -338,6 +384,12 @@ class VideoMambaPreTrainedModel(PreTrainedModel):
                 init.trunc_normal_(module.cls_token, std=config.initializer_range)
             if config.position_embedding_type == "learned":
                 init.trunc_normal_(module.position_embeddings, std=config.initializer_range)
+            elif config.position_embedding_type == "sinusoidal":
+                init.copy_(module.sinusoids, sinusoidal_positions(*module.sinusoids.shape[1:], device="cpu"))
+        elif isinstance(module, VideoMambaModel) and module.backward_visits is not None:
+            order = backward_order(config, config.grid_size, device="cpu")
+            init.copy_(module.backward_visits, order.visits)
+            init.copy_(module.backward_places, order.places)
         elif isinstance(module, nn.Conv3d) or module is getattr(self, "classifier", None):
             init.trunc_normal_(module.weight, std=config.initializer_range)
             init.zeros_(module.bias)
@@ -359,7 +411,25 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
             VideoMambaLayer(config, config.drop_path_rate * index / max(depth - 1, 1)) for index in range(depth)
         )
         self.norm = VideoMambaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.keep_order()
         self.post_init()
+
+    def keep_order(self):
+        """Keep the backward direction's order for clips of the config's size among the tensors of the model."""
+        order = backward_order(self.config, self.config.grid_size, self.norm.weight.device)
+        self.kept_order = self.config.backward_scan, self.config.class_token_position, self.config.grid_size
+        self.register_buffer("backward_visits", None if order is None else order.visits, persistent=False)
+        self.register_buffer("backward_places", None if order is None else order.places, persistent=False)
+
+    def order_for(self, grid, device):
+        """The order for clips of (n_t, n_h, n_w) tubelets: the one that is kept, or another for another size."""
+        config = self.config
+        if (config.backward_scan, config.class_token_position, grid) != self.kept_order:
+            return backward_order(config, grid, device)
+        if self.backward_visits is None:
+            return None
+        place = None if config.class_token_position == "none" else class_token_index(config, math.prod(grid))
+        return ScanOrder(self.backward_visits, self.backward_places, config.backward_scan, grid[0], place)
 
     def get_input_embeddings(self):
         return self.embeddings.patch_embeddings
@@ -389,9 +459,9 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
         Raises:
             ValueError: if `pixel_values` has another rank, size or type than the model takes, or contains NaN.
         """
-        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding).float()
-        grid = tubelet_grid(self.config, pixel_values.shape[1], *pixel_values.shape[3:])
-        order = backward_order(self.config, grid, hidden_states.device)
+        grid = checked_grid(self.config, pixel_values, interpolate_pos_encoding)
+        hidden_states = self.embeddings(pixel_values, grid).float()
+        order = self.order_for(grid, hidden_states.device)
         for layer in self.layers:
             hidden_states = layer(hidden_states, order, **kwargs)
         last_hidden_state = self.norm(hidden_states)

@@ -1,4 +1,4 @@
-"""The seam between the model and the selective scan: two oracles, one function the mixer calls, the choice of backend.
+"""The seam between the model and the selective scan: one function that the mixer calls, and the choice of backend.
 
 What a mixer computes between its two projections, for each of the two directions (paper, sections 3.2 and 4.4):
 
@@ -30,7 +30,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from .selective_scan_cuda import bidirectional_selective_scan as cuda_scan
 from .selective_scan_cuda import unusable_reason as cuda_unusable_reason
@@ -38,87 +37,32 @@ from .selective_scan_mamba_ssm import bidirectional_selective_scan as mamba_ssm_
 from .selective_scan_mamba_ssm import unusable_reason as mamba_ssm_unusable_reason
 from .selective_scan_numba import bidirectional_selective_scan as numba_scan
 from .selective_scan_numba import unusable_reason as numba_unusable_reason
+from .selective_scan_reference import bidirectional_selective_scan as sequential_scan
+from .selective_scan_reference import unusable_reason as sequential_unusable_reason
 from .selective_scan_torch import bidirectional_selective_scan as torch_scan
 from .selective_scan_torch import unusable_reason as torch_unusable_reason
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Oracles. They follow the equations and never change for speed.
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def selective_scan_reference(u, delta, A, B, C, D, delta_bias, order=None, dtype=torch.float64):
+class ScanOrder(NamedTuple):
     """
-    One direction's selective scan, token by token (paper, equations (1) to (3), with Mamba's B̄ = Δ B).
+    The order in which the backward direction visits L tokens.
 
-    Args:
-        u (`torch.Tensor` of shape `(B, L, E)`): input sequence.
-        delta (`torch.Tensor` of shape `(B, L, E)`): step size before bias and softplus.
-        A (`torch.Tensor` of shape `(E, N)`): state matrix, negative.
-        B (`torch.Tensor` of shape `(B, L, N)`): input matrix of each token.
-        C (`torch.Tensor` of shape `(B, L, N)`): output matrix of each token.
-        D (`torch.Tensor` of shape `(E,)`): skip term.
-        delta_bias (`torch.Tensor` of shape `(E,)`): added to `delta` before the softplus.
-        order (`torch.LongTensor` of shape `(L,)`, *optional*): `order[k]` is the token visited at step k; ascending
-            if not given.
-        dtype (`torch.dtype`, defaults to `torch.float64`): in which everything is computed.
-
-    Returns:
-        `torch.Tensor` of shape `(B, L, E)` and type `dtype`: the output of each token, at its own position.
+    Attributes:
+        visits (`torch.LongTensor` of shape `(L,)`): `visits[k]` is the token visited at step k; each token once.
+        places (`torch.LongTensor` of shape `(L,)`): its inverse, `places[visits[k]] == k`.
+        reversal (`str`, *optional*): how `visits` can be worked out instead of looked up. The tokens are `frames`
+            frames of equally many; `"temporal"` visits the last frame first, each from its first token to its last;
+            `"spatial"` visits the first frame first, each from its last token to its first. None is any order.
+        frames (`int`): number of frames, 1 for an order without such a structure.
+        class_token (`int`, *optional*): index of a token among the L that belongs to no frame. It is visited at step
+            `L - 1 - class_token`, its mirrored place.
     """
-    u, delta, A, B, C, D, delta_bias = (t.to(dtype) for t in (u, delta, A, B, C, D, delta_bias))
-    length = u.shape[1]
-    visits = range(length) if order is None else order.tolist()
-    delta = F.softplus(delta + delta_bias)
-    state = u.new_zeros(u.shape[0], u.shape[2], A.shape[1])
-    outputs = [None] * length
-    for token in visits:
-        step = delta[:, token, :, None]
-        state = torch.exp(step * A) * state + step * B[:, token, None, :] * u[:, token, :, None]
-        outputs[token] = (state * C[:, token, None, :]).sum(-1) + D * u[:, token]
-    return torch.stack(outputs, dim=1)
 
-
-def bidirectional_selective_scan_reference(
-    xz,
-    conv_weight,
-    conv_bias,
-    x_proj_weight,
-    dt_proj_weight,
-    dt_proj_bias,
-    A_log,
-    D,
-    order=None,
-    dtype=torch.float64,
-):
-    """
-    The oracle of [`bidirectional_selective_scan`]: same arguments, one direction after the other, token by token.
-
-    Returns:
-        `torch.Tensor` of shape `(B, L, E)` and type `dtype`.
-    """
-    parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
-    xz, *parameters = (t.to(dtype) for t in (xz, *parameters))
-    x, z = xz.chunk(2, dim=-1)
-    length, rank, state_size = x.shape[1], dt_proj_weight.shape[2], A_log.shape[2]
-    forward = torch.arange(length, device=x.device)
-    backward = forward.flip(0) if order is None else order
-    outputs = []
-    for direction, visits in enumerate((forward, backward)):
-        w_conv, b_conv, w_x, w_dt, b_dt, log_a, skip = (p[direction] for p in parameters)
-        visited = F.pad(x[:, visits].transpose(1, 2), (w_conv.shape[1] - 1, 0))
-        convolved = F.silu(F.conv1d(visited, w_conv[:, None], b_conv, groups=w_conv.shape[0])).transpose(1, 2)
-        u = convolved[:, torch.argsort(visits)]
-        time_step, B, C = (u @ w_x.T).split([rank, state_size, state_size], dim=-1)
-        outputs.append(
-            selective_scan_reference(u, time_step @ w_dt.T, -torch.exp(log_a), B, C, skip, b_dt, visits, dtype)
-        )
-    return F.silu(z) * (outputs[0] + outputs[1]) / 2
-
-
-def sequential_scan(xz, *parameters, order=None):
-    """The float32 oracle as a backend: a Python loop over tokens, for comparison and for doubt."""
-    return bidirectional_selective_scan_reference(xz, *parameters, order=order, dtype=torch.float32).to(xz.dtype)
+    visits: torch.Tensor
+    places: torch.Tensor
+    reversal: str | None = None
+    frames: int = 1
+    class_token: int | None = None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -129,16 +73,16 @@ def sequential_scan(xz, *parameters, order=None):
 class ScanBackend(NamedTuple):
     unusable_reason: Callable
     bidirectional_selective_scan: Callable
-    projects: bool = False  # takes `out_proj_weight` too, and keeps less for the backward pass
+    fuses_out_proj: bool = False  # takes `out_proj_weight` too, and keeps less for the backward pass
 
 
 # Fastest first; the first usable one is taken. `sequential` runs only when it is named, since `torch` always can.
 BACKENDS = {
-    "cuda": ScanBackend(cuda_unusable_reason, cuda_scan, projects=True),
+    "cuda": ScanBackend(cuda_unusable_reason, cuda_scan, fuses_out_proj=True),
     "mamba_ssm": ScanBackend(mamba_ssm_unusable_reason, mamba_ssm_scan),
     "numba": ScanBackend(numba_unusable_reason, numba_scan),
     "torch": ScanBackend(torch_unusable_reason, torch_scan),
-    "sequential": ScanBackend(torch_unusable_reason, sequential_scan),
+    "sequential": ScanBackend(sequential_unusable_reason, sequential_scan),
 }
 
 ENVIRONMENT_VARIABLE = "VIDEOMAMBA_SCAN_BACKEND"
@@ -208,7 +152,7 @@ def bidirectional_selective_scan(
     D,
     order=None,
     backend=None,
-    out_proj=None,
+    out_proj_weight=None,
 ):
     """
     Convolution, projections and selective scan of both directions, and their gated mean (paper, section 4.4).
@@ -222,12 +166,11 @@ def bidirectional_selective_scan(
         dt_proj_bias (`torch.Tensor` of shape `(2, E)`): added before the softplus.
         A_log (`torch.Tensor` of shape `(2, E, N)`): A = -exp(A_log).
         D (`torch.Tensor` of shape `(2, E)`): skip term.
-        order (`torch.LongTensor` of shape `(L,)`, *optional*): `order[k]` is the token that the backward direction
-            visits at step k; the full reversal if not given.
+        order (`ScanOrder`, *optional*): in which the backward direction visits the tokens; the full reversal if not
+            given.
         backend (`str`, *optional*): see [`select_scan_backend`].
-        out_proj (`torch.nn.Module`, *optional*): applied to the result, if given. A backend that knows it need not
-            keep its input for the backward pass. Only a plain `nn.Linear` without bias and hooks is handed over so;
-            any other module, such as an adapter in its place, is called.
+        out_proj_weight (`torch.Tensor` of shape `(hidden_size, E)`, *optional*): the result is multiplied by it, if
+            given. A backend that fuses this product need not keep its input for the backward pass.
 
     Returns:
         `torch.Tensor` of shape `(B, L, E)`, or `(B, L, hidden_size)` if projected, and the type of `xz`. Inside, Δ,
@@ -237,25 +180,17 @@ def bidirectional_selective_scan(
         ValueError: if `order` has another length than `xz`. What it holds is looked at on a CPU with Numba alone; it
             must be each token once.
     """
-    if order is not None and order.shape != (xz.shape[1],):
-        raise ValueError(f"`order` must list the {xz.shape[1]} tokens of `xz`; got the shape {tuple(order.shape)}.")
+    if order is not None and order.visits.shape != (xz.shape[1],):
+        raise ValueError(
+            f"`order` must list the {xz.shape[1]} tokens of `xz`; got the shape {tuple(order.visits.shape)}."
+        )
     chosen = BACKENDS[select_scan_backend(xz.device, xz.dtype, backend)]
     parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
-    if chosen.projects and torch.is_grad_enabled() and _is_plain_linear(out_proj):
-        return chosen.bidirectional_selective_scan(xz, *parameters, order=order, out_proj_weight=out_proj.weight)
+    # Without gradients nothing is kept, and the product runs as fast outside.
+    if out_proj_weight is not None and chosen.fuses_out_proj and torch.is_grad_enabled():
+        return chosen.bidirectional_selective_scan(xz, *parameters, order=order, out_proj_weight=out_proj_weight)
     scanned = chosen.bidirectional_selective_scan(xz, *parameters, order=order)
-    return scanned if out_proj is None else out_proj(scanned)
+    return scanned if out_proj_weight is None else F.linear(scanned, out_proj_weight)
 
 
-def _is_plain_linear(module):
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return type(module) is nn.Linear and module.bias is None and not any(getattr(module, name) for name in hooks)
-
-
-__all__ = [
-    "bidirectional_selective_scan",
-    "bidirectional_selective_scan_reference",
-    "select_scan_backend",
-    "selective_scan_reference",
-    "use_scan_backend",
-]
+__all__ = ["ScanOrder", "bidirectional_selective_scan", "select_scan_backend", "use_scan_backend"]

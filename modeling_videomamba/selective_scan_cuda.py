@@ -2034,4 +2034,5 @@ def bidirectional_selective_scan(
     if out_proj_weight is not None:
         out_proj_weight = out_proj_weight.to(xz.dtype)
     parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
-    return _scan_op(xz.contiguous(), *parameters, out_proj_weight, order, torch.is_grad_enabled())[0]
+    visits = None if order is None else order.visits
+    return _scan_op(xz.contiguous(), *parameters, out_proj_weight, visits, torch.is_grad_enabled())[0]

@@ -39,7 +39,7 @@ def bidirectional_selective_scan(
     for direction in range(2):
         visits = x
         if direction:
-            visits = x.flip(2) if order is None else x[:, :, order]
+            visits = x.flip(2) if order is None else x[:, :, order.visits]
         u = causal_conv1d_fn(
             visits, conv_weight[direction].to(x.dtype), conv_bias[direction].to(x.dtype), activation="silu"
         )
@@ -56,7 +56,7 @@ def bidirectional_selective_scan(
             delta_softplus=True,
         )
         if direction:
-            y = y.flip(2) if order is None else y[:, :, torch.argsort(order)]
+            y = y.flip(2) if order is None else y[:, :, order.places]
         outputs.append(y)
     gated = (outputs[0] + outputs[1]) * (torch.nn.functional.silu(z) / 2)
     return gated.transpose(1, 2).contiguous()

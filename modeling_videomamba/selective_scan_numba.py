@@ -60,10 +60,8 @@ def bidirectional_selective_scan(
 ):
     """See `selective_scan.bidirectional_selective_scan`."""
     parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
-    if order is None:
-        order = torch.arange(xz.shape[1] - 1, -1, -1)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (xz, *parameters))
-    return _mixer(xz, *parameters, order, keep)[0]
+    return _mixer(xz, *parameters, None if order is None else order.visits, keep)[0]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -699,8 +697,16 @@ def _blocks(channels):
     return (channels + BLOCK - 1) // BLOCK
 
 
+@functools.lru_cache(maxsize=8)
+def _full_reversal(length):
+    forward = torch.arange(length)
+    return torch.stack([forward, forward.flip(0)])
+
+
 def _visits(order, length):
     """What the kernels trust: both directions' order of visits (2, L), in which each token has its turn."""
+    if order is None:
+        return _full_reversal(length)
     forward = torch.arange(length)
     if not torch.equal(order.long().sort().values, forward):
         raise ValueError(
@@ -823,7 +829,7 @@ def _mixer(
     dt_proj_bias: torch.Tensor,
     A_log: torch.Tensor,
     D: torch.Tensor,
-    order: torch.Tensor,
+    order: torch.Tensor | None,
     keep_states: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The mixer's output (B, L, E), and the states at the borders of chunks if the backward pass will want them."""
@@ -851,7 +857,7 @@ def _mixer_backward(
     dt_proj_bias: torch.Tensor,
     A_log: torch.Tensor,
     D: torch.Tensor,
-    order: torch.Tensor,
+    order: torch.Tensor | None,
 ) -> list[torch.Tensor]:
     """Gradients of all floating-point arguments, each of its argument's type."""
     inputs = (xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)

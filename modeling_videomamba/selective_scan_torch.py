@@ -1,8 +1,8 @@
-"""The scan in plain PyTorch, for every device: chunks of the length run side by side, and hand their states on.
+"""The scan in plain PyTorch, for every device: chunks of the length run side by side, and pass their states on.
 
 A Python loop over L tokens is slow because each step is a handful of tiny operations. Here the length is cut into
 chunks of `CHUNK` tokens and the loop runs over the `CHUNK` positions, all chunks at once, twice: first from a zero
-state, to learn what state each chunk ends with; then from the right state, which the chunks hand on in between (a
+state, to learn what state each chunk ends with; then from the right state, which the chunks pass on in between (a
 chunk's whole decay is exp(A ΣΔ)). The states of all tokens, (B, L, E, N), never exist together: the chunks are worked
 off in tiles that fit the cache, and the backward pass recomputes them from the states at the chunk borders.
 """
@@ -25,7 +25,7 @@ def bidirectional_selective_scan(
     """See `selective_scan.bidirectional_selective_scan`. Both directions run as one batch with a leading axis of 2."""
     x, z = xz.chunk(2, dim=-1)
     # The directions differ from here on; the backward one sees its tokens in the order of its visits.
-    x = torch.stack([x, x.flip(1) if order is None else x[:, order]])
+    x = torch.stack([x, x.flip(1) if order is None else x[:, order.visits]])
     u = F.silu(_causal_conv(x, conv_weight.to(x.dtype), conv_bias.to(x.dtype)))
     rank, state_size = dt_proj_weight.shape[2], A_log.shape[2]
     projected = torch.matmul(u, x_proj_weight.to(u.dtype).transpose(1, 2)[:, None])
@@ -34,7 +34,7 @@ def bidirectional_selective_scan(
     delta = F.softplus(delta.float() + dt_proj_bias.float()[:, None, None])
     y = selective_scan(u, delta, -torch.exp(A_log.float()), B, C)
     y = y + u * D.to(u.dtype)[:, None, None]
-    backward = y[1].flip(1) if order is None else y[1][:, torch.argsort(order)]
+    backward = y[1].flip(1) if order is None else y[1][:, order.places]
     return (y[0] + backward) * (F.silu(z) / 2)
 
 
@@ -108,7 +108,7 @@ def _chunked(x, length):
     return x.reshape(groups, -1, CHUNK, x.shape[-1])
 
 
-def _hand_on(ends, decay, batch, reverse=False):
+def _pass_states(ends, decay, batch, reverse=False):
     """What each chunk starts from, (B * chunks, N, E), given what each ends with from zero and its whole decay."""
     ends, decay = (t.unflatten(0, (batch, -1)) for t in (ends, decay))
     starts = torch.zeros_like(ends)
@@ -148,7 +148,7 @@ def _scan_forward(u, delta, A, B, C):
                 views = _steps(delta[g, tile], 2), _steps(input[g, tile], 2), _steps(B[g, tile], 3)
                 for d, v, b in zip(*views, strict=True):
                     _advance(state, decay, d, v, A[g], b)
-            starts[g] = _hand_on(ends[g], torch.exp(delta[g].sum(1)[:, None] * A[g]), batch)
+            starts[g] = _pass_states(ends[g], torch.exp(delta[g].sum(1)[:, None] * A[g]), batch)
         for tile in tiles:
             state = starts[g, tile].clone()
             decay = torch.empty_like(state)
@@ -191,7 +191,7 @@ def _scan_backward_op(
                     adjoint.addcmul_(grad[g, tile, step, None], C_c[g, tile, step, :, None])
                     torch.mul(delta_c[g, tile, step, None], A_t[g], out=decay).exp_()
                     adjoint.mul_(decay)
-            passed = _hand_on(ends, torch.exp(delta_c[g].sum(1)[:, None] * A_t[g]), batch, reverse=True)
+            passed = _pass_states(ends, torch.exp(delta_c[g].sum(1)[:, None] * A_t[g]), batch, reverse=True)
         for tile in tiles:
             history = input.new_empty(steps + 1, *starts[g, tile].shape)
             history[0] = starts[g, tile]

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from modeling_videomamba import (
     VideoMambaConfig,
@@ -14,12 +15,14 @@ from modeling_videomamba import (
     count_parameters_and_macs,
     use_scan_backend,
 )
+from modeling_videomamba import modeling_videomamba as module
 from modeling_videomamba.modeling_videomamba import (
     VideoMambaEmbeddings,
     backward_order,
     interpolate_positions,
     sinusoidal_positions,
 )
+from modeling_videomamba.selective_scan import bidirectional_selective_scan
 
 
 def tiny_config(**kwargs):
@@ -101,7 +104,7 @@ def test_tubelets_are_cut_frame_by_frame_and_remainders_dropped():
     assert config.grid_size == (2, 2, 3)
     embeddings = VideoMambaEmbeddings(config)
     pixels = torch.randn(1, 5, 3, 35, 50)
-    tokens = embeddings(pixels)
+    tokens = embeddings(pixels, config.grid_size)
     assert tokens.shape == (1, 12, 32)
     # Token 7 is time 1, row 0, column 1.
     tubelet = pixels[0, 2:4, :, 0:16, 16:32].transpose(0, 1)
@@ -118,7 +121,7 @@ def test_class_token_stands_in_its_place(position, index):
         embeddings.position_embeddings.copy_(torch.arange(9.0)[None, :, None].expand(1, 9, 32))
         embeddings.patch_embeddings.projection.weight.zero_()
         embeddings.patch_embeddings.projection.bias.zero_()
-    tokens = embeddings(clip())[0, :, 0].tolist()
+    tokens = embeddings(clip(), (2, 2, 2))[0, :, 0].tolist()
     patches = [float(i) for i in range(1, 9)]
     assert tokens == patches[:index] + [7.0] + patches[index:]
 
@@ -192,7 +195,61 @@ def test_interpolation_changes_nothing_at_the_configured_size():
 def test_backward_orders_by_hand(reversal, class_token, expected):
     config = tiny_config(backward_scan=reversal, class_token_position=class_token)
     order = backward_order(config, (3, 1, 2))
-    assert order is None if expected is None else order.tolist() == expected
+    if expected is None:
+        assert order is None
+        return
+    assert order.visits.tolist() == expected
+    assert order.places[order.visits].tolist() == list(range(len(expected)))
+
+
+@pytest.mark.parametrize("class_token", ["first", "middle", "none"])
+@pytest.mark.parametrize("reversal", ["spatial", "temporal"])
+def test_backward_orders_can_be_worked_out_from_their_structure(reversal, class_token):
+    """As a kernel would: step to token by the numbers of the order alone."""
+    order = backward_order(tiny_config(backward_scan=reversal, class_token_position=class_token), (3, 5, 7))
+    length, visits = len(order.visits), []
+    per_frame = 35
+    for step in range(length):
+        patch = step
+        if order.class_token is not None:
+            if step == length - 1 - order.class_token:
+                visits.append(order.class_token)
+                continue
+            patch -= step > length - 1 - order.class_token
+        frame, rest = divmod(patch, per_frame)
+        if order.reversal == "spatial":
+            token = frame * per_frame + per_frame - 1 - rest
+        else:
+            token = (order.frames - 1 - frame) * per_frame + rest
+        visits.append(token + (order.class_token is not None and token >= order.class_token))
+    assert (order.reversal, order.frames) == (reversal, 3)
+    assert order.visits.tolist() == visits
+
+
+@pytest.mark.parametrize("class_token", ["first", "none"])
+def test_order_and_positions_that_are_kept_are_those_of_the_clip(class_token, tmp_path):
+    """Loaded, resized, moved, and for clips of another size: always as if they were made anew."""
+    model = tiny_model(
+        backward_scan="temporal", class_token_position=class_token, position_embedding_type="sinusoidal"
+    )
+    model.save_pretrained(tmp_path)
+    loaded = VideoMambaForVideoClassification.from_pretrained(tmp_path)
+    resized = VideoMambaForVideoClassification.from_pretrained(tmp_path)
+    resized.resize_position_embeddings(num_frames=8)
+    for found in (model, loaded, resized):
+        kept = found.videomamba.order_for(found.config.grid_size, torch.device("cpu"))
+        expected = backward_order(found.config, found.config.grid_size)
+        assert kept.visits is found.videomamba.backward_visits and kept[2:] == expected[2:]
+        assert torch.equal(kept.visits, expected.visits) and torch.equal(kept.places, expected.places)
+        table = sinusoidal_positions(math.prod(found.config.grid_size), 32)
+        assert torch.equal(found.videomamba.embeddings.sinusoids, table)
+    assert not set(model.state_dict()) & {"videomamba.backward_visits", "videomamba.embeddings.sinusoids"}
+    torch.testing.assert_close(
+        resized(clip(frames=8)).logits, loaded(clip(frames=8), interpolate_pos_encoding=True).logits
+    )
+    loaded.config.backward_scan = "spatial"  # an order that is not kept
+    other = loaded.videomamba.order_for(loaded.config.grid_size, torch.device("cpu"))
+    assert torch.equal(other.visits, backward_order(loaded.config, loaded.config.grid_size).visits)
 
 
 def test_class_token_sees_all_tokens_and_the_reversals_differ():
@@ -207,6 +264,43 @@ def test_class_token_sees_all_tokens_and_the_reversals_differ():
         logits.append(model(pixels).logits)
     assert not torch.allclose(logits[0], logits[1]) and not torch.allclose(logits[1], logits[2])
     assert not torch.allclose(logits[0], logits[2])
+
+
+# ---- the mixer's output projection
+
+
+def test_out_proj_is_handed_over_only_if_nothing_is_attached_to_it(monkeypatch):
+    """A fused scan takes the weight and passes by the module, and with it whatever hangs on it."""
+    handed_over = []
+
+    def scan(*tensors, out_proj_weight=None, **kwargs):
+        handed_over.append(out_proj_weight is not None)
+        return bidirectional_selective_scan(*tensors, out_proj_weight=out_proj_weight, **kwargs)
+
+    class Adapter(nn.Linear):
+        """Stands for one that was put in the projection's place."""
+
+    class Quantised(torch.Tensor):
+        """Stands for a weight that only its own operators understand."""
+
+    monkeypatch.setattr(module, "bidirectional_selective_scan", scan)
+    mixer = tiny_model().videomamba.layers[0].mixer
+    hidden_states = torch.randn(2, 9, 32)
+    plain = [nn.Linear(64, 32, bias=False) for _ in range(5)]
+    called = []
+    plain[1].register_forward_hook(lambda *_: called.append("hook"))
+    plain[2].register_full_backward_hook(lambda *_: None)
+    plain[3].forward = lambda x: called.append("forward") or F.linear(x, plain[3].weight)
+    plain[4].weight = nn.Parameter(plain[4].weight.detach().as_subclass(Quantised))
+    others = [nn.Linear(64, 32), Adapter(64, 32, bias=False)]
+    for out_proj, expected in zip([*plain, *others], [True] + 6 * [False], strict=True):
+        mixer.out_proj = out_proj
+        found = mixer(hidden_states)
+        assert handed_over.pop() is expected
+        mixer.out_proj = nn.Identity()
+        torch.testing.assert_close(found, F.linear(mixer(hidden_states), out_proj.weight, out_proj.bias))
+        handed_over.pop()
+    assert called == ["hook", "forward"]
 
 
 # ---- outputs, losses, training

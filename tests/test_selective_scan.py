@@ -1,4 +1,4 @@
-"""The selective scan: oracles against hand calculation and transformers' Mamba, the PyTorch backend against them."""
+"""The selective scan: references against hand calculation and transformers' Mamba, `torch` backend against them."""
 
 import math
 
@@ -16,63 +16,15 @@ from modeling_videomamba import (
     use_scan_backend,
 )
 from modeling_videomamba import selective_scan as seam
-from modeling_videomamba.modeling_videomamba import VideoMambaMixer, backward_order
+from modeling_videomamba.modeling_videomamba import backward_order
+from modeling_videomamba.selective_scan_reference import (
+    bidirectional_selective_scan_reference,
+    selective_scan_reference,
+)
+from scan_helpers import assert_matches_reference, gradients, random_inputs, relative_error, scan_order
 
 
-PARAMETER_NAMES = ["xz", "conv_weight", "conv_bias", "x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log", "D"]
-
-
-def random_inputs(batch, length, channels, states=16, rank=3, taps=4, step_bias=-3.0, seed=0):
-    """Random float32 arguments of `bidirectional_selective_scan`; `step_bias` shifts Δ before its softplus."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape, scale=1.0):
-        return torch.randn(*shape, generator=generator) * scale
-
-    return [
-        normal(batch, length, 2 * channels),
-        normal(2, channels, taps, scale=0.5),
-        normal(2, channels, scale=0.1),
-        normal(2, rank + 2 * states, channels, scale=channels**-0.5),
-        normal(2, channels, rank, scale=rank**-0.5),
-        normal(2, channels) + step_bias,
-        torch.arange(1.0, states + 1).log() + normal(2, channels, states, scale=0.1),
-        normal(2, channels),
-    ]
-
-
-def gradients(function, inputs, output_gradient):
-    inputs = [t.detach().clone().requires_grad_() for t in inputs]
-    output = function(*inputs)
-    output.backward(output_gradient.to(output.dtype))
-    return output.detach(), [t.grad for t in inputs]
-
-
-def relative_error(found, expected):
-    assert found.shape == expected.shape
-    return ((found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)).item()
-
-
-def assert_matches_oracle(function, inputs, order=None, tolerance=1e-5, gradient_tolerance=1e-5):
-    """Forward and every gradient against the float64 oracle, each named in the failure."""
-    generator = torch.Generator().manual_seed(1)
-    batch, length, width = inputs[0].shape
-    output_gradient = torch.randn(batch, length, width // 2, generator=generator)
-
-    def oracle(*tensors):
-        return seam.bidirectional_selective_scan_reference(*tensors, order=order, dtype=torch.float64)
-
-    expected, expected_gradients = gradients(oracle, [t.double() for t in inputs], output_gradient)
-    found, found_gradients = gradients(lambda *t: function(*t, order=order), inputs, output_gradient)
-    errors = {"output": relative_error(found, expected)}
-    assert errors["output"] <= tolerance, errors
-    for name, value, reference in zip(PARAMETER_NAMES, found_gradients, expected_gradients, strict=True):
-        errors[name] = relative_error(value, reference)
-    too_large = {name: e for name, e in errors.items() if not e <= gradient_tolerance}
-    assert not too_large, too_large
-
-
-def test_oracle_by_hand():
+def test_reference_by_hand():
     """One channel, one state, three steps, worked out on paper: Δ = ln 2 by softplus(0), A = -1, so decays are 1/2."""
     u = torch.tensor([[[1.0], [2.0], [4.0]]])
     B = torch.tensor([[[1.0], [1.0], [0.5]]])
@@ -81,15 +33,15 @@ def test_oracle_by_hand():
     ln2 = math.log(2)
     # h = Δ, Δ/2 + 2Δ, (Δ/2 + 2Δ)/2 + 2Δ;  y = C h + 3 u
     expected = [ln2 + 3, 2 * 2.5 * ln2 + 6, 3.25 * ln2 + 12]
-    found = seam.selective_scan_reference(*arguments)
+    found = selective_scan_reference(*arguments)
     torch.testing.assert_close(found.flatten(), torch.tensor(expected, dtype=torch.float64))
     # Visited in the order 2, 0, 1:  h_2 = 2Δ, h_0 = Δ + Δ, h_1 = Δ + 2Δ
     expected = [2 * ln2 + 3, 2 * 3 * ln2 + 6, 2 * ln2 + 12]
-    found = seam.selective_scan_reference(*arguments, order=torch.tensor([2, 0, 1]))
+    found = selective_scan_reference(*arguments, visits=torch.tensor([2, 0, 1]))
     torch.testing.assert_close(found.flatten(), torch.tensor(expected, dtype=torch.float64))
 
 
-def test_oracle_against_the_mamba_of_transformers():
+def test_reference_against_the_mamba_of_transformers():
     """Our mixer is the mean of their mixer on the sequence and, flipped, on the flipped sequence."""
     torch.manual_seed(0)
     config = VideoMambaConfig(hidden_size=32, num_hidden_layers=2)
@@ -127,25 +79,25 @@ def test_oracle_against_the_mamba_of_transformers():
         ((5, 7, 6), "first", 1, 20),  # 211
     ],
 )
-def test_torch_backend_matches_oracle(grid, class_token, batch, channels, reversal):
+def test_torch_backend_matches_reference(grid, class_token, batch, channels, reversal):
     config = VideoMambaConfig(class_token_position=class_token, backward_scan=reversal)
     order = backward_order(config, grid)
     length = math.prod(grid) + (class_token != "none")
-    assert_matches_oracle(
+    assert_matches_reference(
         selective_scan_torch.bidirectional_selective_scan, random_inputs(batch, length, channels), order
     )
 
 
-def test_torch_backend_matches_oracle_past_10_000_tokens():
+def test_torch_backend_matches_reference_past_10_000_tokens():
     inputs = random_inputs(1, 10_241, 2, states=3, rank=1)
-    assert_matches_oracle(selective_scan_torch.bidirectional_selective_scan, inputs)
+    assert_matches_reference(selective_scan_torch.bidirectional_selective_scan, inputs)
 
 
 @pytest.mark.parametrize(("step_bias", "what"), [(8.0, "decays to 0"), (-14.0, "decays near 1")])
 def test_torch_backend_with_extreme_steps(step_bias, what):
     inputs = random_inputs(2, 150, 6, step_bias=step_bias)
     # The gradient of the log of a decay that underflows to 0 is 0 in float64 only from e^-745 on.
-    assert_matches_oracle(selective_scan_torch.bidirectional_selective_scan, inputs, gradient_tolerance=1e-4)
+    assert_matches_reference(selective_scan_torch.bidirectional_selective_scan, inputs, gradient_tolerance=1e-4)
 
 
 def test_torch_backend_tiles_give_the_same(monkeypatch):
@@ -170,7 +122,7 @@ def test_torch_backend_takes_strided_inputs():
 def test_torch_backend_in_bfloat16_keeps_its_state_in_float32():
     """Over 2000 tokens with decays near 1, a bfloat16 state would lose all small contributions."""
     inputs = [t.bfloat16() for t in random_inputs(1, 2000, 8, step_bias=-6.0)]
-    expected = seam.bidirectional_selective_scan_reference(*[t.double() for t in inputs])
+    expected = bidirectional_selective_scan_reference(*[t.double() for t in inputs])
     found = selective_scan_torch.bidirectional_selective_scan(*inputs)
     assert found.dtype == torch.bfloat16
     assert relative_error(found, expected) < 1e-2
@@ -257,6 +209,20 @@ class TestChoiceOfBackend:
             assert seam.select_scan_backend(self.device, self.dtype, "torch") == "sequential"
         assert seam.select_scan_backend(self.device, self.dtype, "sequential") == "torch"
 
+    def test_mixer_without_a_backend_name_takes_the_first_usable_one(self, monkeypatch):
+        asked = []
+        spy = seam.ScanBackend(lambda *device_and_dtype: asked.append(device_and_dtype), seam.torch_scan)
+        monkeypatch.setattr(seam, "BACKENDS", {"spy": spy, **seam.BACKENDS})
+        mixer = VideoMambaForVideoClassification(VideoMambaConfig(hidden_size=8, num_hidden_layers=1))
+        mixer = mixer.videomamba.layers[0].mixer
+        hidden_states = torch.randn(2, 5, 8)
+        found = mixer(hidden_states)
+        assert asked == [(self.device, self.dtype)]
+        names = "conv_weight conv_bias x_proj_weight dt_proj_weight dt_proj_bias A_log D".split()
+        parameters = dict(mixer.named_parameters())
+        scanned = bidirectional_selective_scan_reference(mixer.in_proj(hidden_states), *(parameters[n] for n in names))
+        torch.testing.assert_close(found, mixer.out_proj(scanned.float()))
+
     def test_config_reaches_the_scan(self, mixer, monkeypatch):
         called = []
         spy = seam.ScanBackend(lambda *_: None, lambda xz, *_, order: called.append(1) or xz[..., : xz.shape[-1] // 2])
@@ -284,45 +250,24 @@ def test_causal_convolution_against_conv1d():
         torch.testing.assert_close(found[direction], expected)
 
 
-def test_mixer_runs_without_a_backend_name():
-    mixer = VideoMambaMixer(VideoMambaConfig(hidden_size=8, num_hidden_layers=1))
-    assert mixer.scan_backend is None
-
-
 def test_order_of_another_length_is_refused():
     with pytest.raises(ValueError, match=r"must list the 6 tokens of `xz`; got the shape \(5,\)"):
-        seam.bidirectional_selective_scan(*random_inputs(1, 6, 4), order=torch.arange(5), backend="torch")
+        seam.bidirectional_selective_scan(*random_inputs(1, 6, 4), order=scan_order(torch.arange(5)), backend="torch")
 
 
-def test_out_proj_is_handed_over_only_if_nothing_is_attached_to_it(monkeypatch):
-    handed_over, hooked = [], []
+def test_out_proj_is_fused_where_gradients_are_wanted(monkeypatch):
+    fused = []
 
     def scan(*tensors, order=None, out_proj_weight=None):
-        handed_over.append(out_proj_weight is not None)
+        fused.append(out_proj_weight is not None)
         scanned = seam.torch_scan(*tensors, order=order)
         return scanned if out_proj_weight is None else F.linear(scanned, out_proj_weight)
 
-    monkeypatch.setitem(seam.BACKENDS, "torch", seam.ScanBackend(lambda *_: None, scan, projects=True))
-
-    class Adapter(torch.nn.Linear):
-        """Stands for one that was put in the projection's place."""
-
-    hook = torch.nn.Linear(6, 5, bias=False)
-    hook.register_forward_hook(lambda *_: hooked.append(True))
-    backward_hook = torch.nn.Linear(6, 5, bias=False)
-    backward_hook.register_full_backward_hook(lambda *_: None)
-    inputs = random_inputs(2, 7, 6)
-    for out_proj, grad, expected in (
-        (torch.nn.Linear(6, 5, bias=False), True, True),
-        (torch.nn.Linear(6, 5, bias=False), False, False),
-        (torch.nn.Linear(6, 5), True, False),
-        (Adapter(6, 5, bias=False), True, False),
-        (hook, True, False),
-        (backward_hook, True, False),
-    ):
+    inputs, weight = random_inputs(2, 7, 6), torch.randn(5, 6)
+    expected = F.linear(bidirectional_selective_scan_reference(*inputs).float(), weight)
+    for fuses, grad in ((True, True), (True, False), (False, True)):
+        monkeypatch.setitem(seam.BACKENDS, "torch", seam.ScanBackend(lambda *_: None, scan, fuses_out_proj=fuses))
         with torch.set_grad_enabled(grad):
-            found = seam.bidirectional_selective_scan(*inputs, backend="torch", out_proj=out_proj)
-        assert handed_over.pop() is expected
-        scanned = seam.bidirectional_selective_scan_reference(*inputs).float()
-        torch.testing.assert_close(found, F.linear(scanned, out_proj.weight, out_proj.bias))
-    assert hooked == [True]
+            found = seam.bidirectional_selective_scan(*inputs, backend="torch", out_proj_weight=weight)
+        assert fused.pop() is (fuses and grad)
+        torch.testing.assert_close(found, expected)

@@ -1,4 +1,4 @@
-"""The CPU backend of the scan: against the float64 oracle at awkward sizes, with threads, forks and compilers."""
+"""The CPU backend of the scan: against the float64 reference at awkward sizes, with threads, forks and compilers."""
 
 import os
 import shutil
@@ -15,7 +15,8 @@ from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassificati
 from modeling_videomamba import selective_scan as seam
 from modeling_videomamba import selective_scan_numba as backend
 from modeling_videomamba.modeling_videomamba import backward_order
-from test_selective_scan import assert_matches_oracle, gradients, random_inputs, relative_error
+from modeling_videomamba.selective_scan_reference import bidirectional_selective_scan_reference
+from scan_helpers import assert_matches_reference, gradients, random_inputs, relative_error, scan_order
 
 
 pytestmark = pytest.mark.skipif(
@@ -35,9 +36,9 @@ pytestmark = pytest.mark.skipif(
         (1, 211, 130, {"taps": 5}),
     ],
 )
-def test_matches_oracle(batch, length, channels, options, order):
+def test_matches_reference(batch, length, channels, options, order):
     if order == "any":
-        visits = torch.randperm(length, generator=torch.Generator().manual_seed(3))
+        visits = scan_order(torch.randperm(length, generator=torch.Generator().manual_seed(3)))
     elif order == "reversal" or length == 1:
         visits = None
     else:
@@ -45,11 +46,11 @@ def test_matches_oracle(batch, length, channels, options, order):
         frames = next(n for n in (7, 5, 3, 2, 1) if (length - 1) % n == 0)
         visits = backward_order(config, (frames, 1, (length - 1) // frames))
     inputs = random_inputs(batch, length, channels, **options)
-    assert_matches_oracle(backend.bidirectional_selective_scan, inputs, visits, 1e-5, 1e-4)
+    assert_matches_reference(backend.bidirectional_selective_scan, inputs, visits, 1e-5, 1e-4)
 
 
-def test_matches_oracle_past_10_000_tokens():
-    assert_matches_oracle(
+def test_matches_reference_past_10_000_tokens():
+    assert_matches_reference(
         backend.bidirectional_selective_scan, random_inputs(1, 10_241, 2, states=3, rank=1), None, 1e-5, 1e-4
     )
 
@@ -58,7 +59,7 @@ def test_matches_oracle_past_10_000_tokens():
 def test_extreme_steps(step_bias):
     """Steps so short that nothing is forgotten, and so long that everything is: exp(ΔA) underflows."""
     inputs = random_inputs(1, 100, 9, step_bias=step_bias)
-    assert_matches_oracle(backend.bidirectional_selective_scan, inputs, None, 1e-5, 1e-4)
+    assert_matches_reference(backend.bidirectional_selective_scan, inputs, None, 1e-5, 1e-4)
 
 
 def test_takes_strided_inputs():
@@ -91,7 +92,7 @@ def test_bfloat16_differs_by_its_rounding_alone():
     output_gradient = torch.randn(2, 300, 70).bfloat16()
     found, found_gradients = gradients(backend.bidirectional_selective_scan, inputs, output_gradient)
     expected, expected_gradients = gradients(
-        seam.bidirectional_selective_scan_reference, [t.double() for t in inputs], output_gradient
+        bidirectional_selective_scan_reference, [t.double() for t in inputs], output_gradient
     )
     assert found.dtype == torch.bfloat16
     assert relative_error(found, expected) < 0.01
@@ -106,7 +107,7 @@ def test_float32_parameters_serve_bfloat16_activations_under_autocast():
     output_gradient = torch.randn(1, 60, 16).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         found, found_gradients = gradients(backend.bidirectional_selective_scan, inputs, output_gradient)
-    expected = seam.bidirectional_selective_scan_reference(*inputs)
+    expected = bidirectional_selective_scan_reference(*inputs)
     assert found.dtype == torch.bfloat16 and relative_error(found, expected) < 0.01
     assert [g.dtype for g in found_gradients] == [t.dtype for t in inputs]
 
@@ -218,7 +219,7 @@ def test_is_the_default_on_a_cpu(monkeypatch):
 )
 def test_order_that_is_no_permutation_is_refused(order, found):
     with pytest.raises(ValueError, match=f"position from 0 to 3 once, for 4 tokens; got the shape {found}"):
-        backend.bidirectional_selective_scan(*random_inputs(1, 4, 3), order=torch.tensor(order))
+        backend.bidirectional_selective_scan(*random_inputs(1, 4, 3), order=scan_order(torch.tensor(order)))
 
 
 def run_python(code, **environment):

@@ -21,12 +21,9 @@ from modeling_videomamba import (
     selective_scan_cuda,
     use_scan_backend,
 )
-from modeling_videomamba.selective_scan import (
-    BACKENDS,
-    bidirectional_selective_scan,
-    bidirectional_selective_scan_reference,
-    select_scan_backend,
-)
+from modeling_videomamba.selective_scan import BACKENDS, bidirectional_selective_scan, select_scan_backend
+from modeling_videomamba.selective_scan_reference import bidirectional_selective_scan_reference
+from scan_helpers import scan_order
 
 
 SHIM = Path(__file__).with_name("cuda_on_cpu.h")
@@ -59,10 +56,10 @@ def make_order(name, length, device="cpu"):
     if name == "reversal":
         return None
     if name == "any":
-        return torch.randperm(length, generator=torch.Generator().manual_seed(5)).to(device)
+        return scan_order(torch.randperm(length, generator=torch.Generator().manual_seed(5)).to(device))
     frames = 7 if length % 7 == 0 else 1
     tokens = torch.arange(length, device=device).view(frames, -1)
-    return tokens.flip(0 if name == "temporal" else 1).flatten().contiguous()
+    return scan_order(tokens.flip(0 if name == "temporal" else 1).flatten())
 
 
 def output_and_gradients(function, tensors, grad, order):
