@@ -1,9 +1,10 @@
 # make demo [VIDEO=clip.mp4]   names what the camera does in a video (without VIDEO, in a clip it makes)
 # make test [ARGS="-k name"]   runs the tests; ARGS goes to pytest
 # make lint                    checks style and format; needs no PyTorch
+# make kernel-report           prints registers, spills and shared memory of the GPU kernels
 # Each makes .venv on first use, with PYTHON=... if given, else the first Python >= 3.10 it finds.
 
-.PHONY: demo test lint
+.PHONY: demo test lint kernel-report
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # never two pips at once
 
@@ -20,6 +21,11 @@ test: .venv/test-installed
 lint: .venv/lint-installed
 	$(venv) -m ruff check .
 	$(venv) -m ruff format --check .
+	.venv/bin/clang-format --dry-run -Werror csrc/*.cu csrc/*.cuh
+	$(venv) csrc/embed.py --check
+
+kernel-report: .venv/demo-installed
+	@$(venv) csrc/report.py $(ARGS)
 
 $(venv):
 	@for python in $(pythons); do \

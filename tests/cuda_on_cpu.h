@@ -1,4 +1,4 @@
-// Runs the CUDA kernels of selective_scan_cuda.py on a CPU: threads are coroutines, blocks run one after the other.
+// Runs the CUDA kernels of csrc/ on a CPU: threads are coroutines, blocks run one after the other.
 #pragma once
 #include <ucontext.h>
 #include <cmath>

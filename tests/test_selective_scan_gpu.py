@@ -1,4 +1,4 @@
-"""The GPU backend of the scan against the float64 oracle: its kernels on the CPU, compiled as C++; and on a GPU.
+"""The GPU backend of the scan against the float64 reference: its kernels on the CPU, compiled as C++; and on a GPU.
 
 On the CPU a thread of the kernels is a coroutine (`cuda_on_cpu.h`), and the tensor cores are loops: the arithmetic,
 the indexing and the barriers are the GPU's, at small sizes. Shared memory is poisoned with NaN before each block.
@@ -9,7 +9,9 @@ import functools
 import hashlib
 import os
 import shutil
+import struct
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,12 +23,14 @@ from modeling_videomamba import (
     selective_scan_cuda,
     use_scan_backend,
 )
+from modeling_videomamba import selective_scan_cuda_runtime as runtime
 from modeling_videomamba.selective_scan import BACKENDS, bidirectional_selective_scan, select_scan_backend
 from modeling_videomamba.selective_scan_reference import bidirectional_selective_scan_reference
 from scan_helpers import scan_order
 
 
 SHIM = Path(__file__).with_name("cuda_on_cpu.h")
+CSRC = Path(__file__).parents[1] / "csrc"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 gpu = pytest.mark.gpu
 
@@ -68,7 +72,7 @@ def output_and_gradients(function, tensors, grad, order):
     return [out.detach(), *torch.autograd.grad(out, tensors, grad.to(out.dtype))]
 
 
-def assert_close_to_oracle(tensors, grad, order, tolerance):
+def assert_close_to_reference(tensors, grad, order, tolerance):
     """Output and all gradients, each by ‖found - expected‖ / ‖expected‖."""
     found = output_and_gradients(selective_scan_cuda.bidirectional_selective_scan, tensors, grad, order)
     expected = output_and_gradients(bidirectional_selective_scan_reference, tensors, grad, order)
@@ -87,39 +91,39 @@ def assert_close_to_oracle(tensors, grad, order, tolerance):
 
 
 @pytest.fixture(scope="session")
-def compiled_for_cpu(tmp_path_factory):
-    """Kernel name and macros -> a library with the function `launch`."""
+def compile_for_cpu(tmp_path_factory):
+    """File of csrc/, macros and further C++ -> a library."""
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++, to compile the CUDA kernels for the CPU")
     folder = tmp_path_factory.mktemp("kernels")
 
     @functools.cache
-    def compile_kernel(name, options):
-        source = f"""#include "{SHIM}"
-        {selective_scan_cuda.SOURCE}
-        extern "C" void launch(const Args *args, int x, int y, int z, int threads) {{
-            run_on_cpu([=] {{ {name}(*args); }}, x, y, z, threads);
-        }}"""
-        macros = [f"-D{name.upper()}_KERNEL", *(f"-D{macro}={value}" for macro, value in options)]
-        path = folder / hashlib.sha256(repr((name, options)).encode()).hexdigest()[:16]
-        path.with_suffix(".cpp").write_text(source)
+    def compile_source(file, options, more):
+        path = folder / hashlib.sha256(repr((file, options, more)).encode()).hexdigest()[:16]
+        path.with_suffix(".cpp").write_text(f'#include "{SHIM}"\n#include "{CSRC / file}"\n{more}\n')
+        macros = [f"-D{macro}={value}" for macro, value in options]
         command = [compiler, "-O1", "-std=c++17", "-shared", "-fPIC", "-w", *macros, "-o", f"{path}.so", f"{path}.cpp"]
         subprocess.run(command, check=True)
         return ctypes.CDLL(f"{path}.so")
 
-    return compile_kernel
+    return compile_source
 
 
 @pytest.fixture
-def on_cpu(monkeypatch, compiled_for_cpu):
+def on_cpu(monkeypatch, compile_for_cpu):
     """Send launches to the CPU; gives a function that sets how many multiprocessors the scan shall plan for."""
 
     def launch(name, options, arguments, grid, threads, shared, device):
         assert shared <= 227 * 1024, "more shared memory than a Hopper GPU has"
-        compiled_for_cpu(name, tuple(options.items())).launch(ctypes.byref(arguments), *grid, threads)
+        options = ((f"{name.upper()}_KERNEL", 1), *options.items())
+        start = f"""extern "C" void launch(const Args *args, int x, int y, int z, int threads) {{
+            run_on_cpu([=] {{ {name}(*args); }}, x, y, z, threads);
+        }}"""
+        library = compile_for_cpu(runtime.KERNEL_FILES[name], options, start)
+        library.launch(ctypes.byref(arguments), *grid, threads)
 
-    monkeypatch.setattr(selective_scan_cuda, "_launch", launch)
+    monkeypatch.setattr(selective_scan_cuda, "launch", launch)
 
     def plan_for(multiprocessors):
         monkeypatch.setattr(selective_scan_cuda, "_multiprocessors", lambda device: multiprocessors)
@@ -143,7 +147,7 @@ def on_cpu(monkeypatch, compiled_for_cpu):
 def test_kernels_on_the_cpu_in_bfloat16(on_cpu, multiprocessors, batch, length, channels, order, states):
     on_cpu(multiprocessors)
     tensors, grad = make_inputs(batch, length, channels, torch.bfloat16, states)
-    assert_close_to_oracle(tensors, grad, make_order(order, length), TOLERANCE[torch.bfloat16])
+    assert_close_to_reference(tensors, grad, make_order(order, length), TOLERANCE[torch.bfloat16])
 
 
 # Steps so small that nothing decays, and so large that everything does.
@@ -153,7 +157,7 @@ def test_kernels_on_the_cpu_in_bfloat16(on_cpu, multiprocessors, batch, length, 
 def test_kernels_on_the_cpu_in_float32(on_cpu, multiprocessors, length, order, shift):
     on_cpu(multiprocessors)
     tensors, grad = make_inputs(1, length, 24, torch.float32, shift=shift)
-    assert_close_to_oracle(tensors, grad, make_order(order, length), TOLERANCE[torch.float32])
+    assert_close_to_reference(tensors, grad, make_order(order, length), TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("order", ["reversal", "any"])
@@ -184,7 +188,7 @@ def test_chunks_take_turns_in_the_backward_pass(on_cpu, monkeypatch, multiproces
     on_cpu(multiprocessors)
     monkeypatch.setattr(selective_scan_cuda, "_TURN_TOKENS", tokens)
     tensors, grad = make_inputs(3, 70, 40, dtype)
-    assert_close_to_oracle(tensors, grad, make_order(order, 70), TOLERANCE[dtype])
+    assert_close_to_reference(tensors, grad, make_order(order, 70), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype, order", [(torch.float32, "reversal"), (torch.bfloat16, "any")])
@@ -241,21 +245,118 @@ def test_a_cpu_tensor_is_refused_by_name():
         select_scan_backend(torch.device("cpu"), torch.float32, "cuda")
 
 
-@pytest.mark.parametrize(
-    "kernel, io, architecture", [("scan", 2, "sm_80"), ("backward", 1, "sm_90"), ("conv", 0, "sm_90")]
-)
-def test_nvrtc_compiles_the_kernels(kernel, io, architecture):
-    """NVRTC needs no GPU; PyTorch's Linux wheels bring it."""
+@pytest.fixture
+def nvrtc():
+    """NVRTC needs no GPU; PyTorch's Linux wheels with CUDA bring it."""
     if torch.version.cuda is None:
         pytest.skip("needs a PyTorch with CUDA, for its NVRTC")
     try:
-        selective_scan_cuda._nvrtc()
+        return runtime.nvrtc()
     except OSError as error:
         pytest.skip(f"needs NVRTC: {error}")
-    options = {"IO": io, "PT": 0, "N": 16, "R": 6, "K": 4, "VEC": 1, "CHANNELS": 64, "BLOCKS": 1, "W": 1}
-    options |= {"MINBLOCKS": 1, f"{kernel.upper()}_KERNEL": 1}
-    cubin = selective_scan_cuda.compile_kernel(options, architecture)
+
+
+SMALL = {"IO": 2, "PT": 0, "N": 16, "R": 6, "K": 4, "VEC": 1, "CHANNELS": 64, "BLOCKS": 1, "W": 1, "MINBLOCKS": 1}
+
+
+@pytest.mark.parametrize(
+    "kernel, io, architecture", [("scan", 2, "sm_80"), ("backward", 1, "sm_90"), ("conv", 0, "sm_90")]
+)
+def test_nvrtc_compiles_the_kernels(nvrtc, kernel, io, architecture):
+    """An ELF file for CUDA and that architecture, in which the kernel has machine code."""
+    cubin, _ = runtime.compile_kernel(kernel, {**SMALL, "IO": io}, architecture)
     assert cubin[:4] == b"\x7fELF"
+    machine, (flags,) = struct.unpack_from("<H", cubin, 18)[0], struct.unpack_from("<I", cubin, 48)
+    assert machine == 190
+    assert int(architecture[3:]) in (flags & 0xFF, flags >> 8 & 0xFF)
+    code = elf_sections(cubin)[f".text.{kernel}"]
+    assert len(code) > 1000 and any(code)
+
+
+def elf_sections(file):
+    """Names and contents of the sections of a 64-bit ELF file."""
+    (start,) = struct.unpack_from("<Q", file, 40)
+    size, count, names = struct.unpack_from("<3H", file, 58)
+    headers = [struct.unpack_from("<IIQQQQ", file, start + i * size) for i in range(count)]
+    names = headers[names][4]
+    name_of = {header: file[names + header[0] : file.index(b"\0", names + header[0])].decode() for header in headers}
+    return {name_of[header]: file[header[4] : header[4] + header[5]] for header in headers}
+
+
+def test_an_error_of_the_compiler_names_file_and_line(nvrtc, monkeypatch):
+    lines = runtime.SOURCES["walk.cuh"].splitlines()
+    number = next(i for i, line in enumerate(lines) if line.startswith("struct Walk"))
+    lines[number] = "struct Walk { no_such_type x;"
+    monkeypatch.setitem(runtime.SOURCES, "walk.cuh", "\n".join(lines))
+    with pytest.raises(RuntimeError, match=rf'walk\.cuh\({number + 1}\): error: .*"no_such_type"'):
+        runtime.compile_kernel("scan", SMALL, "sm_90")
+
+
+def test_flags_of_the_environment_reach_the_compiler(nvrtc, monkeypatch):
+    plain = elf_sections(runtime.compile_kernel("pass_states", SMALL, "sm_90")[0])
+    monkeypatch.setenv("VIDEOMAMBA_NVRTC_FLAGS", "-lineinfo '-DUNUSED=1 + 1'")
+    with_lines = elf_sections(runtime.compile_kernel("pass_states", SMALL, "sm_90")[0])
+    assert ".debug_line" in with_lines.keys() - plain.keys()
+    assert with_lines[".text.pass_states"] == plain[".text.pass_states"]
+
+
+def test_machine_code_is_kept_by_all_that_goes_into_it(nvrtc, monkeypatch, tmp_path):
+    monkeypatch.setenv("VIDEOMAMBA_CACHE", str(tmp_path))
+    before = {kernel: runtime.cubin_path(kernel, SMALL, "sm_90") for kernel in ("scan", "backward", "conv")}
+    assert len({*before.values(), runtime.cubin_path("scan", {**SMALL, "N": 8}, "sm_90")}) == 4
+    assert runtime.cubin_path("scan", SMALL, "sm_80") != before["scan"]
+    with monkeypatch.context() as patch:
+        patch.setenv("VIDEOMAMBA_NVRTC_FLAGS", "-lineinfo")
+        assert runtime.cubin_path("scan", SMALL, "sm_90") != before["scan"]
+
+    def changed(file):
+        with monkeypatch.context() as patch:
+            patch.setitem(runtime.SOURCES, file, runtime.SOURCES[file] + "// more\n")
+            return {kernel for kernel in before if runtime.cubin_path(kernel, SMALL, "sm_90") != before[kernel]}
+
+    assert changed("primitives.cuh") == {"scan", "backward", "conv"}
+    assert changed("walk.cuh") == {"scan", "backward"}
+    assert changed("scan_backward.cu") == {"backward"}
+    assert changed("convolution.cu") == {"conv"}
+
+
+def test_the_package_carries_the_files_of_csrc():
+    result = subprocess.run([sys.executable, str(CSRC / "embed.py"), "--check"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_arguments_are_laid_out_as_the_kernels_read_them(compile_for_cpu):
+    fields = [name for name, _ in runtime.KernelArguments._fields_]
+    offsets = ", ".join(f"offsetof(Args, {name})" for name in fields)
+    more = f"""#include <cstddef>
+    extern "C" const size_t size = sizeof(Args);
+    extern "C" const size_t offsets[] = {{{offsets}}};"""
+    library = compile_for_cpu("primitives.cuh", (), more)
+    assert ctypes.c_size_t.in_dll(library, "size").value == ctypes.sizeof(runtime.KernelArguments)
+    found = (ctypes.c_size_t * len(fields)).in_dll(library, "offsets")
+    assert list(found) == [getattr(runtime.KernelArguments, name).offset for name in fields]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank, states", [(24, 16), (3, 20)])
+def test_python_reserves_the_shared_memory_that_the_kernels_take(compile_for_cpu, dtype, rank, states):
+    io = {torch.float32: 0, torch.bfloat16: 2}[dtype]
+    for split in (0, 1):
+        options = (("IO", io), ("R", rank), ("N", states), ("SPLIT", split))
+        more = """extern "C" int forward(int m, int kind) {
+            return m == 1 ? kind == SCAN ? FORWARD_SHARED(1, SCAN) : FORWARD_SHARED(1, ENDS)
+                          : kind == SCAN ? FORWARD_SHARED(2, SCAN) : FORWARD_SHARED(2, ENDS);
+        }"""
+        scan = compile_for_cpu("scan.cu", options, more)
+        for kind, kernel in enumerate(("scan", "states")):
+            for blocks in (1, 2):
+                if split and (kernel != "scan" or blocks == 2):
+                    continue
+                found = selective_scan_cuda.shared_bytes(kernel, blocks, split, rank, states, dtype)
+                assert found == scan.forward(blocks, kind), (kernel, blocks, split)
+    more = 'extern "C" int backward_shared() { return BACKWARD_SHARED; }'
+    backward = compile_for_cpu("scan_backward.cu", options[:-1], more)
+    assert backward.backward_shared() == selective_scan_cuda.shared_bytes("backward", 1, 0, rank, states, dtype)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -271,7 +372,7 @@ def test_nvrtc_compiles_the_kernels(kernel, io, architecture):
 )
 def test_sizes(batch, length, channels, dtype):
     tensors, grad = make_inputs(batch, length, channels, dtype, device="cuda")
-    assert_close_to_oracle(tensors, grad, None, TOLERANCE[dtype])
+    assert_close_to_reference(tensors, grad, None, TOLERANCE[dtype])
 
 
 @gpu
@@ -279,14 +380,14 @@ def test_sizes(batch, length, channels, dtype):
 @pytest.mark.parametrize("length", [3137, 12545])
 def test_long_sequences(length, dtype):
     tensors, grad = make_inputs(1, length, 16, dtype, shift=-4.0, device="cuda")
-    assert_close_to_oracle(tensors, grad, None, TOLERANCE[dtype])
+    assert_close_to_reference(tensors, grad, None, TOLERANCE[dtype])
 
 
 @gpu
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
 def test_a_very_long_sequence(dtype, tolerance):
     """
-    65,537 tokens, at which the oracle's gradients take hours: those of the plain PyTorch backend take their place.
+    65,537 tokens, at which the reference's gradients take hours: those of the plain PyTorch backend take their place.
 
     Of many channels: sums over so many tokens can all but cancel, and what is left of a few channels is mostly the
     rounding to bfloat16 of what lies between the stages (plain float32 arithmetic that rounds there is as far off).
@@ -307,7 +408,7 @@ def test_a_very_long_sequence(dtype, tolerance):
 @pytest.mark.parametrize("batch", [1, 70])
 def test_orders(order, batch, dtype):
     tensors, grad = make_inputs(batch, 140, 48, dtype, device="cuda")
-    assert_close_to_oracle(tensors, grad, make_order(order, 140, "cuda"), TOLERANCE[dtype])
+    assert_close_to_reference(tensors, grad, make_order(order, 140, "cuda"), TOLERANCE[dtype])
 
 
 @gpu
@@ -316,7 +417,7 @@ def test_orders(order, batch, dtype):
 @pytest.mark.parametrize("batch", [1, 40])
 def test_tiny_and_large_steps(shift, batch, dtype):
     tensors, grad = make_inputs(batch, 400, 64, dtype, shift=shift, device="cuda")
-    assert_close_to_oracle(tensors, grad, None, TOLERANCE[dtype])
+    assert_close_to_reference(tensors, grad, None, TOLERANCE[dtype])
 
 
 @gpu

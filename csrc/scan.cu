@@ -1,0 +1,288 @@
+// The forward scan, and the walks that differ little from it: states and adjoint states of chunks.
+#include "walk.cuh"
+
+// Kinds of walk. SCAN: outputs, and (if p.kept) the states on the way. STATES: the state before every 8 tokens, from
+// p.states. ENDS: the state a chunk ends with, from zero. ADJOINT: the adjoint state that a chunk passes back, from
+// zero; u is then the gradient of the ungated output.
+#define SCAN 0
+#define STATES 1
+#define ENDS 2
+#define ADJOINT 3
+
+// Bytes of shared memory of a warp.
+#define FORWARD_SHARED(M, KIND)                                                        \
+    (2 * (PROJ_TILE + TILE * ROW(M) * (int)sizeof(io_t)) + TILE * (16 * M + 4) * 4 +   \
+     (KIND == SCAN ? 2 * TILE * ROW(M) * (int)sizeof(io_t) : 0) + STEP_SIZE_BYTES(M) + \
+     2 * SPLIT * TILE * (16 * M + 4) * 4)
+
+template <int M, int KIND> DEV void walk_forward(const Args &p) {
+    const int LD = 16 * M + 4, S = 2 * M, LU = ROW(M), GROUPS = NT / (SPLIT + 1);  // of eight states
+    extern __shared__ __align__(16) char shared[];
+    Walk w = Walk::start(p, M);
+    if (ORDERED && w.dir != p.mode - 1) return;
+    if (KIND == ADJOINT) w.reversed = !w.reversed;
+    const bool meeting = KIND == SCAN && !ORDERED;
+    if (KIND == STATES && w.tiles <= 0) return;
+    if (w.channel >= CHANNELS) {
+        if (meeting) barrier(1, BLOCK_THREADS);
+        return;
+    }
+    const int g = w.g, q = w.q, lane = w.lane, left = CHANNELS % (16 * M) ? CHANNELS - w.channel : 16 * M;
+    const int U_TILE = TILE * LU * sizeof(io_t), STAGE = PROJ_TILE + U_TILE;
+    char *mine = shared + w.team * FORWARD_SHARED(M, KIND);
+    float *delta = (float *)(mine + 2 * STAGE);
+    io_t *gate = (io_t *)(delta + TILE * LD), *before = gate + TILE * LU;  // of SCAN alone
+    float *ys = SPLIT ? (float *)(before + TILE * LU) : delta;  // of each half; or Δ gives its place to the outputs
+    const io_t *proj_rows = p.proj + ((size_t)w.dir * p.B * p.L + w.row) * PROJ;
+    const io_t *u_rows = p.u + ((size_t)(KIND == ADJOINT ? 0 : w.dir) * p.B * p.L + w.row) * CHANNELS + w.channel;
+    const io_t *z_rows = p.xz + (w.row * 2 + 1) * CHANNELS + w.channel;
+    io_t *out_rows = p.out + w.row * CHANNELS + w.channel;
+
+    const int first_group = w.half * GROUPS;
+    float a[M][GROUPS][4], h[M][GROUPS][4], total[S];
+    load_A<M, GROUPS>(p, w, a, first_group);
+    StepSize<M> step_size;
+    step_size.load(p, w, mine + FORWARD_SHARED(M, KIND) - STEP_SIZE_BYTES(M));
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+        for (int nt = 0; nt < GROUPS; nt++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) h[i][nt][e] = 0.f;
+#pragma unroll
+    for (int s = 0; s < S; s++) total[s] = 0.f;
+    if (p.chunks > 1 && (KIND == SCAN || KIND == STATES))
+        load_states<M, GROUPS>(h, fragment<M>(p.states, p, w, p.chunks, w.chunk) + first_group * 128, w);
+    // The next part of which the state before is stored, and where; SCAN: the place that this is at.
+    const int way = w.reversed ? -1 : 1;
+    int part = 0, keep_at = -1;
+    if (KIND == STATES) part = w.begin(0) / 8 + w.reversed;
+    if (KIND == SCAN && p.kept) keep_at = w.begin(0), part = keep_at / p.kept;
+    float *sub_at = KIND == STATES ? fragment<M>(p.sub, p, w, sub_parts(p), part - w.base / 8) : 0;
+    const int four = lane % (4 * M) * 4, here = left - four;  // channels of this lane in the epilogue
+    const int ROUNDS = M * 2, PER = 8 / M;
+    Row row(w);
+    row.keep();
+    float skip[4], in_step[4];
+    u32 out_step[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) in_step[j] = q == j, out_step[j] = g >> 1 == j ? ~0u : 0;
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+        skip[e] = KIND == SCAN && e < here ? parameter(p.skip, (size_t)w.dir * CHANNELS + w.channel + four + e) : 0.f;
+
+    // Where a tile begins, and its stage in shared memory.
+    int begin = w.begin(-1), now = STAGE;
+    for (int tile = -1; tile < w.tiles; tile++, begin += way * TILE, now = STAGE - now) {
+        if (SPLIT) {  // what the next copies overwrite has been read by both halves
+            copy_wait<0>();
+            w.sync();
+        }
+        auto fetch = [&] {
+            if (tile + 1 < w.tiles) {
+                char *stage = mine + STAGE - now;
+                const int from = begin + way * TILE;
+                load_row<PROJ, PROJ, PROJ, PROJ_PIECE>((io_t *)stage, proj_rows, PROJ, w, row, from);
+                load_row<16 * M, LU, CHANNELS, CHANNEL_PIECE>((io_t *)(stage + PROJ_TILE), u_rows, left, w, row, from);
+            }
+            copy_commit();
+        };
+        if (!SPLIT || tile < 0) fetch();
+        if (tile < 0) continue;
+        if (KIND == SCAN && begin == keep_at) {
+            float *to = fragment<M>(p.states, p, w, (p.L + p.kept - 1) / p.kept, part);
+            store_states<M, GROUPS>(to + first_group * 128, h, w);
+            part += way;
+            keep_at = part * p.kept + (w.reversed ? p.kept - TILE : 0);
+        }
+        // The first direction to come by a token leaves its output; the second adds its own, and gates.
+        const bool second =
+            KIND == SCAN && (ORDERED ? p.mode == 2 : 2 * tile > w.tiles - 1 || (2 * tile == w.tiles - 1 && w.dir));
+        if (meeting && w.dir && tile == w.tiles / 2) barrier(1, BLOCK_THREADS);
+        if (second) {
+            load_row<16 * M, LU, 2 * CHANNELS, CHANNEL_PIECE>(gate, z_rows, left, w, row, begin);
+            load_row<16 * M, LU, CHANNELS, CHANNEL_PIECE>(before, out_rows, left, w, row, begin);
+        }
+        if (KIND == SCAN) copy_commit();
+        if (SPLIT) fetch();
+        else {
+            copy_wait<KIND == SCAN ? 2 : 1>();
+            sync_warp();
+        }
+        const io_t *proj = (io_t *)(mine + now), *u = (io_t *)(mine + now + PROJ_TILE);
+        step_size.apply(p, w, proj, delta);
+        w.sync();
+        const int in_at = KIND == ADJOINT ? R + N : R;
+        // Unrolled, the loop outgrows the instruction cache; rolled, it wants its addresses ready.
+        constexpr int UNROLL = KIND == STATES ? 2 : 1;
+        const io_t *b_at = proj + q * PROJ + in_at + first_group * 8, *c_at = proj + (g >> 1) * PROJ + first_group * 8;
+        const io_t *u_at = u + q * LU + g * S;
+        float *d_at = delta + g * S, *y_at = ys + w.half * TILE * LD + g * S;
+#pragma unroll UNROLL
+        for (int t4 = 0; t4 < TILE; t4 += 4) {
+            if (KIND == STATES && t4 % 8 == 0) {
+                if (part * 8 < p.L) store_states<M, GROUPS>(sub_at, h, w);
+                part += way, sub_at += way * STATES_OF_PART;
+            }
+#if EXACT
+            for (int j = 0; j < 4; j++) {
+                const io_t *proj_at = proj + (t4 + j) * PROJ;
+                float sum[S];
+#pragma unroll
+                for (int s = 0; s < S; s++) {
+                    float step = d_at[j * LD + s], v = value(u_at[(j - q) * LU + s]);
+                    if (KIND != ADJOINT) v *= step;
+                    sum[s] = 0.f, total[s] += step;
+#pragma unroll
+                    for (int nt = 0; nt < GROUPS; nt++)
+#pragma unroll
+                        for (int e = 0; e < 2; e++) {
+                            int n = nt * 8 + 2 * q + e;
+                            float &state = h[s / 2][nt][(s & 1) * 2 + e];
+                            float factor = decay(step, a[s / 2][nt][(s & 1) * 2 + e]);
+                            float in = v * projected(proj_at, 0, in_at, n);
+                            state = KIND == ADJOINT ? (state + in) * factor : fmaf(state, factor, in);
+                            if (KIND == SCAN) sum[s] = fmaf(state, projected(proj_at, 0, R + N, n), sum[s]);
+                        }
+                    if (KIND == SCAN) {
+                        sum[s] += exchange(sum[s], 1);
+                        sum[s] += exchange(sum[s], 2);
+                    }
+                }
+                sync_warp();
+                if (KIND == SCAN && q == 0) store_vector<S>(d_at + j * LD, sum);
+            }
+#else
+            float b[GROUPS], in[S], step[S], sum[M][4], factor[M][GROUPS][4];
+            u32 c[GROUPS];
+            load_vector<S>(step, d_at + q * LD);
+            load_channels_of_lane<S>(in, u_at);
+#pragma unroll
+            for (int s = 0; s < S; s++) in[s] *= KIND == ADJOINT ? TF32_LOSS : step[s] * TF32_LOSS;
+#pragma unroll
+            for (int nt = 0; nt < GROUPS; nt++) {
+                b[nt] = projected(b_at, 0, 0, nt * 8 + g);
+                c[nt] = KIND == SCAN ? projected_half2(c_at, 0, R + N, nt * 8 + 2 * q) : 0;
+            }
+#pragma unroll
+            for (int i = 0; i < M; i++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) sum[i][e] = 0.f;
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                float d[S];
+                load_vector<S>(d, d_at + j * LD);
+                if (KIND == ENDS || KIND == ADJOINT)
+#pragma unroll
+                    for (int s = 0; s < S; s++) total[s] += d[s];
+#pragma unroll
+                for (int i = 0; i < M; i++)
+#pragma unroll
+                    for (int nt = 0; nt < GROUPS; nt++)
+#pragma unroll
+                        for (int e = 0; e < 4; e++) factor[i][nt][e] = decay(d[2 * i + (e >> 1)], a[i][nt][e]);
+#pragma unroll
+                for (int i = 0; i < M; i++)
+#pragma unroll
+                    for (int nt = 0; nt < GROUPS; nt++) {
+                        float *x = h[i][nt], now = b[nt] * in_step[j];
+                        if (KIND == ADJOINT) mma_tf32_k4(x, in[2 * i], in[2 * i + 1], now);
+#pragma unroll
+                        for (int e = 0; e < 4; e++) x[e] *= factor[i][nt][e];
+                        if (KIND != ADJOINT) mma_tf32_k4(x, in[2 * i], in[2 * i + 1], now);
+                    }
+                if (KIND == SCAN)
+#pragma unroll
+                    for (int i = 0; i < M; i++) contract_states<GROUPS>(sum[i], h[i], c, out_step[j]);
+            }
+            if (KIND == SCAN) {
+                if (!SPLIT) sync_warp();  // Δ of these steps is used up
+                float y[S];
+#pragma unroll
+                for (int i = 0; i < M; i++) y[2 * i] = sum[i][0], y[2 * i + 1] = sum[i][2];
+                store_vector<S>(y_at + q * LD, y);
+            }
+#endif
+            b_at += 4 * PROJ, c_at += 4 * PROJ, u_at += 4 * LU, d_at += 4 * LD, y_at += 4 * LD;
+        }
+        if (KIND == SCAN) {
+            copy_wait<SPLIT>();
+            w.sync();
+            // Of the four rounds of 32 channels, two at a time: all four want registers of a seventh block.
+#pragma unroll 2
+            for (int k = 0; k < ROUNDS / (SPLIT + 1); k++) {
+                int r = (k + w.half) * PER + lane / (4 * M), place = w.place(begin, r);
+                float x[4], y[4], more[4];
+                unpack4(x, u + r * LU + four);
+                load_vector<4>(y, ys + r * LD + four);
+                if (SPLIT) load_vector<4>(more, ys + (TILE + r) * LD + four);
+#pragma unroll
+                for (int e = 0; e < 4; e++) y[e] = fmaf(skip[e], x[e], SPLIT ? y[e] + more[e] : y[e]);
+                if (second) {
+                    float z[4], other[4];
+                    unpack4(z, gate + r * LU + four);
+                    unpack4(other, before + r * LU + four);
+#pragma unroll
+                    for (int e = 0; e < 4; e++) y[e] = (y[e] + other[e]) * z[e] * half_sigmoid(z[e]);
+                }
+                if (place < w.last) store4(cell(out_rows, w.token(place), CHANNELS, four), y, here);
+            }
+            if (meeting && !w.dir && tile == (w.tiles - 1) / 2) barrier(1, BLOCK_THREADS);
+        }
+        sync_warp();
+    }
+    if (KIND == ENDS || KIND == ADJOINT) {
+        store_states<M, GROUPS>(fragment<M>(KIND == ADJOINT ? p.adjoint : p.states, p, w, p.chunks, w.chunk), h, w);
+        if (q == 0)
+            for (int s = 0; s < S; s++)
+                if (g * S + s < left)
+                    p.sums[((size_t)(w.dir * p.B + w.b) * p.chunks + w.chunk) * CHANNELS + w.channel + g * S + s] =
+                        total[s];
+    }
+}
+
+#ifdef SCAN_KERNEL
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) scan(const Args p) {
+    walk_forward<BLOCKS, SCAN>(p);
+}
+#endif
+#ifdef STATES_KERNEL
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) states(const Args p) {
+    walk_forward<BLOCKS, STATES>(p);
+}
+#endif
+#ifdef ENDS_KERNEL
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) ends(const Args p) {
+    walk_forward<BLOCKS, ENDS>(p);
+}
+#endif
+#ifdef ADJOINT_KERNEL
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) adjoint(const Args p) {
+    walk_forward<BLOCKS, ADJOINT>(p);
+}
+#endif
+
+#ifdef PASS_STATES_KERNEL
+// Passes states between chunks: what each ends with, from zero, becomes what it starts with. A thread a state; p.mode 1: p.adjoint instead of
+// p.states, against the walk.
+extern "C" __global__ void pass_states(const Args p) {
+    int blocks = (CHANNELS + 15) / 16;
+    int i = blockIdx.x * blockDim.x + threadIdx.x, per = blocks * NT * 128;
+    if (i >= per) return;
+    int b = blockIdx.y, dir = blockIdx.z;
+    int lane = i / 4 % 32, e = i % 4, nt = i / 128 % NT;
+    int channel = i / (128 * NT) * 16 + lane / 4 * 2 + (e >> 1), n = nt * 8 + 2 * (lane % 4) + (e & 1);
+    if (channel >= CHANNELS || n >= N) return;
+    float a = -expf(parameter(p.a_log, ((size_t)dir * CHANNELS + channel) * N + n)) * LOG2E, h = 0.f;
+    bool down = (dir && !ORDERED) != (p.mode == 1);
+    float *states = (p.mode ? p.adjoint : p.states) + (size_t)(dir * p.B + b) * p.chunks * per + i;
+    const float *sums = p.sums + (size_t)(dir * p.B + b) * p.chunks * CHANNELS + channel;
+#pragma unroll 8
+    for (int k = 0; k < p.chunks; k++) {
+        int chunk = down ? p.chunks - 1 - k : k;
+        float end = states[(size_t)chunk * per], factor = exp2f(a * sums[(size_t)chunk * CHANNELS]);
+        states[(size_t)chunk * per] = h;
+        h = fmaf(h, factor, end);
+    }
+}
+#endif

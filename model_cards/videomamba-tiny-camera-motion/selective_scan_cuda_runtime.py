@@ -1,0 +1,1 @@
+../../modeling_videomamba/selective_scan_cuda_runtime.py

@@ -1,0 +1,188 @@
+"""
+Compiles the GPU backend's kernels with the NVRTC that comes with PyTorch, keeps their machine code, launches them.
+
+Environment variables: `VIDEOMAMBA_CACHE` names the folder of the machine code, by default `~/.cache/videomamba`;
+`VIDEOMAMBA_NVRTC_FLAGS` adds compiler flags, such as `-lineinfo` for a profiler.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import re
+import shlex
+import tempfile
+from pathlib import Path
+
+import torch
+
+from .selective_scan_cuda_source import SOURCES
+
+
+KERNEL_FILES = {
+    **dict.fromkeys(("scan", "states", "ends", "adjoint", "pass_states"), "scan.cu"),
+    **dict.fromkeys(("conv", "conv_backward"), "convolution.cu"),
+    "backward": "scan_backward.cu",
+}
+
+
+def source_constant(name):
+    """The integer that the kernels' sources define as `name`."""
+    return int(re.search(rf"^#define {name} (\d+)", SOURCES["primitives.cuh"], re.MULTILINE)[1])
+
+
+def included_sources(name):
+    """Sources that a file of the kernels consists of: `{file name: text}`, itself first."""
+    found = {name: SOURCES[name]}
+    for included in re.findall(r'^#include "(.+)"', SOURCES[name], re.MULTILINE):
+        found |= included_sources(included)
+    return found
+
+
+@functools.cache
+def nvrtc():
+    """The NVRTC that came with PyTorch, or the system's."""
+    major = torch.version.cuda.split(".")[0]
+    windows = os.name == "nt"
+    names = [f"nvrtc64_{major}0_0.dll" if windows else f"libnvrtc.so.{major}"]
+    packages = Path(torch.__file__).parents[1] / "nvidia"
+    for folder in (f"cu{major}", "cuda_nvrtc"):
+        names.append(str(packages / folder / ("bin" if windows else "lib") / names[0]))
+    for name in names:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise OSError(f"no {names[0]} on the library path or in {packages}")
+
+
+@functools.cache
+def driver():
+    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+
+
+def _check(status, what):
+    if status:
+        message = ctypes.c_char_p()
+        driver().cuGetErrorString(status, ctypes.byref(message))
+        raise RuntimeError(f"{what} failed: {(message.value or b'unknown error').decode()}")
+
+
+def compile_kernel(name, options, architecture, flags=()):
+    """
+    Compile a kernel by NVRTC.
+
+    Args:
+        name (`str`): one of `KERNEL_FILES`.
+        options (`dict[str, int]`): macros of csrc/primitives.cuh, and their values.
+        architecture (`str`): such as `"sm_90"`.
+        flags (`Sequence[str]`): further ones of NVRTC.
+
+    Returns:
+        the machine code (`bytes`, a cubin), and what the compiler had to say (`str`).
+
+    Raises:
+        RuntimeError: if the source does not compile; the compiler's messages, with file and line, are in it.
+    """
+    library, file = nvrtc(), KERNEL_FILES[name]
+    headers = {included: source for included, source in included_sources(file).items() if included != file}
+    program = ctypes.c_void_p()
+
+    def check(status):
+        if status:
+            library.nvrtcGetErrorString.restype = ctypes.c_char_p
+            raise RuntimeError(f"NVRTC: {library.nvrtcGetErrorString(status).decode()}{log()}")
+
+    def log():
+        size = ctypes.c_size_t()
+        if not program or library.nvrtcGetProgramLogSize(program, ctypes.byref(size)):
+            return ""
+        text = ctypes.create_string_buffer(size.value)
+        library.nvrtcGetProgramLog(program, text)
+        return "\n" + text.value.decode(errors="replace")
+
+    def strings(values):
+        return (ctypes.c_char_p * len(values))(*(value.encode() for value in values))
+
+    texts, names = strings(headers.values()), strings(headers)
+    source = SOURCES[file].encode(), file.encode()
+    check(library.nvrtcCreateProgram(ctypes.byref(program), *source, len(headers), texts, names))
+    try:
+        arguments = [*compiler_arguments(name, options, architecture), *flags]
+        check(library.nvrtcCompileProgram(program, len(arguments), strings(arguments)))
+        size = ctypes.c_size_t()
+        check(library.nvrtcGetCUBINSize(program, ctypes.byref(size)))
+        cubin = ctypes.create_string_buffer(size.value)
+        check(library.nvrtcGetCUBIN(program, cubin))
+        return cubin.raw, log()
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def compiler_arguments(name, options, architecture):
+    """Flags for a kernel that NVRTC and nvcc both take."""
+    macros = {f"{name.upper()}_KERNEL": 1, **options}
+    extra = shlex.split(os.environ.get("VIDEOMAMBA_NVRTC_FLAGS", ""))
+    return [f"-arch={architecture}", "-std=c++17", *(f"-D{macro}={value}" for macro, value in macros.items()), *extra]
+
+
+def cubin_path(name, options, architecture):
+    """Where the machine code of a kernel is kept: named by all that goes into it."""
+    version = ctypes.c_int(), ctypes.c_int()
+    nvrtc().nvrtcVersion(*(ctypes.byref(v) for v in version))
+    sources = included_sources(KERNEL_FILES[name])
+    key = repr((sources, compiler_arguments(name, options, architecture), [v.value for v in version]))
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(os.environ.get("VIDEOMAMBA_CACHE") or Path(cache) / "videomamba")
+    return folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()}.cubin"
+
+
+def _cached_cubin(name, options, architecture):
+    path = cubin_path(name, options, architecture)
+    try:
+        return path.read_bytes()
+    except OSError:
+        cubin, _ = compile_kernel(name, options, architecture)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(cubin)
+        os.replace(file.name, path)
+    except OSError:
+        pass  # a folder that cannot be written costs a compilation at each start, no more
+    return cubin
+
+
+@functools.cache
+def _function(name, options, device_index):
+    """A loaded kernel, on one GPU."""
+    major, minor = torch.cuda.get_device_capability(device_index)
+    cubin = _cached_cubin(name, dict(options), f"sm_{major}{minor}")
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    with torch.cuda.device(device_index):
+        torch.cuda.current_stream().synchronize()  # the context exists from here on
+        _check(driver().cuModuleLoadData(ctypes.byref(module), cubin), f"loading the kernel {name}")
+    _check(driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"finding the kernel {name}")
+    max_dynamic_shared = 8
+    limit = torch.cuda.get_device_properties(device_index).shared_memory_per_block_optin
+    driver().cuFuncSetAttribute(function, max_dynamic_shared, limit)
+    return function
+
+
+class KernelArguments(ctypes.Structure):
+    """`Args` of csrc/primitives.cuh."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "xz u proj dout conv_w conv_b dt_w dt_b a_log skip order".split()),
+        *((name, ctypes.c_void_p) for name in "out du ddelta y states sums sub adjoint da dvec dbc".split()),
+        *((name, ctypes.c_int) for name in "B L mode chunk chunks turn span kept".split()),
+    ]
+
+
+def launch(name, options, arguments, grid, threads, shared, device):
+    """Queue a kernel on the current stream of `device`."""
+    function = _function(name, tuple(options.items()), device.index)
+    parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+    stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+    status = driver().cuLaunchKernel(function, *grid, threads, 1, 1, shared, stream, parameters, None)
+    _check(status, f"launching the kernel {name} on a grid of {grid}")

@@ -1,0 +1,1463 @@
+# GENERATED from the files of csrc/ by csrc/embed.py: change those, and run it again.
+SOURCES = {
+    "convolution.cu": r"""// Depthwise causal convolution and SiLU. A thread walks over RUN places for CV channels. Unless there is an order,
+// both directions go along in one walk, since they look at the same K tokens: with the newest of these the forward
+// direction ends its window, with the oldest the backward one.
+#include "primitives.cuh"
+
+#define HALO (K - 1)
+#define WALKED (ORDERED ? 1 : 2)  // directions in one walk
+#define CV (VEC ? CONV_CHANNELS : 1)
+#if !VEC
+typedef io_t few_t;
+#elif IO == 0
+typedef float2 few_t;
+#else
+typedef u32 few_t;
+#endif
+
+DEV void unpack(float to[CV], few_t v) {
+#if !VEC
+    to[0] = value(v);
+#else
+    float2 two = load2((const io_t *)&v);
+    to[0] = two.x, to[CV - 1] = two.y;
+#endif
+}
+DEV few_t load_few(const io_t *from, bool exists) {
+    few_t none = {};
+    return exists ? *(const few_t *)from : none;
+}
+DEV void store_few(io_t *to, const float from[CV]) {
+    if (CV == 2) store2(to, from[0], from[CV - 1]);
+    else to[0] = stored(from[0]);
+}
+// The token that direction `dir` meets at a place, if it exists.
+DEV int token_at(const Args &p, int dir, int place) {
+    return ORDERED && dir && place >= 0 && place < p.L ? (int)p.order[place] : place;
+}
+struct Taps {
+    float weight[WALKED][K][CV], bias[WALKED][CV];
+
+    __device__ __forceinline__ Taps(const Args &p, int dir, int channel, float scale = 1.f) {
+#pragma unroll
+        for (int d = 0; d < WALKED; d++)
+#pragma unroll
+            for (int c = 0; c < CV; c++) {
+                size_t at = (size_t)(dir + d) * CHANNELS + channel + c;
+                bias[d][c] = scale * parameter(p.conv_b, at);
+#pragma unroll
+                for (int k = 0; k < K; k++) weight[d][k][c] = scale * parameter(p.conv_w, at * K + k);
+            }
+    }
+    // Of a window whose newest token lies at `newest`, round robin: of direction d the K tokens from its first on.
+    static __device__ __forceinline__ int slot(int d, int newest, int k) {
+        return (d ? newest - k + K : newest + 1 + k) % K;
+    }
+    __device__ __forceinline__ float sum(int d, int c, const float window[K][CV], int newest) const {
+        float y = bias[d][c];
+#pragma unroll
+        for (int k = 0; k < K; k++) y = fmaf(weight[d][k][c], window[slot(d, newest, k)][c], y);
+        return y;
+    }
+};
+
+#ifdef CONV_KERNEL
+#define SCALE (EXACT ? 1.f : LOG2E)  // of the taps: spares the exponential of the SiLU a product
+DEV float silu_of_scaled(float y) {
+#if EXACT
+    return y * sigmoid(y);
+#else
+    return y * rcp(fmaf(LOG2E, ex2(-y), LOG2E));
+#endif
+}
+extern "C" __global__ void __launch_bounds__(CONV_THREADS, 20) conv(const Args p) {
+    const int groups = (CHANNELS + CV - 1) / CV, at = blockIdx.x * CONV_THREADS + threadIdx.x;
+    const int dir = at / groups, channel = at % groups * CV, b = blockIdx.z, start = blockIdx.y * RUN;
+    if (dir >= 2 / WALKED) return;
+    const Taps taps(p, dir, channel, SCALE);
+    float window[K][CV];
+    few_t ahead[K];  // the next K inputs are under way while these are used
+    const io_t *x = p.xz + (size_t)b * p.L * 2 * CHANNELS + channel, *x_now = x + (long long)start * 2 * CHANNELS;
+    io_t *u = (io_t *)p.u + ((size_t)dir * p.B + b) * p.L * CHANNELS + channel;
+    io_t *u_now = u + (long long)start * CHANNELS;
+    // From one direction's output on to the other's in the same step.
+    const long long other = (long long)p.B * p.L * CHANNELS - HALO * CHANNELS;
+    // Pointers advance and the places left are counted down, so that nothing is left to work out at a step.
+    int done = 0, inputs = p.L - start, outputs = min(inputs, RUN);
+    auto load = [&](int i, bool exists) {
+        const io_t *row = x_now + i * 2 * CHANNELS;
+        return load_few(ORDERED ? x + (long long)token_at(p, dir, start + done + i) * 2 * CHANNELS : row, exists);
+    };
+#pragma unroll
+    for (int k = 0; k < HALO; k++) unpack(window[k], load(k - HALO, start + k - HALO >= 0));
+#pragma unroll
+    for (int j = 0; j < K; j++) ahead[j] = load(j, inputs > j);
+#pragma unroll 1
+    for (; outputs > -HALO * (WALKED - 1); done += K, inputs -= K, outputs -= K) {
+#pragma unroll
+        for (int j = 0; j < K; j++) {
+            const int newest = (j + HALO) % K;
+            unpack(window[newest], ahead[j]);
+            ahead[j] = load(K + j, inputs > K + j);
+#pragma unroll
+            for (int d = 0; d < WALKED; d++) {
+                float y[CV];
+#pragma unroll
+                for (int c = 0; c < CV; c++) y[c] = silu_of_scaled(taps.sum(d, c, window, newest));
+                if (outputs <= j - d * HALO || done < d * HALO - j) continue;
+                if (ORDERED) store_few(u + (long long)token_at(p, dir, start + done + j) * CHANNELS, y);
+                else store_few(u_now + d * other + j * CHANNELS, y);
+            }
+        }
+        x_now += K * 2 * CHANNELS, u_now += K * CHANNELS;
+    }
+}
+#endif
+
+#ifdef CONV_BACKWARD_KERNEL
+// Adds the gradients of both directions at each token. p.mode 1: direction 0 alone; 2: direction 1 along p.order, on
+// top of what direction 0 left.
+extern "C" __global__ void __launch_bounds__(CONV_THREADS, 10) conv_backward(const Args p) {
+    const int channel = (blockIdx.x * CONV_THREADS + threadIdx.x) * CV, b = blockIdx.z;
+    const int dir = ORDERED && p.mode == 2, start = blockIdx.y * RUN;
+    if (channel >= CHANNELS) return;
+    const Taps taps(p, dir, channel);
+    // Of both windows, the newest: an input; for direction 0 the gradient there, for direction 1 that at the oldest.
+    float window[K][CV], dy[WALKED][K][CV], d_weight[WALKED][K + 1][CV];
+#pragma unroll
+    for (int c = 0; c < CV; c++)
+#pragma unroll
+        for (int k = 0; k <= K; k++)
+#pragma unroll
+            for (int d = 0; d < WALKED; d++) {
+                d_weight[d][k][c] = 0.f;
+                if (k < K) dy[d][k][c] = window[k][c] = 0.f;
+            }
+    const long long row = (long long)b * p.L + start - HALO;
+    const io_t *x_now = p.xz + row * 2 * CHANNELS + channel;
+    const io_t *du_now = p.du + ((long long)dir * p.B * p.L + row) * CHANNELS + channel;
+    io_t *dx_now = p.out + row * 2 * CHANNELS + channel;
+    const long long other = (long long)p.B * p.L * CHANNELS - HALO * CHANNELS;  // from one direction's gradient on
+    few_t ahead[K], du_ahead[WALKED][K];  // the next K inputs and gradients are under way while these are used
+    // From the place `start` + `done` on: the outputs that this run's inputs go into, and this run's own.
+    int done = -HALO, outputs = min(p.L - start, RUN + HALO) + HALO, own = min(p.L - start, RUN) + HALO;
+    // How far a token lies from where the pointers are, in tokens.
+    auto away = [&](int i) { return ORDERED ? token_at(p, dir, start + done + i) - start - done : i; };
+    auto load = [&](int i) {
+        const int j = i % K, token = away(i);
+        ahead[j] = load_few(x_now + (long long)token * 2 * CHANNELS, outputs > i && (i >= K || start + done + i >= 0));
+#pragma unroll
+        for (int d = 0; d < WALKED; d++) {
+            bool exists = (d ? own > i - HALO && start + done + i >= HALO : outputs > i) && (i >= K || done + i >= 0);
+            du_ahead[d][j] = load_few(du_now + d * other + (long long)token * CHANNELS, exists);
+        }
+    };
+#pragma unroll
+    for (int j = 0; j < K; j++) load(j);
+#pragma unroll 1
+    for (; own > -HALO; done += K, outputs -= K, own -= K) {
+#pragma unroll
+        for (int j = 0; j < K; j++) {
+            float du[WALKED][CV];
+            unpack(window[j], ahead[j]);
+#pragma unroll
+            for (int d = 0; d < WALKED; d++) unpack(du[d], du_ahead[d][j]);
+            load(K + j);
+#pragma unroll
+            for (int d = 0; d < WALKED; d++)
+#pragma unroll
+                for (int c = 0; c < CV; c++) {
+                    float y = taps.sum(d, c, window, j), gate = sigmoid(y);
+                    dy[d][j][c] = du[d][c] * gate * fmaf(y, 1.f - gate, 1.f);
+                    // Those of neighbouring runs are counted there.
+                    float counted = (d ? done >= HALO - j : own > j) ? dy[d][j][c] : 0.f;
+#pragma unroll
+                    for (int k = 0; k < K; k++)
+                        d_weight[d][k][c] = fmaf(counted, window[taps.slot(d, j, k)][c], d_weight[d][k][c]);
+                    d_weight[d][K][c] += counted;
+                }
+            // The gradient of the oldest input: of direction 0 from the outputs it and the K - 1 after it went into,
+            // of direction 1 from those it and the K - 1 before it went into.
+            if (done < HALO - j || own <= j - HALO) continue;
+            float dx[CV];
+            io_t *to = dx_now + (long long)away(j - HALO) * 2 * CHANNELS;
+            unpack(dx, load_few(to, ORDERED && p.mode == 2));
+#pragma unroll
+            for (int c = 0; c < CV; c++)
+#pragma unroll
+                for (int k = 0; k < K; k++)
+#pragma unroll
+                    for (int d = 0; d < WALKED; d++)
+                        dx[c] = fmaf(taps.weight[d][HALO - k][c], dy[d][taps.slot(d, j, k)][c], dx[c]);
+            store_few(to, dx);
+        }
+        x_now += K * 2 * CHANNELS, du_now += K * CHANNELS, dx_now += K * 2 * CHANNELS;
+    }
+#pragma unroll
+    for (int d = 0; d < WALKED; d++) {
+        float *to = p.dvec + (((size_t)b * gridDim.y + blockIdx.y) * 2 + dir + d) * (K + 1) * CHANNELS + channel;
+#pragma unroll
+        for (int k = 0; k <= K; k++)
+#pragma unroll
+            for (int c = 0; c < CV; c++) to[k * CHANNELS + c] = d_weight[d][k][c];
+    }
+}
+#endif
+""",
+    "primitives.cuh": r"""// What all kernels share: the options they are compiled for, their arguments, single instructions, typed loads and
+// stores, the softplus and its kin.
+#pragma once
+
+// Python reads these from here.
+#define TILE 16  // tokens a warp takes at a time
+#define RUN 61   // places a thread of the convolution takes; with the K - 1 it walks further, a multiple of K = 4
+#define CONV_THREADS 64  // of a block of the convolution
+#define CONV_CHANNELS 2  // that a thread of the convolution takes, if rows are aligned
+
+// Options, given as -DNAME=value. The defaults are those of VideoMamba-S in bfloat16, so that an editor or a plain
+// `nvcc -arch=sm_90 -cubin -DSCAN_KERNEL scan.cu` sees a whole program.
+#ifndef IO
+#define IO 2  // type of activations: 0 float, 1 half, 2 bfloat16
+#endif
+#ifndef PT
+#define PT 2  // type of parameters, likewise
+#endif
+#ifndef CHANNELS
+#define CHANNELS 768
+#endif
+#ifndef N
+#define N 16  // states
+#endif
+#ifndef R
+#define R 24  // time-step rank
+#endif
+#ifndef K
+#define K 4  // taps of the convolution
+#endif
+#ifndef VEC
+#define VEC 1  // rows of channels are aligned for 16-byte access
+#endif
+#ifndef BLOCKS
+#define BLOCKS 1  // of 16 channels a warp
+#endif
+#ifndef W
+#define W 1  // warps a direction
+#endif
+#ifndef SPLIT
+#define SPLIT 0  // each of them is two, which share the channels and have half of the states
+#endif
+#ifndef MINBLOCKS
+#define MINBLOCKS 1  // thread blocks that must fit a multiprocessor: caps registers
+#endif
+#ifndef ORDERED
+#define ORDERED 0  // the backward direction follows `Args::order`
+#endif
+
+#define EXACT (IO == 0)
+#define DEV static __device__ __forceinline__
+#define NT ((N + 7) / 8)
+#define PROJ (R + 2 * N)
+#define BLOCK_THREADS (W * 64 * (SPLIT + 1))
+#define LOG2E 1.4426950408889634f
+#define LN2 0.6931471805599453f
+// The tensor cores cut off what tf32 has no bits for: on average ln 2 / 2 units in the last place of 1. This factor
+// makes good for it in one instruction, where rounding takes four.
+#define TF32_LOSS 1.000338f
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef unsigned short u16;
+#if IO == 0
+typedef float io_t;
+#else
+typedef u16 io_t;
+#endif
+
+// `Arguments` in selective_scan_cuda.py; a test compares the two.
+struct Args {
+    const io_t *xz, *u, *proj, *dout;
+    const void *conv_w, *conv_b, *dt_w, *dt_b, *a_log, *skip;
+    const long long *order;
+    io_t *out, *du, *ddelta, *y;
+    float *states, *sums, *sub, *adjoint, *da, *dvec;
+    void *dbc;
+    int B, L;
+    int mode;           // along a general order: 1 + the direction that this launch walks
+    int chunk, chunks;  // tokens in one, and how many
+    int turn;           // -1: all chunks at once; otherwise they take turns, the last first: whose turn it is
+    int span;           // chunks in a turn
+    int kept;           // tokens between the states that the scan keeps; 0: none
+};
+
+#ifndef EMULATED
+DEV float ex2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+DEV float rcp(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+DEV float half_to_float(u16 v) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(v));
+    return y;
+}
+DEV u16 float_to_half(float v) {
+    u16 y;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(v));
+    return y;
+}
+DEV u16 float_to_bf16(float v) {
+    u16 y;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(v));
+    return y;
+}
+DEV u32 pack_half(float a, float b) {
+    u32 y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(b), "f"(a));
+    return y;
+}
+DEV u32 pack_half_finite(float a, float b) {
+    u32 y;
+    asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(b), "f"(a));
+    return y;
+}
+DEV u32 pack_bf16(float a, float b) {
+    u32 y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(b), "f"(a));
+    return y;
+}
+// d (16x8) += a (16x4) b (4x8); tf32 operands, of which the hardware reads the upper 19 bits.
+DEV void mma_tf32_k4(float *d, float a0, float a1, float b) {
+    asm("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(b)));
+}
+DEV float round_tf32(float v) {
+    u32 y;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(v));
+    return __uint_as_float(y);
+}
+// d (16x8) += a (16x16 or 16x8) b, in 16-bit types.
+#define MMA_K16(TYPE)                                                                                         \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, " \
+        "{%0,%1,%2,%3};"                                                                                      \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                      \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+#define MMA_K8(TYPE)                                                                                              \
+    asm("mma.sync.aligned.m16n8k8.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};" \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                          \
+        : "r"(a[0]), "r"(a[1]), "r"(b))
+DEV void mma_half_k16(float *d, const u32 *a, u32 b0, u32 b1) { MMA_K16("f16"); }
+DEV void mma_half_k8(float *d, const u32 *a, u32 b) { MMA_K8("f16"); }
+DEV void mma_bf16_k16(float *d, const u32 *a, u32 b0, u32 b1) { MMA_K16("bf16"); }
+DEV void mma_bf16_k8(float *d, const u32 *a, u32 b) { MMA_K8("bf16"); }
+// Of an 8x8 matrix of 16-bit values, a row in four lanes: its transpose.
+DEV u32 transpose(u32 v) {
+    u32 y;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(v));
+    return y;
+}
+template <int BYTES> DEV void copy_async(void *to, const void *from, bool valid) {
+    u32 address = (u32)__cvta_generic_to_shared(to), bytes = valid ? BYTES : 0;
+    if (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from), "n"(BYTES), "r"(bytes)
+                     : "memory");
+}
+DEV void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING> DEV void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+DEV void barrier(int which, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(which), "r"(threads) : "memory"); }
+DEV void sync_warp() { __syncwarp(); }
+// The same in all lanes of a warp: the compiler, told so, keeps it and what follows from it in uniform registers.
+DEV int uniform(int v) { return __shfl_sync(0xffffffffu, v, 0); }
+DEV void keep_in_register(int &v) { asm("" : "+r"(v)); }
+DEV float exchange(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+#endif
+
+// In the type of activations.
+DEV u32 pack16(float a, float b) { return IO == 1 ? pack_half(a, b) : pack_bf16(a, b); }
+DEV void mma_k16(float *d, const u32 *a, u32 b0, u32 b1) {
+    IO == 1 ? mma_half_k16(d, a, b0, b1) : mma_bf16_k16(d, a, b0, b1);
+}
+DEV void mma_k8(float *d, const u32 *a, u32 b) { IO == 1 ? mma_half_k8(d, a, b) : mma_bf16_k8(d, a, b); }
+DEV float load16(u16 v, bool half) { return half ? half_to_float(v) : __uint_as_float((u32)v << 16); }
+#if IO == 0
+DEV float value(float v) { return v; }
+DEV io_t stored(float v) { return v; }
+#else
+DEV float value(u16 v) { return load16(v, IO == 1); }
+DEV io_t stored(float v) { return IO == 1 ? float_to_half(v) : float_to_bf16(v); }
+#endif
+DEV float parameter(const void *p, size_t i) {
+#if PT == 0
+    return ((const float *)p)[i];
+#else
+    return load16(((const u16 *)p)[i], PT == 1);
+#endif
+}
+// Two neighbours at an even place.
+DEV float2 load2(const io_t *p) {
+#if IO == 0
+    return *(const float2 *)p;
+#elif IO == 1
+    u32 v = *(const u32 *)p;
+    return make_float2(half_to_float((u16)v), half_to_float((u16)(v >> 16)));
+#else
+    u32 v = *(const u32 *)p;
+    return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u));
+#endif
+}
+DEV void store2(io_t *p, float a, float b) {
+#if IO == 0
+    *(float2 *)p = make_float2(a, b);
+#else
+    *(u32 *)p = pack16(a, b);
+#endif
+}
+// Four neighbours at a multiple of four.
+DEV void unpack4(float *to, const io_t *from) {
+#if IO == 0
+    float4 v = *(const float4 *)from;
+    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+#else
+    uint2 v = *(const uint2 *)from;
+    to[0] = value((u16)v.x), to[1] = value((u16)(v.x >> 16));
+    to[2] = value((u16)v.y), to[3] = value((u16)(v.y >> 16));
+#endif
+}
+DEV void store4(io_t *to, const float *from, int left) {
+    if (VEC) {
+        if (left <= 0) return;
+#if IO == 0
+        *(float4 *)to = make_float4(from[0], from[1], from[2], from[3]);
+#else
+        // As a `uint2`, the compiler sometimes makes two stores of it.
+        *(u64 *)to = pack16(from[0], from[1]) | (u64)pack16(from[2], from[3]) << 32;
+#endif
+    } else {
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            if (e < left) to[e] = stored(from[e]);
+    }
+}
+template <int COUNT> DEV void load_vector(float *to, const float *from) {
+    if (COUNT == 2) {
+        float2 v = *(const float2 *)from;
+        to[0] = v.x, to[1] = v.y;
+    } else {
+#pragma unroll
+        for (int i = 0; i < COUNT; i += 4) {
+            float4 v = *(const float4 *)(from + i);
+            to[i] = v.x, to[i + 1] = v.y, to[i + 2] = v.z, to[i + 3] = v.w;
+        }
+    }
+}
+template <int COUNT> DEV void store_vector(float *to, const float *from) {
+    if (COUNT == 2) *(float2 *)to = make_float2(from[0], from[1]);
+    else {
+#pragma unroll
+        for (int i = 0; i < COUNT; i += 4)
+            *(float4 *)(to + i) = make_float4(from[i], from[i + 1], from[i + 2], from[i + 3]);
+    }
+}
+
+DEV float decay(float delta, float a) {
+#if EXACT
+    return exp2f(delta * a);
+#else
+    return ex2(delta * a);
+#endif
+}
+DEV float softplus(float v) {
+#if EXACT
+    return v > 20.f ? v : log1pf(expf(v));
+#else
+    // max(v, 0) + log1p(e^-|v|), log1p(t) / t by a polynomial of relative error 5.7e-5: small steps stay accurate.
+    float t = ex2(fabsf(v) * -LOG2E);
+    float p = fmaf(fmaf(0.04134728f, t, -0.15742719f), t, 0.30630095f);
+    p = fmaf(fmaf(p, t, -0.49697782f), t, 0.99994328f);
+    return fmaf(p, t, fmaxf(v, 0.f));
+#endif
+}
+DEV float sigmoid(float v) {
+#if EXACT
+    return 1.f / (1.f + expf(-v));
+#else
+    return rcp(1.f + ex2(v * -LOG2E));
+#endif
+}
+// Half of it, in as many instructions.
+DEV float half_sigmoid(float v) {
+#if EXACT
+    return 0.5f * sigmoid(v);
+#else
+    return rcp(fmaf(2.f, ex2(v * -LOG2E), 2.f));
+#endif
+}
+// Derivative of the softplus, from its value.
+DEV float softplus_slope(float delta) {
+#if EXACT
+    return -expm1f(-delta);
+#else
+    float series = delta * fmaf(delta, fmaf(delta, 0.16666667f, -0.5f), 1.f);
+    return delta < 0.03125f ? series : 1.f - ex2(delta * -LOG2E);
+#endif
+}
+""",
+    "scan.cu": r"""// The forward scan, and the walks that differ little from it: states and adjoint states of chunks.
+#include "walk.cuh"
+
+// Kinds of walk. SCAN: outputs, and (if p.kept) the states on the way. STATES: the state before every 8 tokens, from
+// p.states. ENDS: the state a chunk ends with, from zero. ADJOINT: the adjoint state that a chunk passes back, from
+// zero; u is then the gradient of the ungated output.
+#define SCAN 0
+#define STATES 1
+#define ENDS 2
+#define ADJOINT 3
+
+// Bytes of shared memory of a warp.
+#define FORWARD_SHARED(M, KIND)                                                        \
+    (2 * (PROJ_TILE + TILE * ROW(M) * (int)sizeof(io_t)) + TILE * (16 * M + 4) * 4 +   \
+     (KIND == SCAN ? 2 * TILE * ROW(M) * (int)sizeof(io_t) : 0) + STEP_SIZE_BYTES(M) + \
+     2 * SPLIT * TILE * (16 * M + 4) * 4)
+
+template <int M, int KIND> DEV void walk_forward(const Args &p) {
+    const int LD = 16 * M + 4, S = 2 * M, LU = ROW(M), GROUPS = NT / (SPLIT + 1);  // of eight states
+    extern __shared__ __align__(16) char shared[];
+    Walk w = Walk::start(p, M);
+    if (ORDERED && w.dir != p.mode - 1) return;
+    if (KIND == ADJOINT) w.reversed = !w.reversed;
+    const bool meeting = KIND == SCAN && !ORDERED;
+    if (KIND == STATES && w.tiles <= 0) return;
+    if (w.channel >= CHANNELS) {
+        if (meeting) barrier(1, BLOCK_THREADS);
+        return;
+    }
+    const int g = w.g, q = w.q, lane = w.lane, left = CHANNELS % (16 * M) ? CHANNELS - w.channel : 16 * M;
+    const int U_TILE = TILE * LU * sizeof(io_t), STAGE = PROJ_TILE + U_TILE;
+    char *mine = shared + w.team * FORWARD_SHARED(M, KIND);
+    float *delta = (float *)(mine + 2 * STAGE);
+    io_t *gate = (io_t *)(delta + TILE * LD), *before = gate + TILE * LU;  // of SCAN alone
+    float *ys = SPLIT ? (float *)(before + TILE * LU) : delta;  // of each half; or Δ gives its place to the outputs
+    const io_t *proj_rows = p.proj + ((size_t)w.dir * p.B * p.L + w.row) * PROJ;
+    const io_t *u_rows = p.u + ((size_t)(KIND == ADJOINT ? 0 : w.dir) * p.B * p.L + w.row) * CHANNELS + w.channel;
+    const io_t *z_rows = p.xz + (w.row * 2 + 1) * CHANNELS + w.channel;
+    io_t *out_rows = p.out + w.row * CHANNELS + w.channel;
+
+    const int first_group = w.half * GROUPS;
+    float a[M][GROUPS][4], h[M][GROUPS][4], total[S];
+    load_A<M, GROUPS>(p, w, a, first_group);
+    StepSize<M> step_size;
+    step_size.load(p, w, mine + FORWARD_SHARED(M, KIND) - STEP_SIZE_BYTES(M));
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+        for (int nt = 0; nt < GROUPS; nt++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) h[i][nt][e] = 0.f;
+#pragma unroll
+    for (int s = 0; s < S; s++) total[s] = 0.f;
+    if (p.chunks > 1 && (KIND == SCAN || KIND == STATES))
+        load_states<M, GROUPS>(h, fragment<M>(p.states, p, w, p.chunks, w.chunk) + first_group * 128, w);
+    // The next part of which the state before is stored, and where; SCAN: the place that this is at.
+    const int way = w.reversed ? -1 : 1;
+    int part = 0, keep_at = -1;
+    if (KIND == STATES) part = w.begin(0) / 8 + w.reversed;
+    if (KIND == SCAN && p.kept) keep_at = w.begin(0), part = keep_at / p.kept;
+    float *sub_at = KIND == STATES ? fragment<M>(p.sub, p, w, sub_parts(p), part - w.base / 8) : 0;
+    const int four = lane % (4 * M) * 4, here = left - four;  // channels of this lane in the epilogue
+    const int ROUNDS = M * 2, PER = 8 / M;
+    Row row(w);
+    row.keep();
+    float skip[4], in_step[4];
+    u32 out_step[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) in_step[j] = q == j, out_step[j] = g >> 1 == j ? ~0u : 0;
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+        skip[e] = KIND == SCAN && e < here ? parameter(p.skip, (size_t)w.dir * CHANNELS + w.channel + four + e) : 0.f;
+
+    // Where a tile begins, and its stage in shared memory.
+    int begin = w.begin(-1), now = STAGE;
+    for (int tile = -1; tile < w.tiles; tile++, begin += way * TILE, now = STAGE - now) {
+        if (SPLIT) {  // what the next copies overwrite has been read by both halves
+            copy_wait<0>();
+            w.sync();
+        }
+        auto fetch = [&] {
+            if (tile + 1 < w.tiles) {
+                char *stage = mine + STAGE - now;
+                const int from = begin + way * TILE;
+                load_row<PROJ, PROJ, PROJ, PROJ_PIECE>((io_t *)stage, proj_rows, PROJ, w, row, from);
+                load_row<16 * M, LU, CHANNELS, CHANNEL_PIECE>((io_t *)(stage + PROJ_TILE), u_rows, left, w, row, from);
+            }
+            copy_commit();
+        };
+        if (!SPLIT || tile < 0) fetch();
+        if (tile < 0) continue;
+        if (KIND == SCAN && begin == keep_at) {
+            float *to = fragment<M>(p.states, p, w, (p.L + p.kept - 1) / p.kept, part);
+            store_states<M, GROUPS>(to + first_group * 128, h, w);
+            part += way;
+            keep_at = part * p.kept + (w.reversed ? p.kept - TILE : 0);
+        }
+        // The first direction to come by a token leaves its output; the second adds its own, and gates.
+        const bool second =
+            KIND == SCAN && (ORDERED ? p.mode == 2 : 2 * tile > w.tiles - 1 || (2 * tile == w.tiles - 1 && w.dir));
+        if (meeting && w.dir && tile == w.tiles / 2) barrier(1, BLOCK_THREADS);
+        if (second) {
+            load_row<16 * M, LU, 2 * CHANNELS, CHANNEL_PIECE>(gate, z_rows, left, w, row, begin);
+            load_row<16 * M, LU, CHANNELS, CHANNEL_PIECE>(before, out_rows, left, w, row, begin);
+        }
+        if (KIND == SCAN) copy_commit();
+        if (SPLIT) fetch();
+        else {
+            copy_wait<KIND == SCAN ? 2 : 1>();
+            sync_warp();
+        }
+        const io_t *proj = (io_t *)(mine + now), *u = (io_t *)(mine + now + PROJ_TILE);
+        step_size.apply(p, w, proj, delta);
+        w.sync();
+        const int in_at = KIND == ADJOINT ? R + N : R;
+        // Unrolled, the loop outgrows the instruction cache; rolled, it wants its addresses ready.
+        constexpr int UNROLL = KIND == STATES ? 2 : 1;
+        const io_t *b_at = proj + q * PROJ + in_at + first_group * 8, *c_at = proj + (g >> 1) * PROJ + first_group * 8;
+        const io_t *u_at = u + q * LU + g * S;
+        float *d_at = delta + g * S, *y_at = ys + w.half * TILE * LD + g * S;
+#pragma unroll UNROLL
+        for (int t4 = 0; t4 < TILE; t4 += 4) {
+            if (KIND == STATES && t4 % 8 == 0) {
+                if (part * 8 < p.L) store_states<M, GROUPS>(sub_at, h, w);
+                part += way, sub_at += way * STATES_OF_PART;
+            }
+#if EXACT
+            for (int j = 0; j < 4; j++) {
+                const io_t *proj_at = proj + (t4 + j) * PROJ;
+                float sum[S];
+#pragma unroll
+                for (int s = 0; s < S; s++) {
+                    float step = d_at[j * LD + s], v = value(u_at[(j - q) * LU + s]);
+                    if (KIND != ADJOINT) v *= step;
+                    sum[s] = 0.f, total[s] += step;
+#pragma unroll
+                    for (int nt = 0; nt < GROUPS; nt++)
+#pragma unroll
+                        for (int e = 0; e < 2; e++) {
+                            int n = nt * 8 + 2 * q + e;
+                            float &state = h[s / 2][nt][(s & 1) * 2 + e];
+                            float factor = decay(step, a[s / 2][nt][(s & 1) * 2 + e]);
+                            float in = v * projected(proj_at, 0, in_at, n);
+                            state = KIND == ADJOINT ? (state + in) * factor : fmaf(state, factor, in);
+                            if (KIND == SCAN) sum[s] = fmaf(state, projected(proj_at, 0, R + N, n), sum[s]);
+                        }
+                    if (KIND == SCAN) {
+                        sum[s] += exchange(sum[s], 1);
+                        sum[s] += exchange(sum[s], 2);
+                    }
+                }
+                sync_warp();
+                if (KIND == SCAN && q == 0) store_vector<S>(d_at + j * LD, sum);
+            }
+#else
+            float b[GROUPS], in[S], step[S], sum[M][4], factor[M][GROUPS][4];
+            u32 c[GROUPS];
+            load_vector<S>(step, d_at + q * LD);
+            load_channels_of_lane<S>(in, u_at);
+#pragma unroll
+            for (int s = 0; s < S; s++) in[s] *= KIND == ADJOINT ? TF32_LOSS : step[s] * TF32_LOSS;
+#pragma unroll
+            for (int nt = 0; nt < GROUPS; nt++) {
+                b[nt] = projected(b_at, 0, 0, nt * 8 + g);
+                c[nt] = KIND == SCAN ? projected_half2(c_at, 0, R + N, nt * 8 + 2 * q) : 0;
+            }
+#pragma unroll
+            for (int i = 0; i < M; i++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) sum[i][e] = 0.f;
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                float d[S];
+                load_vector<S>(d, d_at + j * LD);
+                if (KIND == ENDS || KIND == ADJOINT)
+#pragma unroll
+                    for (int s = 0; s < S; s++) total[s] += d[s];
+#pragma unroll
+                for (int i = 0; i < M; i++)
+#pragma unroll
+                    for (int nt = 0; nt < GROUPS; nt++)
+#pragma unroll
+                        for (int e = 0; e < 4; e++) factor[i][nt][e] = decay(d[2 * i + (e >> 1)], a[i][nt][e]);
+#pragma unroll
+                for (int i = 0; i < M; i++)
+#pragma unroll
+                    for (int nt = 0; nt < GROUPS; nt++) {
+                        float *x = h[i][nt], now = b[nt] * in_step[j];
+                        if (KIND == ADJOINT) mma_tf32_k4(x, in[2 * i], in[2 * i + 1], now);
+#pragma unroll
+                        for (int e = 0; e < 4; e++) x[e] *= factor[i][nt][e];
+                        if (KIND != ADJOINT) mma_tf32_k4(x, in[2 * i], in[2 * i + 1], now);
+                    }
+                if (KIND == SCAN)
+#pragma unroll
+                    for (int i = 0; i < M; i++) contract_states<GROUPS>(sum[i], h[i], c, out_step[j]);
+            }
+            if (KIND == SCAN) {
+                if (!SPLIT) sync_warp();  // Δ of these steps is used up
+                float y[S];
+#pragma unroll
+                for (int i = 0; i < M; i++) y[2 * i] = sum[i][0], y[2 * i + 1] = sum[i][2];
+                store_vector<S>(y_at + q * LD, y);
+            }
+#endif
+            b_at += 4 * PROJ, c_at += 4 * PROJ, u_at += 4 * LU, d_at += 4 * LD, y_at += 4 * LD;
+        }
+        if (KIND == SCAN) {
+            copy_wait<SPLIT>();
+            w.sync();
+            // Of the four rounds of 32 channels, two at a time: all four want registers of a seventh block.
+#pragma unroll 2
+            for (int k = 0; k < ROUNDS / (SPLIT + 1); k++) {
+                int r = (k + w.half) * PER + lane / (4 * M), place = w.place(begin, r);
+                float x[4], y[4], more[4];
+                unpack4(x, u + r * LU + four);
+                load_vector<4>(y, ys + r * LD + four);
+                if (SPLIT) load_vector<4>(more, ys + (TILE + r) * LD + four);
+#pragma unroll
+                for (int e = 0; e < 4; e++) y[e] = fmaf(skip[e], x[e], SPLIT ? y[e] + more[e] : y[e]);
+                if (second) {
+                    float z[4], other[4];
+                    unpack4(z, gate + r * LU + four);
+                    unpack4(other, before + r * LU + four);
+#pragma unroll
+                    for (int e = 0; e < 4; e++) y[e] = (y[e] + other[e]) * z[e] * half_sigmoid(z[e]);
+                }
+                if (place < w.last) store4(cell(out_rows, w.token(place), CHANNELS, four), y, here);
+            }
+            if (meeting && !w.dir && tile == (w.tiles - 1) / 2) barrier(1, BLOCK_THREADS);
+        }
+        sync_warp();
+    }
+    if (KIND == ENDS || KIND == ADJOINT) {
+        store_states<M, GROUPS>(fragment<M>(KIND == ADJOINT ? p.adjoint : p.states, p, w, p.chunks, w.chunk), h, w);
+        if (q == 0)
+            for (int s = 0; s < S; s++)
+                if (g * S + s < left)
+                    p.sums[((size_t)(w.dir * p.B + w.b) * p.chunks + w.chunk) * CHANNELS + w.channel + g * S + s] =
+                        total[s];
+    }
+}
+
+#ifdef SCAN_KERNEL
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) scan(const Args p) {
+    walk_forward<BLOCKS, SCAN>(p);
+}
+#endif
+#ifdef STATES_KERNEL
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) states(const Args p) {
+    walk_forward<BLOCKS, STATES>(p);
+}
+#endif
+#ifdef ENDS_KERNEL
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) ends(const Args p) {
+    walk_forward<BLOCKS, ENDS>(p);
+}
+#endif
+#ifdef ADJOINT_KERNEL
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) adjoint(const Args p) {
+    walk_forward<BLOCKS, ADJOINT>(p);
+}
+#endif
+
+#ifdef PASS_STATES_KERNEL
+// Passes states between chunks: what each ends with, from zero, becomes what it starts with. A thread a state; p.mode 1: p.adjoint instead of
+// p.states, against the walk.
+extern "C" __global__ void pass_states(const Args p) {
+    int blocks = (CHANNELS + 15) / 16;
+    int i = blockIdx.x * blockDim.x + threadIdx.x, per = blocks * NT * 128;
+    if (i >= per) return;
+    int b = blockIdx.y, dir = blockIdx.z;
+    int lane = i / 4 % 32, e = i % 4, nt = i / 128 % NT;
+    int channel = i / (128 * NT) * 16 + lane / 4 * 2 + (e >> 1), n = nt * 8 + 2 * (lane % 4) + (e & 1);
+    if (channel >= CHANNELS || n >= N) return;
+    float a = -expf(parameter(p.a_log, ((size_t)dir * CHANNELS + channel) * N + n)) * LOG2E, h = 0.f;
+    bool down = (dir && !ORDERED) != (p.mode == 1);
+    float *states = (p.mode ? p.adjoint : p.states) + (size_t)(dir * p.B + b) * p.chunks * per + i;
+    const float *sums = p.sums + (size_t)(dir * p.B + b) * p.chunks * CHANNELS + channel;
+#pragma unroll 8
+    for (int k = 0; k < p.chunks; k++) {
+        int chunk = down ? p.chunks - 1 - k : k;
+        float end = states[(size_t)chunk * per], factor = exp2f(a * sums[(size_t)chunk * CHANNELS]);
+        states[(size_t)chunk * per] = h;
+        h = fmaf(h, factor, end);
+    }
+}
+#endif
+""",
+    "scan_backward.cu": r"""// Backward of the scan. A warp walks its tiles against the visits: it recomputes the states of 8 tokens from the state
+// before them, keeps them in registers, and takes the adjoint λ = ∂/∂h back through them:
+//     λ_k = C_k ∂y_k + exp(Δ_{k+1} A) λ_{k+1}
+#include "walk.cuh"
+
+// Bytes of shared memory of a warp.
+#define BACKWARD_SHARED                                                                   \
+    (2 * (PROJ_TILE + 3 * TILE * 16 * (int)sizeof(io_t)) + 5 * TILE * 20 * 4 + NT * 512 + \
+     TILE * 16 * (int)sizeof(io_t) + 1536 + (EXACT ? NT * 512 : STEP_SIZE_BYTES(1)))
+
+#if IO == 2  // of the gradients of B and C, one a block of 16 channels
+typedef u16 partial_t;
+#else
+typedef float partial_t;
+#endif
+// Adds the outer products of a step's vectors over its states, x, and over the channels: rows are states, column j is
+// filled from what lanes (j, 0..3) have in `factor`, the values of channels 4q, 4q + 2 and 4q + 1, 4q + 3.
+DEV void outer_product(float d[(NT + 1) / 2][4], const float x[NT][4], u32 factor0, u32 factor1) {
+#pragma unroll
+    for (int nt = 0; nt < NT; nt += 2) {
+        u32 a[4] = {transpose(pack_bf16(x[nt][0], x[nt][1])), 0, transpose(pack_bf16(x[nt][2], x[nt][3])), 0};
+        if (nt + 1 < NT) {
+            const float *more = x[nt + 1 < NT ? nt + 1 : 0];
+            a[1] = transpose(pack_bf16(more[0], more[1])), a[3] = transpose(pack_bf16(more[2], more[3]));
+        }
+        mma_bf16_k16(d[nt / 2], a, factor0, factor1);
+    }
+}
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(const Args p) {
+    const int LD = 20, S = 2;
+    extern __shared__ __align__(16) char shared[];
+    Walk w = Walk::start(p, 1);
+    if (ORDERED && w.dir != p.mode - 1) return;
+    // In turns, the directions come by different chunks, but for the turn in the middle of an odd number.
+    const bool meeting = !ORDERED && (p.turn < 0 || 2 * p.turn == p.chunks - 1);
+    if (w.channel >= CHANNELS) {
+        if (meeting) barrier(1, BLOCK_THREADS);
+        return;
+    }
+    const int g = w.g, q = w.q, lane = w.lane, left = CHANNELS % 16 ? CHANNELS - w.channel : 16;
+    const int U_TILE = TILE * 16 * sizeof(io_t), STAGE = PROJ_TILE + 3 * U_TILE;
+    char *mine = shared + (threadIdx.x >> 5) * BACKWARD_SHARED;
+    float *delta = (float *)(mine + 2 * STAGE), *dy = delta + TILE * LD, *dx = dy + TILE * LD, *ds = dx + TILE * LD,
+          *ys = ds + TILE * LD, *saved = ys + TILE * LD;
+    io_t *before = (io_t *)(saved + NT * 128);
+    // Of this lane's four channels in the epilogue: D, the gradient of D, that of the bias of Δ.
+    float *skip_at = (float *)((char *)before + U_TILE) + lane * 4;
+    float *d_skip_at = skip_at + 128, *d_bias_at = skip_at + 256;
+    StepSize<1> step_size;
+    step_size.load(p, w, (char *)before + U_TILE + 1536);
+#if EXACT
+    float *sums = (float *)((char *)before + U_TILE + 1536);
+#endif
+    const io_t *proj_rows = p.proj + ((size_t)w.dir * p.B * p.L + w.row) * PROJ;
+    const size_t rows = ((size_t)w.dir * p.B * p.L + w.row) * CHANNELS + w.channel;
+    const io_t *dout_rows = p.dout + w.row * CHANNELS + w.channel;
+    const io_t *z_rows = p.xz + (w.row * 2 + 1) * CHANNELS + w.channel;
+    io_t *dz_rows = p.out + (w.row * 2 + 1) * CHANNELS + w.channel;
+    const size_t block = (size_t)w.dir * ((CHANNELS + 15) / 16) + w.channel / 16;
+    // [dir][block of 16 channels][b][place]
+    const int places = p.turn < 0 ? p.L : p.chunk;
+    partial_t *dbc = (partial_t *)p.dbc + ((block * p.B + w.b) * places - w.base) * 2 * N;
+
+    float a[1][NT][4], states[1][NT][4], (&lambda)[NT][4] = states[0], da[1][NT][4];
+    load_A<1, NT>(p, w, a);
+#pragma unroll
+    for (int nt = 0; nt < NT; nt++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) lambda[nt][e] = da[0][nt][e] = 0.f;
+    auto passed = [&] { return fragment<1>(p.adjoint, p, w, p.turn < 0 ? p.chunks : 1, p.turn < 0 ? w.chunk : 0); };
+    if (p.chunks > 1 && p.turn != 0) load_states<1, NT>(states, passed(), w);
+    auto fetch_states = [&](int part) {
+        if (part * 8 >= p.L) return;
+        const float *from = fragment<1>(p.sub, p, w, sub_parts(p), part - w.base / 8);
+#pragma unroll
+        for (int nt = 0; nt < NT; nt++) copy_async<16>(saved + (nt * 32 + lane) * 4, from + nt * 128, true);
+    };
+    const int four = lane % 4 * 4, here = left - four;
+    for (int e = 0; e < 4; e++) {
+        d_skip_at[e] = d_bias_at[e] = 0.f;
+        skip_at[e] = e < here ? parameter(p.skip, (size_t)w.dir * CHANNELS + w.channel + four + e) : 0.f;
+    }
+    auto part_of = [&](int i, int t8) { return (w.begin(w.tiles - 1 - i) + (w.reversed ? 8 - t8 : t8)) / 8; };
+    auto load_stage = [&](int i) {
+        const Row row(w);
+        const int from = w.begin(w.tiles - 1 - i);
+        char *stage = mine + (i & 1) * STAGE;
+        io_t *tile = (io_t *)(stage + PROJ_TILE);
+        load_row<16, 16, CHANNELS, CHANNEL_PIECE>(tile, p.u + rows, left, w, row, from);
+        load_row<16, 16, CHANNELS, CHANNEL_PIECE>(tile + TILE * 16, dout_rows, left, w, row, from);
+        load_row<16, 16, 2 * CHANNELS, CHANNEL_PIECE>(tile + TILE * 32, z_rows, left, w, row, from);
+        load_row<PROJ, PROJ, PROJ, PROJ_PIECE>((io_t *)stage, proj_rows, PROJ, w, row, from);
+    };
+    float in_step[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) in_step[j] = q == j;
+    load_stage(0);
+    fetch_states(part_of(0, 8));
+    copy_commit();
+
+    for (int i = 0; i < w.tiles; i++) {
+        copy_wait<0>();
+        sync_warp();
+        const int begin = w.begin(w.tiles - 1 - i);
+        const bool second = ORDERED    ? p.mode == 2
+                            : !meeting ? 2 * p.turn > p.chunks - 1
+                                       : 2 * i > w.tiles - 1 || (2 * i == w.tiles - 1 && w.dir);
+        if (meeting && w.dir && i == w.tiles / 2) barrier(1, BLOCK_THREADS);
+        if (second) load_row<16, 16, 2 * CHANNELS, CHANNEL_PIECE>(before, dz_rows, left, w, Row(w), begin);
+        char *stage = mine + (i & 1) * STAGE;
+        const io_t *proj = (io_t *)stage, *u = (io_t *)(stage + PROJ_TILE);
+        const io_t *dout = u + TILE * 16, *z = dout + TILE * 16;
+        step_size.apply(p, w, proj, delta);
+        sync_warp();
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            float vo[4], vz[4], vu[4], step[4];
+            int row = k * 8 + lane / 4, at = row * 16 + four;
+            unpack4(vo, dout + at);
+            unpack4(vz, z + at);
+            unpack4(vu, u + at);
+            load_vector<4>(step, delta + row * LD + four);
+#pragma unroll
+            for (int e = 0; e < 4; e++) vo[e] *= vz[e] * half_sigmoid(vz[e]), vu[e] *= step[e];
+            store_vector<4>(dy + row * LD + four, vo);
+            store_vector<4>(dx + row * LD + four, vu);
+        }
+        sync_warp();
+#pragma unroll 1
+        for (int t8 = 8; t8 >= 0; t8 -= 8) {
+            const bool valid = part_of(i, t8) < (p.L + 7) / 8;
+            float h[NT][4], decayed[8][NT][4];  // state, and before what each of the 8 tokens adds to it
+            if (t8 == 0) copy_wait<0>();
+#pragma unroll
+            for (int nt = 0; nt < NT; nt++) load_vector<4>(h[nt], saved + (nt * 32 + lane) * 4);
+            sync_warp();
+            if (t8 == 8) {
+                fetch_states(part_of(i, 0));
+                if (i + 1 < w.tiles) load_stage(i + 1);
+            } else if (i + 1 < w.tiles) fetch_states(part_of(i + 1, 8));
+            copy_commit();
+            if (!valid) continue;
+            const io_t *proj_at = proj + t8 * PROJ;
+            float *delta_at = delta + t8 * LD + g * S, *dy_at = dy + t8 * LD + g * S, *dx_at = dx + t8 * LD + g * S;
+            float *ds_at = ds + t8 * LD + g * S, *ys_at = ys + t8 * LD + g * S;
+#if EXACT
+#pragma unroll
+            for (int k = 0; k < 8; k++) {
+                float sum[S] = {0.f, 0.f};
+#pragma unroll
+                for (int nt = 0; nt < NT; nt++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        int n = nt * 8 + 2 * q + (e & 1);
+                        decayed[k][nt][e] = h[nt][e] * decay(delta_at[k * LD + (e >> 1)], a[0][nt][e]);
+                        h[nt][e] = fmaf(dx_at[k * LD + (e >> 1)], projected(proj_at, k, R, n), decayed[k][nt][e]);
+                        sum[e >> 1] = fmaf(h[nt][e], projected(proj_at, k, R + N, n), sum[e >> 1]);
+                    }
+#pragma unroll
+                for (int s = 0; s < S; s++) {
+                    sum[s] += exchange(sum[s], 1);
+                    sum[s] += exchange(sum[s], 2);
+                }
+                if (q == 0) store_vector<S>(ys_at + k * LD, sum);
+            }
+#pragma unroll
+            for (int k = 7; k >= 0; k--) {
+                float sx[S] = {0.f, 0.f}, ss[S] = {0.f, 0.f};
+#pragma unroll
+                for (int nt = 0; nt < NT; nt++) {
+                    float part_b[2] = {0.f, 0.f}, part_c[2] = {0.f, 0.f};
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        int n = nt * 8 + 2 * q + (e & 1);
+                        float &l = lambda[nt][e], dyv = dy_at[k * LD + (e >> 1)], step = delta_at[k * LD + (e >> 1)];
+                        float in = dx_at[k * LD + (e >> 1)], b = projected(proj_at, k, R, n);
+                        l = fmaf(dyv, projected(proj_at, k, R + N, n), l);
+                        sx[e >> 1] = fmaf(l, b, sx[e >> 1]);
+                        part_b[e & 1] = fmaf(in, l, part_b[e & 1]);
+                        part_c[e & 1] = fmaf(dyv, fmaf(in, b, decayed[k][nt][e]), part_c[e & 1]);
+                        float v = l * decayed[k][nt][e];
+                        l *= decay(step, a[0][nt][e]);
+                        da[0][nt][e] = fmaf(v, step, da[0][nt][e]);
+                        ss[e >> 1] = fmaf(v, a[0][nt][e], ss[e >> 1]);
+                    }
+                    store_vector<2>(sums + (nt * 32 + lane) * 2, part_b);
+                    store_vector<2>(sums + NT * 64 + (nt * 32 + lane) * 2, part_c);
+                }
+#pragma unroll
+                for (int s = 0; s < S; s++) {
+                    sx[s] += exchange(sx[s], 1), ss[s] += exchange(ss[s], 1);
+                    sx[s] += exchange(sx[s], 2), ss[s] += exchange(ss[s], 2);
+                }
+                sync_warp();
+                if (q == 0) store_vector<S>(dx_at + k * LD, sx), store_vector<S>(ds_at + k * LD, ss);
+                int place = w.place(begin, t8 + k);
+                for (int v = lane; v < 2 * N; v += 32) {  // over the channels: over g
+                    const float *from = sums + v / N * NT * 64 + v % N / 8 * 64 + v % N % 8;
+                    float sum = 0.f;
+                    for (int c = 0; c < 8; c++) sum += from[c * 8];
+                    if (place < w.last) dbc[(size_t)place * 2 * N + v] = stored(sum);
+                }
+                sync_warp();
+            }
+#else
+            // Gradients of B (0) and C (1): rows of `sums` are states, columns the 8 steps.
+            auto store_sums = [&](int kind, float sums[(NT + 1) / 2][4]) {
+#pragma unroll
+                for (int nt = 0; nt < NT; nt++) {
+                    float low = sums[nt / 2][2 * (nt & 1)], high = sums[nt / 2][2 * (nt & 1) + 1];
+#if IO == 2
+                    u32 states = transpose(pack_bf16(low, high));  // of step g, states 2q and 2q + 1
+                    int place = w.place(begin, t8 + g), n = nt * 8 + 2 * q;
+                    partial_t *to = dbc + (long long)place * 2 * N + kind * N + n;
+                    if (place >= w.last || n >= N) continue;
+                    if (N % 2 == 0) *(u32 *)to = states;
+                    else {
+                        to[0] = (u16)states;
+                        if (n + 1 < N) to[1] = (u16)(states >> 16);
+                    }
+#else
+                    for (int e = 0; e < 2; e++) {
+                        int place = w.place(begin, t8 + 2 * q + e), n = nt * 8 + g;
+                        if (place < w.last && n < N) dbc[(long long)place * 2 * N + kind * N + n] = e ? high : low;
+                    }
+#endif
+                }
+            };
+            float dc[(NT + 1) / 2][4], v[4];
+#pragma unroll
+            for (int i = 0; i < (NT + 1) / 2; i++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) dc[i][e] = 0.f;
+            load_vector<4>(v, dy + (t8 + g) * LD + 4 * q);
+            const u32 dy0 = pack_bf16(v[0], v[2]), dy1 = pack_bf16(v[1], v[3]);
+            const io_t *down = proj_at + q * PROJ + R, *across = proj_at + (g >> 1) * PROJ + R;
+#pragma unroll
+            for (int t4 = 0; t4 < 8; t4 += 4) {
+                float b[NT], in[S], sum[4] = {0.f, 0.f, 0.f, 0.f};
+                u32 c[NT];
+                load_vector<S>(in, dx_at + (t4 + q) * LD);
+                in[0] = round_tf32(in[0]), in[1] = round_tf32(in[1]);
+#pragma unroll
+                for (int nt = 0; nt < NT; nt++) {
+                    c[nt] = projected_half2(across, t4, N, nt * 8 + 2 * q);
+                    b[nt] = projected(down, t4, 0, nt * 8 + g);
+                }
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    const int k = t4 + j;
+                    float d[S];
+                    load_vector<S>(d, delta_at + k * LD);
+#pragma unroll
+                    for (int nt = 0; nt < NT; nt++) {
+#pragma unroll
+                        for (int e = 0; e < 4; e++) decayed[k][nt][e] = h[nt][e] *= decay(d[e >> 1], a[0][nt][e]);
+                        mma_tf32_k4(h[nt], in[0], in[1], b[nt] * in_step[j]);
+                    }
+                    contract_states<NT>(sum, h, c, g >> 1 == j ? ~0u : 0);
+                    outer_product(dc, h, g == k ? dy0 : 0, g == k ? dy1 : 0);
+                }
+                float y[S] = {sum[0], sum[2]};
+                store_vector<S>(ys_at + (t4 + q) * LD, y);
+            }
+            store_sums(1, dc);
+            float s[4] = {0.f, 0.f, 0.f, 0.f}, db[(NT + 1) / 2][4];
+#pragma unroll
+            for (int i = 0; i < (NT + 1) / 2; i++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) db[i][e] = 0.f;
+            load_vector<4>(v, dx + (t8 + g) * LD + 4 * q);
+            const u32 dx0 = pack_bf16(v[0], v[2]), dx1 = pack_bf16(v[1], v[3]);
+            sync_warp();
+#pragma unroll
+            for (int t4 = 4; t4 >= 0; t4 -= 4) {
+                float b[NT], c[NT], in[S], low[4] = {0.f, 0.f, 0.f, 0.f}, high[4] = {0.f, 0.f, 0.f, 0.f};
+                load_vector<S>(in, dy_at + (t4 + q) * LD);
+                in[0] = round_tf32(in[0]), in[1] = round_tf32(in[1]);
+#pragma unroll
+                for (int nt = 0; nt < NT; nt++) {
+                    b[nt] = projected(across, t4, 0, nt * 8 + 2 * q + (g & 1));
+                    c[nt] = projected(down, t4, N, nt * 8 + g);
+                }
+#pragma unroll
+                for (int j = 3; j >= 0; j--) {
+                    const int k = t4 + j;
+                    const bool now = g == k;
+                    float d[S], ss[S] = {0.f, 0.f};
+                    load_vector<S>(d, delta_at + k * LD);
+#pragma unroll
+                    for (int nt = 0; nt < NT; nt++) {
+                        mma_tf32_k4(lambda[nt], in[0], in[1], c[nt] * in_step[j]);
+                        contract_adjoints(low, high, lambda[nt], g >> 1 == j ? b[nt] : 0.f);
+                    }
+                    outer_product(db, lambda, now ? dx0 : 0, now ? dx1 : 0);
+#pragma unroll
+                    for (int nt = 0; nt < NT; nt++)
+#pragma unroll
+                        for (int e = 0; e < 4; e++) {
+                            float &l = lambda[nt][e], v = l * decayed[k][nt][e];
+                            da[0][nt][e] = fmaf(v, d[e >> 1], da[0][nt][e]);
+                            ss[e >> 1] = fmaf(v, a[0][nt][e], ss[e >> 1]);
+                            l *= decay(d[e >> 1], a[0][nt][e]);
+                        }
+                    mma_tf32_k4(s, ss[0], ss[1], now ? 1.f : 0.f);
+                }
+                float x[S] = {low[0] + low[3], high[0] + high[3]};
+                store_vector<S>(dx_at + (t4 + q) * LD, x);
+            }
+            float first[S] = {s[0], s[2]}, other[S] = {s[1], s[3]};
+            store_vector<S>(ds_at + 2 * q * LD, first);
+            store_vector<S>(ds_at + (2 * q + 1) * LD, other);
+            store_sums(0, db);
+#endif
+        }
+        sync_warp();
+        // Not unrolled: one of the seven rearrangements that the search found, see docs/kernels.md.
+#pragma unroll 1
+        for (int k = 0; k < 2; k++) {
+            int row = 8 * k + lane / 4, at = row * 16 + four, from = row * LD + four, place = w.place(begin, row);
+            float vo[4], vz[4], vu[4], step[4], vdy[4], vdx[4], vds[4], vy[4], r_du[4], r_dd[4];
+            float skip[4], d_skip[4], d_bias[4];
+            unpack4(vu, u + at);
+            load_vector<4>(step, delta + from);
+            load_vector<4>(vdy, dy + from);
+            load_vector<4>(vdx, dx + from);
+            load_vector<4>(vds, ds + from);
+            load_vector<4>(vy, ys + from);
+            if (place >= w.last) continue;
+            const int token = w.token(place);
+            load_vector<4>(skip, skip_at);
+            load_vector<4>(d_skip, d_skip_at);
+            load_vector<4>(d_bias, d_bias_at);
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                r_dd[e] = fmaf(vdx[e], vu[e], vds[e] * LN2) * softplus_slope(step[e]);
+                r_du[e] = fmaf(vdx[e], step[e], skip[e] * vdy[e]);
+                d_skip[e] = fmaf(vdy[e], vu[e], d_skip[e]);
+                d_bias[e] += r_dd[e];
+                vy[e] = fmaf(skip[e], vu[e], vy[e]);
+            }
+            store_vector<4>(d_skip_at, d_skip);
+            store_vector<4>(d_bias_at, d_bias);
+            if (second) {
+                float other[4];
+                unpack4(vo, dout + at);
+                unpack4(vz, z + at);
+                unpack4(other, before + at);
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    float gate = sigmoid(vz[e]), mean = 0.5f * (vy[e] + other[e]) * gate;
+                    vy[e] = mean * vo[e] * fmaf(vz[e], 1.f - gate, 1.f);
+                    other[e] = mean * vz[e];
+                }
+                if (p.y) store4(cell(p.y + w.row * CHANNELS + w.channel, token, CHANNELS, four), other, here);
+            }
+            store4(cell(p.du + rows, token, CHANNELS, four), r_du, here);
+            store4(cell(p.ddelta + rows, token, CHANNELS, four), r_dd, here);
+            store4(cell(dz_rows, token, 2 * CHANNELS, four), vy, here);
+        }
+        if (meeting && !w.dir && i == (w.tiles - 1) / 2) barrier(1, BLOCK_THREADS);
+        sync_warp();
+    }
+#pragma unroll
+    for (int nt = 0; nt < NT; nt++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) da[0][nt][e] *= a[0][nt][e] * LN2;
+    store_states<1, NT>(fragment<1>(p.da, p, w, p.chunks, w.chunk), da, w);
+    if (p.turn >= 0) store_states<1, NT>(passed(), states, w);
+    float d_skip[4], d_bias[4];
+    load_vector<4>(d_skip, d_skip_at);
+    load_vector<4>(d_bias, d_bias_at);
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+#pragma unroll
+        for (int mask = 4; mask < 32; mask *= 2) {
+            d_skip[e] += exchange(d_skip[e], mask);
+            d_bias[e] += exchange(d_bias[e], mask);
+        }
+    if (lane < 4)
+        for (int e = 0; e < 4; e++)
+            if (e < here) {
+                size_t walk = (size_t)(w.dir * p.B + w.b) * p.chunks + w.chunk;
+                float *to = p.dvec + walk * 2 * CHANNELS + w.channel + four + e;
+                to[0] = d_skip[e], to[CHANNELS] = d_bias[e];
+            }
+}
+""",
+    "walk.cuh": r"""// A walk: one warp, one direction, 16 M channels, tiles of 16 tokens. Tiles are aligned in the sequence (for a general
+// order: in the steps), so both directions of a chunk meet at a tile border.
+// A warp holds its states as the tensor cores hold a 16x8 result: lane (g, q) = (lane / 4, lane % 4) has the channels
+// g S to g S + S - 1 of the warp's, S = 2M, and of each group of 8 states the states 2q and 2q + 1. Rows g and g + 8
+// of the i-th result are the channels g S + 2i and g S + 2i + 1.
+
+#pragma once
+#include "primitives.cuh"
+
+struct Walk {
+    int lane, g, q, dir, half, team, b, channel, chunk, first, last, tiles;
+    int base;  // first place of the turn
+    bool reversed;
+    const long long *order;
+    size_t row;  // of token 0 of this sequence among all B L rows
+
+    static __device__ __forceinline__ Walk start(const Args &p, int m) {
+        Walk w;
+        w.lane = threadIdx.x & 31, w.g = w.lane >> 2, w.q = w.lane & 3;
+        int warp = uniform(threadIdx.x >> 5);
+        w.half = SPLIT ? warp & 1 : 0, w.team = warp >> SPLIT;
+        w.dir = w.team & 1;
+        w.channel = (blockIdx.x * W + (w.team >> 1)) * 16 * m;
+        w.b = blockIdx.z;
+        w.reversed = w.dir && !ORDERED;
+        w.order = w.dir ? p.order : 0;
+        int turns = (p.chunks + p.span - 1) / p.span;
+        int before = p.turn < 0 ? 0 : (w.reversed ? p.turn : turns - 1 - p.turn) * p.span;
+        w.base = before * p.chunk;
+        w.chunk = before + blockIdx.y;
+        w.first = w.chunk * p.chunk;
+        w.last = min(w.first + p.chunk, p.L);
+        w.tiles = (w.last - w.first + TILE - 1) / TILE;
+        w.row = (size_t)w.b * p.L;
+        return w;
+    }
+    // For all that share the channels.
+    __device__ __forceinline__ void sync() const {
+        if (SPLIT) barrier(2 + team, 64);
+        else sync_warp();
+    }
+    // Where tile i lies, the place of its step r, and the token there, if the place is before `last`.
+    __device__ __forceinline__ int begin(int i) const { return first + (reversed ? tiles - 1 - i : i) * TILE; }
+    __device__ __forceinline__ int place(int begin, int r) const { return begin + (reversed ? TILE - 1 - r : r); }
+    __device__ __forceinline__ int token(int place) const {
+        if (ORDERED && order) return place < last ? (int)order[place] : 0;
+        return place;
+    }
+};
+
+// Column `column` of row `row`. Within a sequence 32 bits are enough for the offset in bytes: see `_Scan`.
+template <typename T> DEV T *cell(T *rows, u32 row, u32 stride, u32 column) {
+    return (T *)((u64)rows + (row * stride + column) * (u32)sizeof(T));
+}
+
+// What a lane copies of each tile: of one row, a few pieces.
+#define LANES_OF_ROW (SPLIT ? 4 : 2)
+struct Row {
+    int number, piece, place;  // in the tile; the first of the pieces; where it lies from the tile's first place on
+    __device__ __forceinline__ Row(const Walk &w) {
+        number = SPLIT ? w.half * (TILE / 2) + w.lane / 4 : w.lane / 2, piece = w.lane % LANES_OF_ROW;
+        place = w.place(0, number);
+    }
+    // Where registers are left, the compiler need not work them out again for every tile.
+    __device__ __forceinline__ void keep() {
+        keep_in_register(number);
+        keep_in_register(piece);
+        keep_in_register(place);
+    }
+};
+// Rows that do not exist and columns past `left` become zero. Rows lie STRIDE values apart, in shared memory SPACING.
+template <int COLUMNS, int SPACING, int STRIDE, int BYTES>
+DEV void load_row(io_t *to, const io_t *from, int left, const Walk &w, const Row &row, int begin) {
+    const int PER = BYTES / sizeof(io_t), PIECES = COLUMNS / PER;
+    int place = begin + row.place;
+    bool exists = place < w.last;
+    const io_t *source = cell(from, w.token(place), STRIDE, row.piece * PER);
+    to += row.number * SPACING + row.piece * PER;
+#pragma unroll
+    for (int i = 0; i < PIECES; i += LANES_OF_ROW) {
+        if (i + LANES_OF_ROW > PIECES && i + row.piece >= PIECES) break;
+        bool valid = exists && (i + row.piece) * PER < left;
+        if (BYTES >= 4) copy_async<(BYTES < 4 ? 4 : BYTES)>(to + i * PER, source + i * PER, valid);
+        else to[i * PER] = valid ? source[i * PER] : (io_t)0;
+    }
+}
+#define PROJ_BYTES (PROJ * sizeof(io_t))
+#define PROJ_PIECE (PROJ_BYTES % 16 == 0 ? 16 : PROJ_BYTES % 8 == 0 ? 8 : PROJ_BYTES % 4 == 0 ? 4 : 2)
+#define CHANNEL_PIECE (VEC ? 16 : (int)sizeof(io_t) == 4 ? 4 : 2)
+// A tile of channels in shared memory: values from row to row (32 channels: so that lanes of four rows meet no bank
+// twice), and bytes of a tile of the projection.
+#define ROW(M) (16 * M + (M > 1 ? 16 : 0))
+#define PROJ_TILE ((TILE * PROJ * (int)sizeof(io_t) + 15) / 16 * 16)
+DEV u32 pair16(const io_t *p) {
+#if IO == 0
+    return 0;
+#else
+    return (u32)p[0] | (u32)p[1] << 16;
+#endif
+}
+
+// What makes Δ of a warp's channels: dt_proj's rows as the tensor cores want a right factor, 8 ranks a word, and bias.
+#define EIGHTS ((R + 7) / 8)
+#define WORDS(M) ((2 * M * EIGHTS + 3) / 4 * 4)
+#define STEP_SIZE_BYTES(M) (EXACT ? 0 : WORDS(M) * 128 + 128 * M)
+
+template <int M> struct StepSize {
+    u32 *weight;  // [four words][lane][4]; if the warp is split, [word][lane]
+    float *bias;  // [q][slot s][4]: elements e and e + 2 for channel (2q + e) S + s, as a lane holds the sum
+
+    __device__ __forceinline__ void load(const Args &p, const Walk &w, char *to) {
+        weight = (u32 *)to, bias = (float *)(to + WORDS(M) * 128);
+#if !EXACT
+        const int S = 2 * M;
+#pragma unroll
+        for (int s = 0; s < S; s++)
+#pragma unroll
+            for (int k = 0; k < EIGHTS; k++) {
+                int r = 8 * k + 2 * w.q, word = s * EIGHTS + k;
+                size_t at = ((size_t)w.dir * CHANNELS + min(w.channel + w.g * S + s, CHANNELS - 1)) * R + r;
+                weight[SPLIT ? word * 32 + w.lane : (word / 4 * 32 + w.lane) * 4 + word % 4] =
+                    pack16(r < R ? parameter(p.dt_w, at) : 0.f, r + 1 < R ? parameter(p.dt_w, at + 1) : 0.f);
+            }
+        for (int c = w.lane; c < 16 * M; c += 32) {
+            float v = w.channel + c < CHANNELS ? parameter(p.dt_b, (size_t)w.dir * CHANNELS + w.channel + c) : 0.f;
+            float *at = bias + (c / (2 * S) * S + c % S) * 4 + c / S % 2;
+            at[0] = at[2] = v;
+        }
+        sync_warp();
+#endif
+    }
+    // Δ of a tile: softplus(time_step dt_proj' + bias), into delta[t][channel]. Steps past the end get a Δ too; their
+    // inputs and the gradients that come back to them are zero.
+    // If the warp is split, half of the channels in each.
+    __device__ __forceinline__ void apply(const Args &p, const Walk &w, const io_t *proj, float *delta) const {
+        const int LD = 16 * M + 4, S = 2 * M;
+        const int g = w.g, q = w.q, COUNT = S / (SPLIT + 1), first = w.half * COUNT;  // slots of channels
+        float acc[COUNT][4];
+#if EXACT
+        for (int s = 0; s < S; s++)
+            for (int e = 0; e < 4; e++) {
+                int channel = min(w.channel + (2 * q + (e & 1)) * S + s, CHANNELS - 1);
+                acc[s][e] = parameter(p.dt_b, (size_t)w.dir * CHANNELS + channel);
+                for (int r = 0; r < R; r++)
+                    acc[s][e] = fmaf(value(proj[(g + 8 * (e >> 1)) * PROJ + r]),
+                                     parameter(p.dt_w, ((size_t)w.dir * CHANNELS + channel) * R + r), acc[s][e]);
+            }
+#else
+        u32 words[WORDS(M)];
+        if (SPLIT) {
+#pragma unroll
+            for (int i = 0; i < COUNT * EIGHTS; i++) words[i] = weight[(first * EIGHTS + i) * 32 + w.lane];
+        } else {
+#pragma unroll
+            for (int i = 0; i < WORDS(M); i += 4) {
+                uint4 v = *(const uint4 *)(weight + (i * 8 + w.lane) * 4);
+                words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
+            }
+        }
+#pragma unroll
+        for (int s = 0; s < COUNT; s++) load_vector<4>(acc[s], bias + (q * S + first + s) * 4);
+#pragma unroll
+        for (int k = 0; k < EIGHTS; k += 2) {
+            u32 a[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int r = 8 * (k + (i >> 1)) + 2 * q;
+                const io_t *at = proj + (g + 8 * (i & 1)) * PROJ + r;
+                if (8 * (k + (i >> 1)) >= R) a[i] = 0;
+                else if (PROJ % 2 == 0 && R % 2 == 0) a[i] = R % 8 == 0 || r < R ? *(const u32 *)at : 0u;
+                else a[i] = r + 1 < R ? pair16(at) : r < R ? (u32)at[0] : 0u;
+            }
+#pragma unroll
+            for (int s = 0; s < COUNT; s++) {
+                if (k + 1 < EIGHTS) mma_k16(acc[s], a, words[s * EIGHTS + k], words[s * EIGHTS + k + 1]);
+                else mma_k8(acc[s], a, words[s * EIGHTS + k]);
+            }
+        }
+#endif
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float v[2 * S], *to = delta + (g + 8 * half) * LD + 2 * q * S + first;
+#pragma unroll
+            for (int s = 0; s < COUNT; s++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) v[e * S + s] = softplus(acc[s][2 * half + e]);
+            if (!SPLIT) store_vector<2 * S>(to, v);
+            else
+                for (int s = 0; s < COUNT; s++) to[s] = v[s], to[S + s] = v[S + s];
+        }
+    }
+};
+
+// A of a lane's channels and states, from group FIRST of eight on.
+template <int M, int COUNT> DEV void load_A(const Args &p, const Walk &w, float a[M][COUNT][4], int first = 0) {
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+        for (int nt = 0; nt < COUNT; nt++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                int channel = w.channel + w.g * 2 * M + 2 * i + (e >> 1), n = (first + nt) * 8 + 2 * w.q + (e & 1);
+                bool valid = channel < CHANNELS && n < N;
+                a[i][nt][e] =
+                    valid ? -expf(parameter(p.a_log, ((size_t)w.dir * CHANNELS + channel) * N + n)) * LOG2E : 0.f;
+            }
+}
+// States lie in memory as the lanes of a walk over 16 channels hold them: [dir][b][part][block of 16][group of 8
+// states][lane][4]. Where those of a lane lie, in a walk over 16 M channels; those of the i-th result 16 i further on.
+#define STATES_OF_PART ((CHANNELS + 15) / 16 * NT * 128)
+template <int M> DEV float *fragment(float *to, const Args &p, const Walk &w, int parts, int part) {
+    size_t at = (size_t)(w.dir * p.B + w.b) * parts + part;
+    return to + at * STATES_OF_PART + (w.channel / 16 + w.g * M / 8) * NT * 128 + (w.g * M % 8 * 4 + w.q) * 4;
+}
+template <int M, int COUNT> DEV void load_states(float h[M][COUNT][4], const float *from, const Walk &w) {
+    if (M > 1 && w.channel + w.g * M / 8 * 16 >= CHANNELS) return;
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+        for (int nt = 0; nt < COUNT; nt++) load_vector<4>(h[i][nt], from + nt * 128 + i * 16);
+}
+template <int M, int COUNT> DEV void store_states(float *to, const float h[M][COUNT][4], const Walk &w) {
+    if (M > 1 && w.channel + w.g * M / 8 * 16 >= CHANNELS) return;
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+        for (int nt = 0; nt < COUNT; nt++) store_vector<4>(to + nt * 128 + i * 16, h[i][nt]);
+}
+// B or C (at `offset` of the projection) of a token and a state.
+DEV float projected(const io_t *proj, int t, int offset, int n) {
+    return N % 8 == 0 || n < N ? value(proj[t * PROJ + offset + n]) : 0.f;
+}
+// The same two as float16.
+DEV u32 projected_half2(const io_t *proj, int t, int offset, int n) {
+    const io_t *at = proj + t * PROJ + offset + n;
+    if (N % 8 != 0 && n >= N) return 0;
+    u32 v = R % 2 == 0 && N % 2 == 0 ? *(const u32 *)at : N % 8 == 0 || n + 1 < N ? pair16(at) : (u32)at[0];
+    return IO == 1 ? v : pack_half_finite(load16((u16)v, false), load16((u16)(v >> 16), false));
+}
+// S neighbouring activations, at a multiple of S.
+template <int S> DEV void load_channels_of_lane(float *to, const io_t *from) {
+    if (S == 2) {
+        float2 v = load2(from);
+        to[0] = v.x, to[1] = v.y;
+    } else unpack4(to, from);
+}
+
+// Contractions over the states at one step of four: a factor is let through in the lanes of its own step. After the
+// four, lane (g, q) has the sums of step q.
+// Of states h: as 16-bit values, float16 because it is as precise as tf32; states over 65504 count as that much. Lane
+// (g, q) holds the factor of step g / 2, the states 2q and 2q + 1 of each group. Sums: of channel row g in sum[0], of
+// row g + 8 in sum[2]; the other elements are by-products.
+template <int COUNT> DEV void contract_states(float *sum, const float x[COUNT][4], const u32 *factor, u32 mask) {
+#pragma unroll
+    for (int nt = 0; nt < COUNT; nt += 2) {
+        u32 rows[4] = {pack_half_finite(x[nt][0], x[nt][1]), pack_half_finite(x[nt][2], x[nt][3])};
+        if (nt + 1 < COUNT) {
+            const float *more = x[nt + 1 < COUNT ? nt + 1 : 0];
+            rows[2] = pack_half_finite(more[0], more[1]), rows[3] = pack_half_finite(more[2], more[3]);
+            mma_half_k16(sum, rows, factor[nt] & mask, factor[nt + 1 < COUNT ? nt + 1 : 0] & mask);
+        } else mma_half_k8(sum, rows, factor[nt] & mask);
+    }
+}
+// Of adjoint states, which as gradients may be too small for float16. Lane (g, q) holds the factor of step g / 2 and
+// state 2q + g % 2 of a group. Sums: of channel row g in low[0] + low[3], of row g + 8 in high[0] + high[3].
+DEV void contract_adjoints(float *low, float *high, const float *x, float factor) {
+    mma_tf32_k4(low, x[0], x[1], factor);
+    mma_tf32_k4(high, x[2], x[3], factor);
+}
+
+// The states before every 8 tokens of a turn: how many there is room for.
+DEV int sub_parts(const Args &p) { return p.turn < 0 ? (p.L + 7) / 8 : p.chunk * p.span / 8; }
+""",
+}
