@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,18 +13,35 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_videomamba import VideoMambaConfig, height_and_width, tubelet_grid
 from .selective_scan import ScanOrder, bidirectional_selective_scan
+from .selective_scan_torch import at_own_tokens, causal_convolution, in_order_of_visits, selection, selective_scan
 
 
 AUTO_MAP = {
     "AutoModel": "modeling_videomamba.VideoMambaModel",
     "AutoModelForVideoClassification": "modeling_videomamba.VideoMambaForVideoClassification",
 }
+
+
+@dataclass
+class VideoMambaDeltaMaps(ModelOutput):
+    """
+    Step sizes Δ of chosen layers, mean over their channels.
+
+    Args:
+        maps (`tuple(torch.FloatTensor)`):
+            For each layer `(B, 2, n_t, n_h, n_w)`: forward and backward direction, and the grid of tubelets.
+        class_token (`tuple(torch.FloatTensor)`, *optional*):
+            For each layer `(B, 2)`, if the model has a class token.
+    """
+
+    maps: tuple[torch.FloatTensor, ...] | None = None
+    class_token: tuple[torch.FloatTensor, ...] | None = None
 
 
 class VideoMambaTubeletProjection(nn.Conv3d):
@@ -220,6 +238,11 @@ class VideoMambaRMSNorm(nn.Module):
         normed = F.rms_norm(hidden_states.float(), self.weight.shape, self.weight.float(), self.eps)
         return normed.to(self.weight.dtype)
 
+    def linearized(self, hidden_states):
+        """The same, with the scale that it finds held fixed."""
+        scale = torch.rsqrt(hidden_states.square().mean(-1, keepdim=True) + self.eps).detach()
+        return (hidden_states * scale * self.weight.float()).to(self.weight.dtype)
+
     def extra_repr(self):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
@@ -262,6 +285,26 @@ class VideoMambaMixer(nn.Module):
         )
         return mixed if plain else self.out_proj(mixed)
 
+    def step_sizes(self, hidden_states, order=None):
+        """Mean over the channels of Δ, of normed tokens (B, L, D): (2, B, L) in float32, each at its own token."""
+        x, _ = self.in_proj(hidden_states).chunk(2, dim=-1)
+        u = F.silu(causal_convolution(in_order_of_visits(x, order), self.conv_weight, self.conv_bias))
+        delta, _, _ = selection(u, self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias)
+        forward, backward = delta.mean(-1)
+        return torch.stack([forward, at_own_tokens(backward, order)])
+
+    def linearized(self, hidden_states, order=None):
+        """
+        The same output, as a linear function of the tokens but for the bias of the convolution: what depends on the
+        input besides, Δ, B, C, the gate and the sigmoid inside the convolution's SiLU, is held fixed.
+        """
+        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        convolved = causal_convolution(in_order_of_visits(x, order), self.conv_weight, self.conv_bias)
+        u = convolved * torch.sigmoid(convolved).detach()
+        delta, B, C = selection(u.detach(), self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias)
+        y = selective_scan(u, delta, -torch.exp(self.A_log.float()), B, C) + u * self.D.to(u.dtype)[:, None, None]
+        return self.out_proj((y[0] + at_own_tokens(y[1], order)) * (F.silu(z) / 2).detach())
+
 
 def is_plain_linear(module):
     """
@@ -295,6 +338,10 @@ class VideoMambaLayer(GradientCheckpointingLayer):
             keep = 1 - self.drop_path_rate
             update = update * update.new_empty(update.shape[0], 1, 1).bernoulli_(keep).div_(keep)
         return hidden_states + update
+
+    def linearized(self, hidden_states, order=None):
+        """The same output without stochastic depth, see [`VideoMambaMixer.linearized`]."""
+        return hidden_states + self.mixer.linearized(self.norm.linearized(hidden_states), order)
 
 
 class VideoMambaPreTrainedModel(PreTrainedModel):
@@ -472,6 +519,51 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
             pooled = last_hidden_state.mean(dim=1)
         return BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=pooled)
 
+    def split_class_token(self, tokens):
+        """Values of all tokens (..., L): the class token's (..., 1), empty without one, and the tubelets'."""
+        place = class_token_index(self.config, tokens.shape[-1] - self.embeddings.has_class_token)
+        before, class_token, after = tokens.tensor_split([place, place + self.embeddings.has_class_token], dim=-1)
+        return class_token, torch.cat([before, after], dim=-1)
+
+    @torch.no_grad()
+    def delta_maps(self, pixel_values, layers=None, interpolate_pos_encoding=False) -> VideoMambaDeltaMaps:
+        r"""
+        The step sizes Δ with which layers take up each token (paper, section 5.6 and figure 4): a token of a large Δ
+        replaces what the state held, one of a small Δ is passed over.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, num_frames, num_channels, height, width)`):
+                Normalised frames.
+            layers (`list[int]`, *optional*):
+                Which layers, counted from 0, or from the last one if negative; all by default.
+            interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
+                Take clips of another length or resolution than the config's.
+
+        Returns:
+            [`VideoMambaDeltaMaps`]: in the order of `layers`, the mean over the channels of Δ after its softplus, for
+            each direction and tubelet, in float32; the class token's apart.
+
+        Raises:
+            ValueError: if there is no such layer, or for clips that the model does not take.
+        """
+        depth = len(self.layers)
+        chosen = list(range(depth) if layers is None else layers)
+        if not all(isinstance(index, int) and -depth <= index < depth for index in chosen):
+            raise ValueError(f"`layers` must list integers from {-depth} to {depth - 1}, got {layers!r}.")
+        chosen = [index % depth for index in chosen]
+        grid = checked_grid(self.config, pixel_values, interpolate_pos_encoding)
+        hidden_states = self.embeddings(pixel_values, grid).float()
+        order = self.order_for(grid, hidden_states.device)
+        found = {}
+        for index, layer in enumerate(self.layers[: max(chosen, default=-1) + 1]):
+            if index in chosen:
+                steps = layer.mixer.step_sizes(layer.norm(hidden_states), order).transpose(0, 1)
+                class_token, tubelets = self.split_class_token(steps)
+                found[index] = tubelets.unflatten(-1, grid), class_token.squeeze(-1)
+            hidden_states = layer(hidden_states, order)
+        maps, class_token = (tuple(found[index][part] for index in chosen) for part in (0, 1))
+        return VideoMambaDeltaMaps(maps=maps, class_token=class_token if self.embeddings.has_class_token else None)
+
 
 class VideoMambaForVideoClassification(VideoMambaPreTrainedModel):
     """
@@ -534,6 +626,68 @@ class VideoMambaForVideoClassification(VideoMambaPreTrainedModel):
             loss = self.loss_function(labels, logits, self.config, **kwargs)
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
+    def delta_maps(self, pixel_values, layers=None, interpolate_pos_encoding=False) -> VideoMambaDeltaMaps:
+        """See [`VideoMambaModel.delta_maps`]."""
+        return self.videomamba.delta_maps(pixel_values, layers, interpolate_pos_encoding)
+
+    @torch.no_grad()
+    def reading_maps(self, pixel_values, labels=None, interpolate_pos_encoding=False):
+        r"""
+        What each tubelet contributed to a label's logit.
+
+        Given Δ, B and C, a selective scan is linear in its input ("The Hidden Attention of Mamba Models", Ali et al.
+        2024), and given the gates, the sigmoid in SiLU(x) = x · sigmoid(x) and the scales of the norms, so is all
+        between the tokens and the logit: it is a sum over the tokens, and over the biases. One adjoint walk through
+        the layers, on the `torch` backend and one layer at a time, gives each token's share. A layer that adds the
+        same whatever its input shows nowhere in it, and neither does how a token acts on Δ, B, C, gates and norms.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, num_frames, num_channels, height, width)`):
+                Normalised frames.
+            labels (`torch.LongTensor` of shape `(B,)`, *optional*):
+                The label of each clip that is asked about; the predicted one by default.
+            interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
+                Take clips of another length or resolution than the config's.
+
+        Returns:
+            `torch.FloatTensor` of shape `(B, n_t, n_h, n_w)`: what each tubelet with its position adds to the logit,
+            or takes from it if negative.
+
+        Raises:
+            ValueError: if there is no such label, or for clips that the model does not take.
+        """
+        model = self.videomamba
+        outputs = model(pixel_values, interpolate_pos_encoding, output_hidden_states=True, return_dict=True)
+        *inputs, last = outputs.hidden_states
+        grid = checked_grid(self.config, pixel_values, interpolate_pos_encoding)
+        order = model.order_for(grid, last.device)
+        with torch.enable_grad():
+            last = last.detach().requires_grad_()
+            normed = model.norm.linearized(last)
+            if model.embeddings.has_class_token:
+                pooled = normed[:, class_token_index(self.config, math.prod(grid))]
+            else:
+                pooled = normed.mean(dim=1)
+            logits = self.classifier(pooled)
+            labels = logits.argmax(-1) if labels is None else self._checked_labels(labels, logits)
+            (adjoint,) = torch.autograd.grad(logits.gather(1, labels[:, None]).sum(), last)
+            for layer, hidden_states in zip(reversed(model.layers), reversed(inputs), strict=True):
+                hidden_states = hidden_states.detach().requires_grad_()
+                (adjoint,) = torch.autograd.grad(layer.linearized(hidden_states, order), hidden_states, adjoint)
+        _, tubelets = model.split_class_token((adjoint * inputs[0]).sum(-1))
+        return tubelets.unflatten(-1, grid)
+
+    @staticmethod
+    def _checked_labels(labels, logits):
+        labels = torch.as_tensor(labels, device=logits.device)
+        batch, num_labels = logits.shape
+        whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+        if not whole or labels.shape != (batch,) or not ((0 <= labels) & (labels < num_labels)).all():
+            raise ValueError(
+                f"`labels` must hold an integer from 0 to {num_labels - 1} for each of {batch} clips, got {labels}."
+            )
+        return labels.long()
+
 
 # The pipeline asks this table of names, also for code that came with a checkpoint.
 MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES.setdefault(
@@ -541,4 +695,4 @@ MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES.setdefault(
 )
 
 
-__all__ = ["VideoMambaForVideoClassification", "VideoMambaModel", "VideoMambaPreTrainedModel"]
+__all__ = ["VideoMambaDeltaMaps", "VideoMambaForVideoClassification", "VideoMambaModel", "VideoMambaPreTrainedModel"]

@@ -24,23 +24,41 @@ def bidirectional_selective_scan(
 ):
     """See `selective_scan.bidirectional_selective_scan`. Both directions run as one batch with a leading axis of 2."""
     x, z = xz.chunk(2, dim=-1)
-    # The directions differ from here on; the backward one sees its tokens in the order of its visits.
-    x = torch.stack([x, x.flip(1) if order is None else x[:, order.visits]])
-    u = F.silu(_causal_conv(x, conv_weight.to(x.dtype), conv_bias.to(x.dtype)))
-    rank, state_size = dt_proj_weight.shape[2], A_log.shape[2]
-    projected = torch.matmul(u, x_proj_weight.to(u.dtype).transpose(1, 2)[:, None])
-    time_step, B, C = projected.split([rank, state_size, state_size], dim=-1)
-    delta = torch.matmul(time_step, dt_proj_weight.to(u.dtype).transpose(1, 2)[:, None])
-    delta = F.softplus(delta.float() + dt_proj_bias.float()[:, None, None])
+    u = F.silu(causal_convolution(in_order_of_visits(x, order), conv_weight, conv_bias))
+    delta, B, C = selection(u, x_proj_weight, dt_proj_weight, dt_proj_bias)
     y = selective_scan(u, delta, -torch.exp(A_log.float()), B, C)
     y = y + u * D.to(u.dtype)[:, None, None]
-    backward = y[1].flip(1) if order is None else y[1][:, order.places]
-    return (y[0] + backward) * (F.silu(z) / 2)
+    return (y[0] + at_own_tokens(y[1], order)) * (F.silu(z) / 2)
 
 
-def _causal_conv(x, weight, bias):
-    """Depthwise causal convolution over L of x (2, B, L, E) with weight (2, E, K): K shifted multiply-adds, so that
-    the channels stay last."""
+def in_order_of_visits(x, order):
+    """x (B, L, E) as each direction sees it (2, B, L, E): the backward one in the order of its visits."""
+    return torch.stack([x, x.flip(1) if order is None else x[:, order.visits]])
+
+
+def at_own_tokens(y, order):
+    """What the backward direction gave, (B, L, ...) in the order of its visits, each at its own token."""
+    return y.flip(1) if order is None else y[:, order.places]
+
+
+def selection(u, x_proj_weight, dt_proj_weight, dt_proj_bias):
+    """
+    What the input selects: of u (2, B, L, E) the step sizes Δ (2, B, L, E), after the softplus and in float32, and B
+    and C (2, B, L, N).
+    """
+    rank = dt_proj_weight.shape[2]
+    projected = torch.matmul(u, x_proj_weight.to(u.dtype).transpose(1, 2)[:, None])
+    time_step, B, C = projected.tensor_split([rank, (rank + projected.shape[-1]) // 2], dim=-1)
+    delta = torch.matmul(time_step, dt_proj_weight.to(u.dtype).transpose(1, 2)[:, None])
+    return F.softplus(delta.float() + dt_proj_bias.float()[:, None, None]), B, C
+
+
+def causal_convolution(x, weight, bias):
+    """
+    Depthwise causal convolution over L of x (2, B, L, E) with weight (2, E, K) and bias (2, E): K shifted
+    multiply-adds, so that the channels stay last.
+    """
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     length, taps = x.shape[2], weight.shape[2]
     padded = F.pad(x, (0, 0, taps - 1, 0))
     out = bias[:, None, None]

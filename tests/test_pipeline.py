@@ -38,12 +38,16 @@ class Absent:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Absent())
+import torch
 from transformers import AutoModel, pipeline
 
 folder, output, *inputs = sys.argv[1:]
 classify = pipeline("video-classification", model=folder, trust_remote_code=True)
 results = [classify(inputs[0], top_k=2), classify(inputs, top_k=6)]
-AutoModel.from_pretrained(folder, trust_remote_code=True)
+backbone = AutoModel.from_pretrained(folder, trust_remote_code=True)
+pixel_values = torch.zeros(1, 4, 3, 32, 32)
+assert len(backbone.delta_maps(pixel_values).maps) == backbone.config.num_hidden_layers
+assert classify.model.reading_maps(pixel_values).shape == (1, *backbone.config.grid_size)
 classify.model.save_pretrained(output)
 print(json.dumps(results))
 """

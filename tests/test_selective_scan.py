@@ -243,7 +243,7 @@ class TestChoiceOfBackend:
 def test_causal_convolution_against_conv1d():
     torch.manual_seed(0)
     x, weight, bias = torch.randn(2, 3, 9, 5), torch.randn(2, 5, 4), torch.randn(2, 5)
-    found = selective_scan_torch._causal_conv(x, weight, bias)
+    found = selective_scan_torch.causal_convolution(x, weight, bias)
     for direction in range(2):
         padded = F.pad(x[direction].transpose(1, 2), (3, 0))
         expected = F.conv1d(padded, weight[direction, :, None], bias[direction], groups=5).transpose(1, 2)
