@@ -1,0 +1,281 @@
+"""examples/tag_video.py: what the windows see, cuts, going on after a kill, what is written, a live source."""
+
+import csv
+import http.server
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForVideoClassification, AutoVideoProcessor
+
+import modeling_videomamba  # noqa: F401
+from make_camera_motion_clips import draw_scenery
+from modeling_videomamba.video_decoding import decode_video
+from video_files import numbered_frame, read_number, write_video
+
+
+pytest.importorskip("scenedetect", reason="needs PySceneDetect: pip install scenedetect")
+import tag_video  # noqa: E402
+from tag_video import CAMERA_MOTION, Journal, Point, Segment, Shot, Tagger, Window  # noqa: E402
+
+
+class NumberTagger:
+    """Stands in for the classifier: a prepared frame is the number drawn in it, a score the numbers of a window."""
+
+    length, step, rate = 7, 4, 25.0
+
+    def prepare(self, pictures):
+        return torch.tensor([read_number(picture) for picture in pictures])
+
+    def sample(self, count):
+        return range(0, count, 2)
+
+    def classify(self, clips):
+        return [{" ".join(map(str, clip.tolist())): 1.0} for clip in clips]
+
+
+def as_frames(pictures, first=0):
+    return [tag_video.Frame(i, i, i / 25, picture, None) for i, picture in enumerate(pictures, first)]
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        (3, [[0, 2]]),
+        (7, [[0, 2, 4, 6]]),
+        (13, [[0, 2, 4, 6], [4, 6, 8, 10], [6, 8, 10, 12]]),
+        (15, [[0, 2, 4, 6], [4, 6, 8, 10], [8, 10, 12, 14]]),
+    ],
+)
+def test_windows_reach_every_frame_of_a_shot(count, expected):
+    shot = Shot(NumberTagger(), 5)
+    made = [made for frame in as_frames(map(numbered_frame, range(count))) for made in shot.add(frame)]
+    made += list(shot.end())
+    assert [clip.tolist() for _, clip in made] == expected
+    assert made[0][0][:2] == (5, 0.0)
+    assert made[-1][0][2] == pytest.approx(count / 25)
+
+
+def shots_film(path, lengths, height=96, width=128, rate=25, **options):
+    """A film in which each shot slowly crosses a picture of its own; cuts stand after each of `lengths` frames."""
+    frames = []
+    for number, length in enumerate(lengths):
+        picture = draw_scenery(np.random.default_rng(number), 256, 144)[0].permute(1, 2, 0).numpy()
+        frames += [picture[20 : 20 + height, i // 2 : i // 2 + width] for i in range(length)]
+    return write_video(path, frames, rate=rate, **options)
+
+
+def cuts_of(frames):
+    return [(frame.index, is_cut, new_part) for frame, is_cut, new_part in tag_video.find_cuts(frames, 25)]
+
+
+def test_cuts_are_found_and_a_later_part_finds_the_same(tmp_path, monkeypatch):
+    film = shots_film(tmp_path / "film.mp4", [40, 30, 50, 35])
+    frames = list(tag_video.read_frames(film, Point()))
+    assert [index for index, is_cut, _ in cuts_of(frames) if is_cut] == [40, 70, 120]
+    assert [frame.index for frame in frames] == list(range(155))
+
+    monkeypatch.setattr(tag_video, "PART", 2.0)
+    whole = cuts_of(frames)
+    assert [index for index, _, new_part in whole if new_part] == [70, 120]
+    assert cuts_of(frames[70:])[1:] == whole[71:]
+
+
+def test_a_part_without_a_cut_ends_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(tag_video, "LONGEST_PART", 1.0)
+    film = shots_film(tmp_path / "film.mp4", [60])
+    marks = cuts_of(tag_video.read_frames(film, Point()))
+    assert [index for index, is_cut, new_part in marks if new_part] == [25, 50]
+    assert not any(is_cut for _, is_cut, _ in marks)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("film.mp4", {}),
+        ("film.mkv", {}),
+        ("film.ts", {}),
+        ("film.avi", {"codec": "mpeg4", "b_frames": 0}),
+        ("vfr.mp4", {"pts": [40 * i + 13 * (i % 3) for i in range(60)]}),
+    ],
+)
+def test_reading_goes_on_at_the_same_frame(tmp_path, name, options):
+    film = write_video(tmp_path / name, 60, **options)
+    whole = list(tag_video.read_frames(film, Point()))
+    assert [read_number(frame.picture) for frame in whole] == list(range(60))
+    for start in (1, 25, 59):
+        point = Point(start, whole[start].pts, whole[start].time, whole[0].pts, 0)
+        rest = list(tag_video.read_frames(film, point))
+        assert [read_number(frame.picture) for frame in rest] == list(range(start, 60))
+        assert [frame[:3] for frame in rest] == [frame[:3] for frame in whole[start:]]
+
+
+def test_a_film_on_its_side_is_turned(tmp_path):
+    film = write_video(tmp_path / "side.mp4", 5, rotation=90)
+    expected, _ = decode_video(film)
+    frames = list(tag_video.read_frames(film, Point()))
+    assert frames[0].picture.shape == (96, 64, 3)
+    np.testing.assert_array_equal([frame.picture for frame in frames], expected)
+
+
+def tag_all(film, tagger, journal, parts=None):
+    """Tags a film as the command does, or only some parts of it. Returns the windows in the journal."""
+    for count, (windows, point) in enumerate(tag_video.tag_parts(film, tagger, journal.point, 3, lambda _: None), 1):
+        journal.add(windows, point)
+        if count == parts:
+            break
+    return journal.windows
+
+
+def test_going_on_gives_the_same_result_to_the_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(tag_video, "PART", 1.5)
+    monkeypatch.setattr(tag_video, "LONGEST_PART", 3.0)
+    film = shots_film(tmp_path / "film.mp4", [45, 100, 20, 45])
+    tagger = Tagger(str(CAMERA_MOTION), "cpu", 25, step=1.0)
+    whole = Journal(tmp_path / "whole.jsonl", {})
+    expected = tag_all(film, tagger, whole)
+    assert whole.finished and len((tmp_path / "whole.jsonl").read_text().splitlines()) == 5  # settings and four parts
+
+    path = tmp_path / "torn.jsonl"
+    for parts in (1, 2):
+        tag_all(film, tagger, Journal(path, {}), parts)
+        with open(path, "a") as file:
+            file.write('{"windows": [[0, 0.0')  # a kill in the middle of a line
+    journal = Journal(path, {})
+    assert journal.point.index > 45
+    assert tag_all(film, tagger, journal) == expected
+    assert Journal(path, {}).windows == expected
+    assert Journal(path, {"another": "film"}).windows == []
+
+
+def test_scores_are_those_of_the_frames_by_themselves(tmp_path):
+    film = shots_film(tmp_path / "film.mp4", [45, 20])
+    windows = tag_all(film, Tagger(str(CAMERA_MOTION), "cpu", 25, step=0.4), Journal(tmp_path / "j", {}))
+    assert [(w.shot, w.start, round(w.end, 3)) for w in windows] == [
+        (0, 0.0, 1.24), (0, 0.4, 1.64), (0, 0.56, 1.8), (1, 1.8, 2.6)
+    ]  # fmt: skip
+    model = AutoModelForVideoClassification.from_pretrained(str(CAMERA_MOTION))
+    processor = AutoVideoProcessor.from_pretrained(str(CAMERA_MOTION))
+    frames, _ = decode_video(film)
+    for window, clip in zip(windows, [frames[0:31], frames[10:41], frames[14:45], frames[45:65]], strict=True):
+        shown = clip[::2] if len(clip) == 31 else clip[np.linspace(0, 19, 16).round().astype(int)]
+        with torch.no_grad():
+            scores = model(**processor(list(shown), return_tensors="pt")).logits.softmax(-1)[0]
+        for label, score in window.scores.items():
+            assert score == pytest.approx(scores[model.config.label2id[label]].item(), abs=1e-3)
+
+
+WINDOWS = [
+    Window(0, 0.0, 2.0, {"a": 0.5, "b": 0.1}),
+    Window(0, 1.0, 3.0, {"a": 0.7}),
+    Window(0, 2.0, 4.0, {"b & <c>": 0.9}),
+    Window(1, 4.0, 5.0, {"b & <c>": 0.8}),
+    Window(1, 4.5, 3725.5, {"b & <c>": 0.6}),
+]
+SEGMENTS = [
+    Segment(0.0, 2.5, 0, "a", pytest.approx(0.6)),
+    Segment(2.5, 4.0, 0, "b & <c>", 0.9),
+    Segment(4.0, 3725.5, 1, "b & <c>", pytest.approx(0.7)),
+]
+
+
+def test_segments_and_tables(tmp_path):
+    segments = tag_video.to_segments(WINDOWS)
+    assert segments == SEGMENTS
+    tag_video.write_tables(tmp_path, "film.mp4", "model", segments, WINDOWS)
+    with open(tmp_path / "tags.csv", newline="") as file:
+        assert list(csv.DictReader(file))[1] == {
+            "start": "2.500", "end": "4.000", "shot": "0", "label": "b & <c>", "score": "0.9000"
+        }  # fmt: skip
+    content = json.loads((tmp_path / "tags.json").read_text())
+    assert content["windows"][0] == {"shot": 0, "start": 0.0, "end": 2.0, "scores": {"a": 0.5, "b": 0.1}}
+    assert (tmp_path / "chapters.vtt").read_text() == (
+        "WEBVTT\n\n1\n00:00:00.000 --> 00:00:02.500\na\n\n"
+        "2\n00:00:02.500 --> 00:00:04.000\nb &amp; &lt;c&gt;\n\n3\n00:00:04.000 --> 01:02:05.500\nb &amp; &lt;c&gt;\n"
+    )
+
+
+def test_command_overlay_and_timeline(tmp_path, monkeypatch, capsys):
+    film = shots_film(tmp_path / "film.mp4", [30, 40], width=127, audio=True, pix_fmt="yuv444p")
+    (tmp_path / "truth.csv").write_text("start,end,label\n0,1.2,no such\n1.2,2.8,no such\n")
+    out = tmp_path / "out"
+    command = ["tag_video.py", film, "--output", str(out), "--overlay", "--truth", str(tmp_path / "truth.csv")]
+    monkeypatch.setattr("sys.argv", command)
+    tag_video.main()
+    printed = capsys.readouterr().out
+    assert "times as fast as it plays" in printed
+    assert "0.0% of 2 seconds have the right label. Of 1 cuts 1 were found to the frame, and 0 that" in printed
+    assert Image.open(out / "timeline.png").width > 600
+    overlay, metadata = decode_video(str(out / "overlay.mp4"))
+    assert overlay.shape == (70, 96, 126, 3) and metadata.fps == 25
+    original, _ = decode_video(film)
+    difference = np.abs(overlay.astype(int) - original[:, :, :126]).mean((0, 3))
+    assert difference[:60].mean() < 6 < difference[75:, 6:60].mean()  # only the corner changed
+    with tag_video.av.open(str(out / "overlay.mp4")) as container:
+        assert [stream.codec_context.name for stream in container.streams] == ["aac", "h264"]
+
+    tag_video.main()  # all is done: nothing is tagged again
+    assert "as fast as" not in capsys.readouterr().out
+
+
+def test_ctrl_c_keeps_what_is_done(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tag_video, "PART", 1.0)
+    film = shots_film(tmp_path / "film.mp4", [30, 40])
+    add, added = Journal.add, []
+
+    def interrupted(self, windows, point):
+        if added:
+            raise KeyboardInterrupt
+        added.append(windows)
+        add(self, windows, point)
+
+    monkeypatch.setattr(Journal, "add", interrupted)
+    monkeypatch.setattr("sys.argv", ["tag_video.py", film, "--output", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="130"):
+        tag_video.main()
+    assert "up to 00:00:01.200. Run it again to go on" in capsys.readouterr().out
+    assert len((tmp_path / "out" / "tags.csv").read_text().splitlines()) == 2
+    monkeypatch.setattr(Journal, "add", add)
+    tag_video.main()
+    assert "Going on at 00:00:01.200" in capsys.readouterr().out
+
+
+def test_what_is_no_film_gets_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / "text.mp4").write_text("not a film")
+    for name, message in (("text.mp4", "cannot be read as a video"), ("none.mp4", "There is no file")):
+        monkeypatch.setattr("sys.argv", ["tag_video.py", str(tmp_path / name), "--output", str(tmp_path / "out")])
+        with pytest.raises(SystemExit, match=message):
+            tag_video.main()
+
+
+def test_live_source(tmp_path, monkeypatch, capsys):
+    film = shots_film(tmp_path / "film.ts", [100], gop=25, b_frames=0)
+    data = open(film, "rb").read()
+
+    class Camera(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            for i in range(80):  # four seconds of film in four seconds
+                self.wfile.write(data[len(data) * i // 80 : len(data) * (i + 1) // 80])
+                time.sleep(0.05)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Camera)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(
+        "sys.argv", ["tag_video.py", "--live", f"http://127.0.0.1:{server.server_port}/", "--step", "0.5"]
+    )
+    tag_video.main()
+    server.shutdown()
+    printed = capsys.readouterr().out
+    *lines, summary = printed.splitlines()
+    lines = [line for line in lines if "latency" in line and line.endswith(" 0 frames dropped")]
+    assert 1 <= len(lines) <= 8
+    assert summary.startswith(f"{len(lines)} lines, median latency")
