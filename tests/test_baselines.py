@@ -59,9 +59,9 @@ def test_a_model_cannot_be_both_trained_and_from_scratch(tmp_path):
         load_model(arguments, ["a", "b"], True)
 
 
-def test_the_peer_called_small_is_videomae_small():
+def test_the_baseline_called_small_is_videomae_small():
     # ViT-S has 22 million weights: 12 blocks of 12 D² + 13 D; here a tubelet's 2·16·16·3 pixels go in, 2 logits out.
-    config = AutoConfig.from_pretrained(EXAMPLES / "peers" / "videomae-small")
+    config = AutoConfig.from_pretrained(EXAMPLES / "baselines" / "videomae-small")
     with torch.device("meta"):
         model = AutoModelForVideoClassification.from_config(config)
     width, blocks = 384, 12
@@ -74,7 +74,7 @@ def test_the_peer_called_small_is_videomae_small():
 def test_swin_is_torchvisions(tmp_path):
     set_seed(0)
     original = swin3d_t(num_classes=3).eval()
-    config = AutoConfig.from_pretrained(EXAMPLES / "peers" / "swin3d-tiny", num_labels=3, trust_remote_code=True)
+    config = AutoConfig.from_pretrained(EXAMPLES / "baselines" / "swin3d-tiny", num_labels=3, trust_remote_code=True)
     model = AutoModelForVideoClassification.from_config(config, trust_remote_code=True).eval()
     model.swin.load_state_dict(original.state_dict())
     clips, labels = torch.randn(2, 4, 3, 64, 64), torch.tensor([2, 0])
@@ -93,7 +93,7 @@ def test_swin_is_torchvisions(tmp_path):
 
 
 def test_a_head_for_other_labels_is_drawn_anew(tmp_path):
-    config = AutoConfig.from_pretrained(EXAMPLES / "peers" / "swin3d-tiny", num_labels=9, trust_remote_code=True)
+    config = AutoConfig.from_pretrained(EXAMPLES / "baselines" / "swin3d-tiny", num_labels=9, trust_remote_code=True)
     trained = AutoModelForVideoClassification.from_config(config, trust_remote_code=True)
     trained.save_pretrained(tmp_path)
     arguments = ModelArguments(str(tmp_path), trust_remote_code=True, ignore_mismatched_sizes=True)
