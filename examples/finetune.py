@@ -39,8 +39,7 @@ DEFAULTS = {
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
     "save_total_limit": 2,
-    "load_best_model_at_end": True,
-    "metric_for_best_model": "accuracy",
+    "load_best_model_at_end": True,  # the one of the lowest validation loss
     "report_to": "none",
 }
 
@@ -133,8 +132,7 @@ def main():
     trainer.save_metrics("eval", metrics)
     trainer.log_metrics("eval", metrics)
     trainer.save_model()
-    card = {"tasks": "video-classification", "dataset": os.path.basename(args.dataset)}
-    card["dataset_tags"] = "videofolder" if os.path.isdir(args.dataset) else args.dataset
+    card = {"tags": ["video-classification"], "dataset": os.path.basename(args.dataset)}
     if training_args.push_to_hub:
         trainer.push_to_hub(**card)
     else:

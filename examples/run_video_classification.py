@@ -46,6 +46,7 @@ from video_classification_model import (
     without_fsdp,
     write_card,
     write_predictions,
+    write_results,
 )
 
 
@@ -164,8 +165,8 @@ def main():
         trainer.save_model(f"{output_dir}/model.part")
         trainer.save_state()
         trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
         if trainer.is_world_process_zero():
+            write_results(output_dir, "train", result.metrics)
             move_files(f"{output_dir}/model.part", output_dir)
             image_processor.save_pretrained(output_dir)
             draw_curve(output_dir, trainer.state.log_history)
@@ -178,8 +179,8 @@ def main():
                 turned = make(splits["validation"], EvalTransform(reader, processor, flip, swaps), failures)
                 metrics |= trainer.predict(turned, metric_key_prefix=f"eval_{view}").metrics
         trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
         if trainer.is_world_process_zero():
+            write_results(output_dir, "eval", metrics)
             scores = torch.from_numpy(np.asarray(result.predictions)).float().softmax(-1).numpy()
             if data_args.streaming:
                 clip_names = [f"clip {number}" for number in range(len(scores))]

@@ -6,7 +6,8 @@
 
 It takes the data and recipe files of `run_video_classification.py`. After each epoch it evaluates; the output folder
 is a complete Hub repository of the best model so far. Interrupted training goes on from the last checkpoint in
-`--output_dir` when the same command is run again, as if it had never stopped.
+`--output_dir` when the same command is run again, as if it had never stopped. `eval_results.json` has the metrics of
+that model, `history.json` all losses.
 """
 
 import math
@@ -51,6 +52,7 @@ from video_classification_model import (
     without_fsdp,
     write_card,
     write_json,
+    write_results,
 )
 
 
@@ -251,6 +253,8 @@ def main():
     if accelerator.is_main_process:
         write_json(f"{args.output_dir}/history.json", state["history"])
         draw_curve(args.output_dir, state["history"])
+        if state["best"] is not None:
+            write_results(args.output_dir, "eval", state["best"])
         pushed_to = repo_id if args.push_to_hub else None
         write_card(args.output_dir, pushed_to, model_args, data_args, state["best"], settings)
         if args.push_to_hub:

@@ -66,6 +66,12 @@ class ModelArguments:
         default=None,
         metadata={"help": "Stochastic depth in training: 0 in a new model, and else as the model has it."},
     )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={
+            "help": "Any other fields of the model's config: 'backward_scan=spatial,position_embedding_type=none'."
+        },
+    )
     layer_decay: float = field(
         default=1.0, metadata={"help": "Learning rate of each layer as a share of that of the next one."}
     )
@@ -98,20 +104,18 @@ def load_model(args, names, training):
             "drop_path_rate": args.drop_path_rate or 0.0,
         }
         if args.config_name is None:
-            config = VideoMambaConfig(
-                **own,
-                hidden_size=args.hidden_size,
-                num_hidden_layers=args.num_hidden_layers,
-                class_token_position=args.class_token_position,
-            )
+            own |= {"hidden_size": args.hidden_size, "num_hidden_layers": args.num_hidden_layers}
+            own["class_token_position"] = args.class_token_position
+            config = VideoMambaConfig(**own | parse_overrides(args.config_overrides, VideoMambaConfig()))
         else:
             config = AutoConfig.from_pretrained(args.config_name, **own, **trust)
+            config = override_config(config, args.config_overrides)
         model = AutoModelForVideoClassification.from_config(config, **trust)
         sizes = {
-            "size": {"shortest_edge": args.image_size},
-            "crop_size": {"height": args.image_size, "width": args.image_size},
+            "size": {"shortest_edge": config.image_size},
+            "crop_size": {"height": config.image_size, "width": config.image_size},
         }
-        processor = VideoMambaVideoProcessor(num_frames=args.num_frames, frame_stride=stride, **sizes)
+        processor = VideoMambaVideoProcessor(num_frames=config.num_frames, frame_stride=stride, **sizes)
         return model, names, processor, processor, VideoMambaImageProcessor(**sizes)
 
     config = AutoConfig.from_pretrained(args.model_name_or_path, **trust)
@@ -128,6 +132,7 @@ def load_model(args, names, training):
         config.id2label, config.label2id = labels["id2label"], labels["label2id"]
     if args.drop_path_rate is not None:
         config.drop_path_rate = args.drop_path_rate
+    config = override_config(config, args.config_overrides)
     model = AutoModelForVideoClassification.from_pretrained(
         args.model_name_or_path, config=config, ignore_mismatched_sizes=args.ignore_mismatched_sizes, **trust
     )
@@ -139,6 +144,30 @@ def load_model(args, names, training):
     if not hasattr(processor, "frame_stride"):
         reader = VideoMambaVideoProcessor(num_frames=config.num_frames, frame_stride=stride)
     return model, names, reader, processor, image_processor
+
+
+def parse_overrides(text, config):
+    """'field=value,field=value' as a `dict`: numbers, true, false, null or text, for fields that `config` has."""
+    values = {}
+    for pair in filter(None, (text or "").split(",")):
+        name, equals, value = (part.strip() for part in pair.partition("="))
+        if not equals or not hasattr(config, name):
+            raise ValueError(
+                f"--config_overrides: {pair!r} is not a pair field=value of {type(config).__name__}, which has the "
+                f"fields {', '.join(sorted(config.to_dict()))}."
+            )
+        try:
+            values[name] = json.loads(value)
+        except json.JSONDecodeError:
+            values[name] = value
+        if isinstance(values[name], int) and type(getattr(config, name)) is float:
+            values[name] = float(value)
+    return values
+
+
+def override_config(config, text):
+    """A config with the fields of `text` changed, and checked anew."""
+    return type(config)(**config.to_dict() | parse_overrides(text, config)) if text else config
 
 
 def _shorten(names):
@@ -350,6 +379,13 @@ def write_json(path, value):
     part = Path(f"{path}.part")
     part.write_text(json.dumps(value, indent=1, sort_keys=True, default=str) + "\n")
     os.replace(part, path)
+
+
+def write_results(folder, split, metrics):
+    """`<split>_results.json`, and `all_results.json` with the metrics of all splits, as the `Trainer` names them."""
+    path = Path(folder, "all_results.json")
+    write_json(path, (read_json(path) if path.exists() else {}) | metrics)
+    write_json(f"{folder}/{split}_results.json", metrics)
 
 
 def read_json(path):

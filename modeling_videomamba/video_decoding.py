@@ -220,7 +220,10 @@ def _read_pyav(source, name, sample):
             f"{name} changes its frame size: (height, width) {sorted(sizes)}. Cut it, or encode it anew with one size."
         )
     matrix = frames[indices[0]].side_data.get("DISPLAYMATRIX")
-    pixels = {i: frame.to_ndarray(format="rgb24") for i, frame in frames.items()}
+    # One converter for all frames. `frame.to_ndarray` would leave one in each, and reading its side data puts a frame
+    # into a reference cycle: a forked worker that collects it waits for ever for threads that it did not inherit.
+    to_rgb = av.video.reformatter.VideoReformatter()
+    pixels = {i: to_rgb.reformat(frame, format="rgb24").to_ndarray() for i, frame in frames.items()}
     return _turn_upright(np.stack([pixels[i] for i in indices.tolist()]), matrix), metadata
 
 

@@ -22,6 +22,7 @@ from transformers import (
 
 import run_video_classification as example
 import video_classification_data as data
+import video_classification_model as models
 from video_files import write_moving_bars
 
 
@@ -177,6 +178,34 @@ def test_other_models_train_too(folders, tmp_path):
     run(folders, tmp_path / "end", *arguments)
     model = AutoModelForVideoClassification.from_pretrained(tmp_path / "end")
     assert isinstance(model, VideoMAEForVideoClassification) and model.config.label2id == {NAMES[0]: 0, NAMES[1]: 1}
+
+
+def test_any_field_of_the_config_can_be_set(tmp_path):
+    """A new model follows the fields from the start; a trained one keeps the rest; nonsense is named."""
+
+    def load(**arguments):
+        return models.load_model(models.ModelArguments(**arguments), NAMES, True)
+
+    overrides = "backward_scan=spatial,position_embedding_type=none,hidden_size=32,num_frames=8,layer_norm_epsilon=1"
+    model, _, reader, *processors = load(num_hidden_layers=1, image_size=32, config_overrides=overrides)
+    config = model.config
+    assert (config.backward_scan, config.position_embedding_type, config.layer_norm_epsilon) == ("spatial", "none", 1)
+    assert config.hidden_size == 32 and config.time_step_rank == 2, "what follows from other fields follows"
+    assert "videomamba.embeddings.position_embeddings" not in model.state_dict()
+    assert config.num_frames == reader.num_frames == 8
+    for part in (model, *processors):
+        part.save_pretrained(tmp_path)
+    again, *_ = load(model_name_or_path=str(tmp_path), config_overrides="backward_scan=temporal,scan_backend=torch")
+    before, after = config.to_dict(), again.config.to_dict()
+    changed = {name for name in before if before[name] != after[name]} - {"architectures", "dtype", "_name_or_path"}
+    assert changed == {"backward_scan", "scan_backend"} and again.config.backward_scan == "temporal"
+    for bad, message in {
+        "backward_scans=spatial": "'backward_scans=spatial' is not a pair .* of VideoMambaConfig.*hidden_size",
+        "backward_scan": "'backward_scan' is not a pair",
+        "backward_scan=up": "must be one of spatiotemporal.*'up'",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            load(model_name_or_path=str(tmp_path), config_overrides=bad)
 
 
 class FakeProcessor:

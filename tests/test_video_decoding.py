@@ -1,6 +1,8 @@
 """Decoding: the frames of real and odd files with each decoder, downloads, and what is said of files that are none."""
 
+import gc
 import http.server
+import multiprocessing
 import os
 import sys
 import threading
@@ -102,6 +104,23 @@ def test_only_what_is_needed_is_decoded(tmp_path, monkeypatch):
     _, metadata = fetch(path, list(range(205, 237, 2)), decoder="pyav")
     assert metadata.total_num_frames == 400
     assert len(decoded) == 236 - 200  # from the key frame at 200 to the last wanted frame, 235
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system cannot fork")
+def test_forked_workers_can_discard_what_was_decoded_before(video):
+    """What is left in reference cycles must own no threads: a child does not inherit them, and would wait for them."""
+    gc.collect()
+    gc.disable()
+    try:
+        decode_video(video("h264.mp4"), lambda metadata: np.arange(8))
+        child = multiprocessing.get_context("fork").Process(target=gc.collect)
+        child.start()
+        child.join(30)
+        child.kill()
+    finally:
+        gc.enable()
+    child.join()
+    assert child.exitcode == 0
 
 
 @pytest.mark.parametrize("extension", ["mp4", "mkv"])
