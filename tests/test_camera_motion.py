@@ -12,6 +12,7 @@ from datasets import Video, load_dataset
 from PIL import Image
 from transformers import TrainingArguments, pipeline
 
+import clip_generation
 import make_camera_motion_clips as clips
 import modeling_videomamba  # noqa: F401  registers VideoMamba in transformers' Auto classes
 import video_classification_data as data
@@ -151,7 +152,7 @@ def test_what_is_drawn_at_random_leaves_the_label_right(label):
     for seed in range(60):
         rng = np.random.default_rng(seed)
         parameters = clips.draw_parameters(rng, label)
-        assert parameters["num_frames"] >= clips.WINDOW
+        assert parameters["num_frames"] >= clip_generation.WINDOW
         path = clips.camera_path(parameters | {"shake": 0.0}, rng)
         size = np.abs(path[-1] - path[0]) * (1, 1, clips.MEAN_RADIUS, clips.MEAN_RADIUS)
         if label == "static":
@@ -170,7 +171,7 @@ def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
     (folder / "more").mkdir()
     rng = np.random.default_rng(0)
-    first, second = (clips.draw_scenery(rng, 240, 180)[0].permute(1, 2, 0).numpy() for _ in range(2))
+    first, second = (clip_generation.draw_scenery(rng, 240, 180)[0].permute(1, 2, 0).numpy() for _ in range(2))
     Image.fromarray(first).save(folder / "a.png")
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
@@ -183,7 +184,7 @@ def make(*arguments):
     """Runs the script as a user does."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-        clips.main()
+        clip_generation.make_data_set(clips.__doc__, clips.LABELS, clips.make_clip)
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +220,9 @@ def test_every_label_gets_the_same_scenery(data_set):
 
 
 def test_same_seed_same_clips_and_resume_makes_only_what_is_missing(data_set, pictures, tmp_path):
-    jobs = clips.plan_jobs(clips.find_scenery(pictures), tmp_path, "train", 3, 0.0, seed=1)
+    jobs = clip_generation.plan_jobs(
+        clip_generation.find_scenery(pictures), tmp_path, "train", clips.LABELS, 3, 0.0, seed=1
+    )
     for job in jobs[::13]:
         job[0].parent.mkdir(parents=True)
         clips.make_clip(job)
@@ -239,10 +242,10 @@ def test_same_seed_same_clips_and_resume_makes_only_what_is_missing(data_set, pi
 
 
 def test_other_seed_other_clips(pictures, tmp_path):
-    scenery = clips.find_scenery(pictures)
+    scenery = clip_generation.find_scenery(pictures)
     written = []
     for seed in (0, 1):
-        path, *job = clips.plan_jobs(scenery, tmp_path, "train", 1, 0.0, seed)[0]
+        path, *job = clip_generation.plan_jobs(scenery, tmp_path, "train", clips.LABELS, 1, 0.0, seed)[0]
         clips.make_clip((tmp_path / f"{seed}.mp4", *job))
         written.append((tmp_path / f"{seed}.mp4").read_bytes())
     assert written[0] != written[1]
@@ -250,14 +253,14 @@ def test_other_seed_other_clips(pictures, tmp_path):
 
 def test_bad_scenery_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        clips.find_scenery(tmp_path / "nowhere")
+        clip_generation.find_scenery(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("no picture")
     with pytest.raises(FileNotFoundError, match="No image or video found"):
-        clips.find_scenery(tmp_path)
+        clip_generation.find_scenery(tmp_path)
     for name, content in (("torn.jpg", b"\xff\xd8\xff\xe0 torn"), ("text.mp4", b"not a video"), ("empty.png", b"")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=name):
-            clips.read_scenery(tmp_path / name, 0)
+            clip_generation.read_scenery(tmp_path / name, 0)
     with pytest.raises(SystemExit, match="empty.png cannot be read .*\n.*--resume"):
         (tmp_path / "torn.jpg").unlink()
         (tmp_path / "text.mp4").unlink()
