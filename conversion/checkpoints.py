@@ -16,9 +16,10 @@ import safetensors
 import torch
 from huggingface_hub import HfApi, hf_hub_download
 from safetensors.torch import load_file
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
 from modeling_videomamba import (
+    VideoMambaForImageClassification,
     VideoMambaForVideoClassification,
     VideoMambaImageProcessor,
     VideoMambaModel,
@@ -306,8 +307,9 @@ def build_model(checkpoint, config, remap, with_head):
     Raises:
         CheckpointError: if a tensor is left over on either side, has a wrong shape, or holds NaN or infinity.
     """
+    classifier = VideoMambaForImageClassification if config.num_frames == 1 else VideoMambaForVideoClassification
     with torch.device("meta"):
-        model = (VideoMambaForVideoClassification if with_head else VideoMambaModel)(config)
+        model = (classifier if with_head else VideoMambaModel)(config)
     for key in checkpoint.wrapping:
         remap.drop(key, "beside the weights")
     if with_head and "classifier.weight" not in remap.target:
@@ -420,14 +422,9 @@ def positive(text):
     return number
 
 
-def add_arguments(parser):
-    """The options that both converters have."""
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="SRC",
-        help="a .pth, .pt, .bin or .safetensors file, or repo_id[:filename]",
-    )
+def add_arguments(parser, source="a .pth, .pt, .bin or .safetensors file, or repo_id[:filename]"):
+    """The options that all converters have; `source` is the help text of --checkpoint."""
+    parser.add_argument("--checkpoint", required=True, metavar="SRC", help=source)
     parser.add_argument("--output", metavar="DIR", help="the folder to write; needed unless --dry-run")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion in --output")
     parser.add_argument(
@@ -488,9 +485,30 @@ def check_output(output, overwrite):
         raise CheckpointError(f"The output folder {output} is not empty. Name another one, or pass --overwrite.")
 
 
+def make_processors(config, frame_stride):
+    """The processors of a model: of files and of frames, or of images alone for a model of one frame."""
+    size = config.image_size
+    if config.num_frames == 1:
+        # Both families test their image classifiers so: the crop has 7/8 of the bicubic image's shorter edge.
+        settings = {"shortest_edge": int(size / 0.875)}, PILImageResampling.BICUBIC
+    else:
+        settings = {"shortest_edge": size}, PILImageResampling.BILINEAR
+    image = {
+        "size": settings[0],
+        "resample": settings[1],
+        "crop_size": {"height": size, "width": size},
+        "image_mean": IMAGENET_DEFAULT_MEAN,
+        "image_std": IMAGENET_DEFAULT_STD,
+    }
+    if config.num_frames == 1:
+        return [VideoMambaImageProcessor(single_images=True, **image)]
+    video = VideoMambaVideoProcessor(num_frames=config.num_frames, frame_stride=frame_stride, **image)
+    return [video, VideoMambaImageProcessor(**image)]
+
+
 def write_repository(model, frame_stride, card, output, overwrite=False):
     """
-    Write a complete Hub repository: weights, config, both processors, code and model card.
+    Write a complete Hub repository: weights, config, processors, code and model card.
 
     It is written beside `output` under a temporary name and then renamed, so that an interrupted run leaves nothing
     at `output`. When an earlier folder is overwritten, files of other names stay.
@@ -511,18 +529,11 @@ def write_repository(model, frame_stride, card, output, overwrite=False):
     check_output(output, overwrite)
     output = Path(output).resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
-    config = model.config
-    image = {
-        "size": {"shortest_edge": config.image_size},
-        "crop_size": {"height": config.image_size, "width": config.image_size},
-        "image_mean": IMAGENET_DEFAULT_MEAN,
-        "image_std": IMAGENET_DEFAULT_STD,
-    }
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", suffix=".partial", dir=output.parent) as scratch:
         new, old = Path(scratch, "new"), Path(f"{scratch}.old")
         model.save_pretrained(new)
-        VideoMambaVideoProcessor(num_frames=config.num_frames, frame_stride=frame_stride, **image).save_pretrained(new)
-        VideoMambaImageProcessor(**image).save_pretrained(new)
+        for processor in make_processors(model.config, frame_stride):
+            processor.save_pretrained(new)
         (new / "README.md").write_text(card, encoding="utf-8")
         files = sorted(path.name for path in new.iterdir())
         if output.is_dir():
@@ -553,11 +564,16 @@ def model_card(checkpoint, model, family, license_source, settings):
         settings (`list[str]`): a sentence for each setting of the conversion.
     """
     config = model.config
-    with_head = isinstance(model, VideoMambaForVideoClassification)
+    with_head = isinstance(model, VideoMambaForVideoClassification)  # or its subclass for images
     kind = f"A classifier of {config.num_labels} labels" if with_head else "A backbone without a classifier"
-    auto = "AutoModelForVideoClassification" if with_head else "AutoModel"
-    header = ["license: apache-2.0", "library_name: transformers", "tags:", "- videomamba", "- video"]
-    header += ["pipeline_tag: video-classification"] if with_head else []
+    if config.num_frames == 1:
+        media, what, processor, example = "image", "images", "AutoImageProcessor", 'Image.open("picture.jpg")'
+    else:
+        media, what = "video", f"clips of {config.num_frames} frames"
+        processor, example = "AutoVideoProcessor", '"clip.mp4"'
+    auto = f"AutoModelFor{media.capitalize()}Classification" if with_head else "AutoModel"
+    header = ["license: apache-2.0", "library_name: transformers", "tags:", "- videomamba", f"- {media}"]
+    header += [f"pipeline_tag: {media}-classification"] if with_head else []
     header += [f"base_model: {checkpoint.repo_id}"] if checkpoint.repo_id else []
     front_matter = "\n".join(header)
     listed = "\n".join(f"- {setting}" for setting in settings)
@@ -567,7 +583,7 @@ def model_card(checkpoint, model, family, license_source, settings):
 
 # VideoMamba from {checkpoint.origin}
 
-{kind}: {config.num_hidden_layers} layers of width {config.hidden_size}, for clips of {config.num_frames} frames of \
+{kind}: {config.num_hidden_layers} layers of width {config.hidden_size}, for {what} of \
 {config.image_size} × {config.image_size} pixels.
 
 ## Source and licence
@@ -587,11 +603,11 @@ Nobody has measured the accuracy of these converted weights.
 ## Use
 
 ```python
-from transformers import {auto}, AutoVideoProcessor
+{"from PIL import Image" + chr(10) if media == "image" else ""}from transformers import {auto}, {processor}
 
 repo = "..."  # this folder, or its name on the Hub
-processor = AutoVideoProcessor.from_pretrained(repo, trust_remote_code=True)
+processor = {processor}.from_pretrained(repo, trust_remote_code=True)
 model = {auto}.from_pretrained(repo, trust_remote_code=True)
-outputs = model(**processor("clip.mp4", return_tensors="pt"))
+outputs = model(**processor({example}, return_tensors="pt"))
 ```
 """

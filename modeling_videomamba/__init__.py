@@ -4,13 +4,19 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
+    AutoModelForImageClassification,
     AutoModelForVideoClassification,
     AutoVideoProcessor,
 )
 
 from .configuration_videomamba import VideoMambaConfig, count_parameters_and_macs
 from .image_processing_videomamba import VideoMambaImageProcessor
-from .modeling_videomamba import VideoMambaForVideoClassification, VideoMambaModel, VideoMambaPreTrainedModel
+from .modeling_videomamba import (
+    VideoMambaForImageClassification,
+    VideoMambaForVideoClassification,
+    VideoMambaModel,
+    VideoMambaPreTrainedModel,
+)
 from .selective_scan import use_scan_backend
 from .video_processing_videomamba import VideoMambaVideoProcessor
 
@@ -19,6 +25,7 @@ __version__ = "0.2.0"
 
 AutoConfig.register(VideoMambaConfig.model_type, VideoMambaConfig, exist_ok=True)
 AutoModel.register(VideoMambaConfig, VideoMambaModel, exist_ok=True)
+AutoModelForImageClassification.register(VideoMambaConfig, VideoMambaForImageClassification, exist_ok=True)
 AutoModelForVideoClassification.register(VideoMambaConfig, VideoMambaForVideoClassification, exist_ok=True)
 AutoImageProcessor.register(
     VideoMambaConfig, image_processor_classes={"torchvision": VideoMambaImageProcessor}, exist_ok=True
@@ -28,6 +35,7 @@ AutoVideoProcessor.register(VideoMambaConfig, VideoMambaVideoProcessor, exist_ok
 # `save_pretrained` and `push_to_hub` then put this code beside the weights, for `trust_remote_code=True`.
 VideoMambaConfig.register_for_auto_class()
 VideoMambaModel.register_for_auto_class("AutoModel")
+VideoMambaForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 VideoMambaForVideoClassification.register_for_auto_class("AutoModelForVideoClassification")
 VideoMambaImageProcessor.register_for_auto_class("AutoImageProcessor")
 VideoMambaVideoProcessor.register_for_auto_class("AutoVideoProcessor")
@@ -35,6 +43,7 @@ VideoMambaVideoProcessor.register_for_auto_class("AutoVideoProcessor")
 
 __all__ = [
     "VideoMambaConfig",
+    "VideoMambaForImageClassification",
     "VideoMambaForVideoClassification",
     "VideoMambaImageProcessor",
     "VideoMambaModel",

@@ -13,6 +13,15 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 
+class VideoMambaImageProcessorKwargs(ImagesKwargs, total=False):
+    """
+    single_images (`bool`, *optional*, defaults to `self.single_images`):
+        Every image is an example of its own, for a model of one frame, and not a frame of a clip.
+    """
+
+    single_images: bool
+
+
 class VideoMambaFramesMixin:
     """What the image and the video processor share: their defaults, and the steps from frames to `pixel_values`."""
 
@@ -84,13 +93,18 @@ class VideoMambaImageProcessor(VideoMambaFramesMixin, TorchvisionBackend):
     (Vision Mamba tests images at a bicubic 256-pixel edge: `size={"shortest_edge": 256}, resample=3` does that.)
 
     The keyword arguments are those of every image processor of `transformers`
-    ([`~transformers.processing_utils.ImagesKwargs`]); each can be set here, and again in a call.
+    ([`~transformers.processing_utils.ImagesKwargs`]); each can be set here, and again in a call. With
+    `single_images=True`, for [`VideoMambaForImageClassification`], a list of images is a batch of images, which may
+    differ in size, and `pixel_values` are (B, C, H, W).
     """
 
-    def __init__(self, **kwargs: Unpack[ImagesKwargs]):
+    valid_kwargs = VideoMambaImageProcessorKwargs
+    single_images = False
+
+    def __init__(self, **kwargs: Unpack[VideoMambaImageProcessorKwargs]):
         super().__init__(**kwargs)
 
-    def preprocess(self, videos, **kwargs: Unpack[ImagesKwargs]) -> BatchFeature:
+    def preprocess(self, videos, **kwargs: Unpack[VideoMambaImageProcessorKwargs]) -> BatchFeature:
         r"""
         Args:
             videos:
@@ -98,28 +112,34 @@ class VideoMambaImageProcessor(VideoMambaFramesMixin, TorchvisionBackend):
                 shape (H, W, C), (C, H, W) or (H, W); or one array of shape (T, H, W, C) or (T, C, H, W). A batch is a
                 list of videos, or one array with a leading batch axis. Values from 0 to 255; pass `do_rescale=False`
                 for values from 0 to 1. Grey frames (one channel or none) become RGB by repetition, and transparent
-                ones are laid on white, unless `do_convert_rgb=False`.
+                ones are laid on white, unless `do_convert_rgb=False`. With `single_images=True`, one image or a batch:
+                a list of frames as above, or an array (B, H, W, C) or (B, C, H, W).
             kwargs:
                 Overrides for this call; `return_tensors="pt"` stacks the batch.
 
         Returns:
-            [`~transformers.BatchFeature`] with `pixel_values`, float32 (B, T, C, H, W): a tensor with
-            `return_tensors="pt"`, otherwise a list of B tensors.
+            [`~transformers.BatchFeature`] with `pixel_values`, float32 (B, T, C, H, W), or (B, C, H, W) with
+            `single_images=True`: a tensor with `return_tensors="pt"`, otherwise a list of B tensors.
 
         Raises:
             ValueError: an input that is no video, frames of different sizes, types or a wrong number of channels, or
                 videos of different lengths to be stacked. The message names the video and the frame.
         """
-        return super().preprocess(videos, **kwargs)
+        inputs = super().preprocess(videos, **kwargs)
+        if kwargs.get("single_images", self.single_images):
+            images = inputs["pixel_values"]
+            inputs["pixel_values"] = [image[0] for image in images] if isinstance(images, list) else images[:, 0]
+        return inputs
 
     def _prepare_image_like_inputs(
-        self, images, *args, do_convert_rgb=None, input_data_format=None, device=None, **kwargs
+        self, images, *args, do_convert_rgb=None, input_data_format=None, device=None, single_images=False, **kwargs
     ) -> list[torch.Tensor]:
-        """Videos in any accepted form to a list of (T, C, H, W) tensors."""
-        videos = [
-            stack_frames(video, f"videos[{i}]", do_convert_rgb, input_data_format)
-            for i, video in enumerate(split_videos(images))
-        ]
+        """Videos in any accepted form, or images as videos of one frame, to a list of (T, C, H, W) tensors."""
+        how = do_convert_rgb, input_data_format
+        if single_images:
+            videos = [_as_tensor(image, f"images[{i}]", *how)[None] for i, image in enumerate(split_images(images))]
+        else:
+            videos = [stack_frames(video, f"videos[{i}]", *how) for i, video in enumerate(split_videos(images))]
         return [video if device is None else video.to(device) for video in videos]
 
 
@@ -150,6 +170,26 @@ def split_videos(videos) -> list:
                 f"a (T, H, W, C) array.{_hint_for_files(video)}"
             )
     return list(videos)
+
+
+def split_images(images) -> list:
+    """One image or a batch, in any form `VideoMambaImageProcessor` takes, to a list of images."""
+    if _is_frame(images):
+        return [images]
+    is_batch = isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4
+    if not is_batch and not isinstance(images, list | tuple):
+        raise ValueError(
+            f"`images` is {_describe(images)}, but one image, a list of images or a (B, H, W, C) array was expected."
+        )
+    if len(images) == 0:
+        raise ValueError("`images` is empty: give at least one image.")
+    for i, image in enumerate(images):
+        if not _is_frame(image):
+            raise ValueError(
+                f"images[{i}] is {_describe(image)}, but every entry of a batch must be an image: a `PIL.Image` or an "
+                "array of shape (H, W, C), (C, H, W) or (H, W). Clips are for models of several frames."
+            )
+    return list(images)
 
 
 def stack_frames(video, name: str, do_convert_rgb: bool = True, input_data_format=None) -> torch.Tensor:

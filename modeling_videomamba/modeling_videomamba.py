@@ -11,7 +11,10 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -24,6 +27,7 @@ from .selective_scan_torch import at_own_tokens, causal_convolution, in_order_of
 
 AUTO_MAP = {
     "AutoModel": "modeling_videomamba.VideoMambaModel",
+    "AutoModelForImageClassification": "modeling_videomamba.VideoMambaForImageClassification",
     "AutoModelForVideoClassification": "modeling_videomamba.VideoMambaForVideoClassification",
 }
 
@@ -129,7 +133,8 @@ def checked_grid(config, pixel_values, interpolate_pos_encoding=False):
     if pixel_values.ndim != 5:
         raise ValueError(
             "`pixel_values` must have 5 axes (batch, frames, channels, height, width), got the shape "
-            f"{tuple(pixel_values.shape)}. A single clip needs a batch axis: `pixel_values[None]`."
+            f"{tuple(pixel_values.shape)}. A single clip needs a batch axis: `pixel_values[None]`. A model of one "
+            "frame also takes images, (batch, channels, height, width)."
         )
     _, num_frames, channels, height, width = pixel_values.shape
     if channels != config.num_channels:
@@ -492,7 +497,8 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
         r"""
         Args:
             pixel_values (`torch.FloatTensor` of shape `(B, num_frames, num_channels, height, width)`):
-                Normalised frames, as a [`VideoMambaVideoProcessor`] or [`VideoMambaImageProcessor`] gives them.
+                Normalised frames, as a [`VideoMambaVideoProcessor`] or [`VideoMambaImageProcessor`] gives them. A
+                model of one frame also takes images `(B, num_channels, height, width)`.
             interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
                 Take clips of another length or resolution than the config's; learned position embeddings are
                 interpolated in time and space.
@@ -506,6 +512,8 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
         Raises:
             ValueError: if `pixel_values` has another rank, size or type than the model takes, or contains NaN.
         """
+        if pixel_values.ndim == 4 and self.config.num_frames == 1:
+            pixel_values = pixel_values[:, None]
         grid = checked_grid(self.config, pixel_values, interpolate_pos_encoding)
         hidden_states = self.embeddings(pixel_values, grid).float()
         order = self.order_for(grid, hidden_states.device)
@@ -689,10 +697,52 @@ class VideoMambaForVideoClassification(VideoMambaPreTrainedModel):
         return labels.long()
 
 
-# The pipeline asks this table of names, also for code that came with a checkpoint.
+class VideoMambaForImageClassification(VideoMambaForVideoClassification):
+    """
+    The classifier for images: VideoMamba at one frame, which is Vision Mamba (paper, section 3).
+
+    `pixel_values` are `(B, num_channels, height, width)`; all else is as in [`VideoMambaForVideoClassification`],
+    whose weights have the same names.
+
+    Args:
+        config (`VideoMambaConfig`): with `num_frames=1, tubelet_size=1`.
+
+    Raises:
+        ValueError: if the config has more frames than one.
+
+    Example:
+
+    ```python
+    >>> from modeling_videomamba import VideoMambaConfig, VideoMambaForImageClassification
+
+    >>> config = VideoMambaConfig(num_frames=1, tubelet_size=1, class_token_position="middle", num_labels=1000)
+    >>> model = VideoMambaForImageClassification(config)  # Vision Mamba, random weights
+    ```"""
+
+    input_modalities = "image"
+
+    def __init__(self, config):
+        if config.num_frames != 1:
+            raise ValueError(
+                f"An image classifier sees one frame, but the config has `num_frames`={config.num_frames} and "
+                f"`tubelet_size`={config.tubelet_size}. Make both 1, or take `VideoMambaForVideoClassification`."
+            )
+        super().__init__(config)
+
+
+# The pipelines ask these tables of names, also for code that came with a checkpoint.
+MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.setdefault(
+    VideoMambaConfig.model_type, VideoMambaForImageClassification.__name__
+)
 MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES.setdefault(
     VideoMambaConfig.model_type, VideoMambaForVideoClassification.__name__
 )
 
 
-__all__ = ["VideoMambaDeltaMaps", "VideoMambaForVideoClassification", "VideoMambaModel", "VideoMambaPreTrainedModel"]
+__all__ = [
+    "VideoMambaDeltaMaps",
+    "VideoMambaForImageClassification",
+    "VideoMambaForVideoClassification",
+    "VideoMambaModel",
+    "VideoMambaPreTrainedModel",
+]

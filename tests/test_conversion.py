@@ -8,18 +8,32 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import HfApi
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoImageProcessor, AutoModel, AutoModelForVideoClassification, AutoVideoProcessor
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForVideoClassification,
+    AutoVideoProcessor,
+    pipeline,
+)
 
-from conversion import checkpoints, convert_opengvlab_to_videomamba, convert_vim_to_videomamba
+from conversion import checkpoints, convert_opengvlab_to_videomamba, convert_vim_to_videomamba, inflate_image_model
 from conversion.convert_opengvlab_to_videomamba import join_positions
-from conversion.convert_vim_to_videomamba import inflate_patches, initialize_positions
+from conversion.inflate_image_model import inflate_patches, initialize_positions
 from hub_server import HubServer
-from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassification, VideoMambaModel
+from modeling_videomamba import (
+    VideoMambaConfig,
+    VideoMambaForImageClassification,
+    VideoMambaForVideoClassification,
+    VideoMambaModel,
+)
 from plain_vision_mamba import opengvlab_videomamba, random_weights, vision_mamba
 
 
@@ -94,6 +108,30 @@ def test_static_clip_gives_vision_mambas_logits(tmp_path):
     # The logits depend on which row of `pos_embed` is whose, by far more than the bound.
     first = weights["pos_embed"].roll(1, dims=1)
     assert (vision_mamba(image, {**weights, "pos_embed": first}) - expected).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_vision_mamba_stays_the_image_classifier_that_it_is(vim, tmp_path):
+    source, weights = vim
+    folder = convert(convert_vim_to_videomamba, source, tmp_path / "out", "--num-frames", "1", "--keep-head")
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    assert type(model) is VideoMambaForImageClassification and model.config.class_token_position == "middle"
+    images = randn(2, 3, 64, 64)
+    expected = torch.stack([vision_mamba(image, weights) for image in images])
+    torch.testing.assert_close(model(images).logits, expected, rtol=0, atol=1e-5)
+
+    # As its authors test it: the crop is 7/8 of a bicubic image's shorter edge (their datasets.py).
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
+    processor = AutoImageProcessor.from_pretrained(folder)
+    assert processor.size["shortest_edge"] == 73 and processor.resample == 3
+    found = pipeline("image-classification", model=str(folder))([picture, picture], top_k=7, batch_size=2)
+    scores = model(**processor(picture, return_tensors="pt")).logits.softmax(-1)[0]
+    for answers in found:
+        assert {a["label"]: a["score"] for a in answers} == pytest.approx(
+            {f"LABEL_{i}": score.item() for i, score in enumerate(scores)}, abs=1e-6
+        )
+    assert not (folder / "video_preprocessor_config.json").exists()
+    assert "AutoModelForImageClassification" in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("frames", [8, 16])
@@ -271,6 +309,104 @@ def test_opengvlab_num_frames_interpolates_in_time_alone(opengvlab, tmp_path):
     assert torch.equal(table[:, 0], weights["pos_embed"][:, 0])
 
 
+# ---- our own image models ----
+
+
+def image_model(folder, dtype=torch.float32, **fields):
+    """A tiny random image classifier of ours, saved; no tensor of it is at a value that hides a mistake."""
+    torch.manual_seed(0)
+    fields = {"class_token_position": "middle", "num_labels": 7, **fields}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "image_size": 64, "num_frames": 1, "tubelet_size": 1}
+    model = VideoMambaForImageClassification(VideoMambaConfig(**sizes, **fields))
+    for parameter in model.parameters():
+        parameter.data.add_(torch.empty_like(parameter).normal_(std=0.1))
+    model.to(dtype).save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("how", ["expand", "interpolate-spatial", "interpolate-embedding", "sinusoidal", "none"])
+@pytest.mark.parametrize("place", ["first", "middle", "none"])
+@torch.no_grad()
+def test_one_tubelet_of_a_still_image_gives_the_image_models_logits(tmp_path, how, place):
+    # Of one step in time nothing is left to choose: every initialisation is exact.
+    kind = how if how in ("sinusoidal", "none") else "learned"
+    image_classifier = image_model(tmp_path / "image", position_embedding_type=kind, class_token_position=place)
+    options = ["--num-frames", "4", "--tubelet-size", "4", "--position-init", how, "--keep-head"]
+    model = AutoModelForVideoClassification.from_pretrained(
+        convert(inflate_image_model, tmp_path / "image", tmp_path / "video", *options)
+    )
+    assert type(model) is VideoMambaForVideoClassification and model.config.num_frames == 4
+    images = randn(2, 3, 64, 64)
+    clips = images[:, None].expand(-1, 4, -1, -1, -1)
+    torch.testing.assert_close(model(clips).logits, image_classifier(images).logits, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_expanded_positions_give_every_step_the_images_tokens(tmp_path):
+    image_classifier = image_model(tmp_path / "image", class_token_position="first")
+    folder = convert(inflate_image_model, tmp_path / "image", tmp_path / "video", "--num-frames", "8")
+    model = AutoModel.from_pretrained(folder)
+    assert type(model) is VideoMambaModel and model.config.grid_size == (4, 4, 4)
+    image = randn(1, 3, 64, 64)
+    of_image = image_classifier.videomamba(image, output_hidden_states=True).hidden_states[0]
+    of_clip = model(image[:, None].expand(-1, 8, -1, -1, -1), output_hidden_states=True).hidden_states[0]
+    torch.testing.assert_close(of_clip[:, :1], of_image[:, :1])
+    torch.testing.assert_close(of_clip[:, 1:].unflatten(1, (4, 16)), of_image[:, None, 1:].expand(-1, 4, -1, -1))
+
+
+def test_both_converters_inflate_alike(vim, tmp_path):
+    source, _ = vim
+    one_frame = convert(convert_vim_to_videomamba, source, tmp_path / "image", "--num-frames", "1", "--keep-head")
+    for options in (
+        ["--num-frames", "8", "--keep-head", "--class-token-position", "first"],
+        ["--num-frames", "6", "--tubelet-size", "3", "--position-init", "interpolate-embedding", "--image-size", "96"],
+        ["--num-frames", "4", "--position-init", "none"],
+        ["--num-frames", "4", "--position-init", "sinusoidal", "--class-token-position", "middle"],
+    ):
+        from_vim = convert(convert_vim_to_videomamba, source, tmp_path / "a", *options, "--overwrite")
+        from_ours = convert(inflate_image_model, one_frame, tmp_path / "b", *options, "--overwrite")
+        first, second = stored(from_vim), stored(from_ours)
+        assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+        if "--class-token-position" in options:
+            configs = [VideoMambaConfig.from_pretrained(folder).to_dict() for folder in (from_vim, from_ours)]
+            assert configs[0] == configs[1]
+
+
+def test_without_a_table_the_class_token_keeps_its_position(vim, tmp_path):
+    source, weights = vim
+    ours = stored(convert(convert_vim_to_videomamba, source, tmp_path / "out", "--position-init", "none"))
+    assert "embeddings.position_embeddings" not in ours
+    assert torch.equal(ours["embeddings.cls_token"][0, 0], weights["cls_token"][0, 0] + weights["pos_embed"][0, 8])
+
+
+def test_labels_and_precision_of_an_image_model_follow(tmp_path):
+    image_model(tmp_path / "image", torch.bfloat16, id2label=dict(enumerate("abcdefg")))
+    kept = convert(inflate_image_model, tmp_path / "image", tmp_path / "kept", "--keep-head")
+    config = VideoMambaConfig.from_pretrained(kept)
+    assert list(config.id2label.values()) == list("abcdefg") and config.dtype == torch.bfloat16
+    fresh = convert(inflate_image_model, tmp_path / "image", tmp_path / "fresh", "--num-labels", "3")
+    assert VideoMambaConfig.from_pretrained(fresh).id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+    assert AutoVideoProcessor.from_pretrained(fresh).num_frames == 16
+
+
+def test_what_cannot_be_inflated(vim, tmp_path):
+    def refused(source, *options):
+        return refusal(inflate_image_model, source, tmp_path / "out", *options)
+
+    assert "neither a folder" in refused(tmp_path / "nowhere")
+    clips = convert(convert_vim_to_videomamba, vim[0], tmp_path / "clips", "--num-frames", "4")
+    assert "for clips of 4 frames" in refused(clips)
+    (tmp_path / "vit").mkdir()
+    (tmp_path / "vit" / "config.json").write_text('{"model_type": "vit"}')
+    assert "is a vit model" in refused(tmp_path / "vit")
+    image_model(tmp_path / "sines", position_embedding_type="sinusoidal", class_token_position="none")
+    assert "`--position-init sinusoidal`" in refused(tmp_path / "sines")
+    sinusoidal = ("--position-init", "sinusoidal")
+    assert "no class token to put first" in refused(tmp_path / "sines", *sinusoidal, "--class-token-position", "first")
+    (tmp_path / "sines" / "model.safetensors").write_bytes(b"")
+    assert "Download it again" in refused(tmp_path / "sines", *sinusoidal)
+
+
 # ---- the table ----
 
 
@@ -389,7 +525,7 @@ def test_a_vision_mamba_is_no_opengvlab_image_classifier(vim, tmp_path):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--num-frames", "1"], "shorter than one tubelet"),
+        (["--num-frames", "1", "--tubelet-size", "2"], "shorter than one tubelet"),
         (["--keep-head"], "no `head.weight`"),
         (["--image-size", "8"], "smaller than one patch"),
     ],

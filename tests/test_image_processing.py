@@ -180,3 +180,44 @@ def test_save_and_load(tmp_path):
     images.save_pretrained(tmp_path)
     loaded = AutoImageProcessor.from_pretrained(tmp_path)
     assert type(loaded) is VideoMambaImageProcessor and loaded.to_dict() == images.to_dict()
+
+
+# ---- images, for a model of one frame ----
+
+
+def test_single_images_are_clips_of_one_frame(tmp_path):
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((60, 80), (90, 50))]
+    grey = rng.integers(0, 256, (70, 60), dtype=np.uint8)
+    settings = {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}}
+    VideoMambaImageProcessor(single_images=True, **settings).save_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    clips = VideoMambaImageProcessor(**settings)
+    forms = (to_pil([*pictures, grey]), [*pictures, grey], [*pictures, Image.fromarray(grey)])
+    for images in forms:
+        batch = processor(images, return_tensors="pt").pixel_values
+        assert batch.shape == (3, 3, 32, 32)
+        for image, pixel_values in zip([*pictures, grey], batch, strict=True):
+            expected = clips([image], return_tensors="pt").pixel_values[0, 0]
+            torch.testing.assert_close(pixel_values, expected)
+    assert torch.equal(processor(pictures[0], return_tensors="pt").pixel_values, batch[:1])
+    stacked = processor(np.stack([pictures[0]] * 2), return_tensors="np").pixel_values
+    np.testing.assert_array_equal(stacked, batch[[0, 0]].numpy())
+    assert [image.shape for image in processor(pictures).pixel_values] == [(3, 32, 32)] * 2
+    # Whoever asks for clips in a call gets them.
+    assert processor(pictures[:1], single_images=False, return_tensors="pt").pixel_values.shape == (1, 1, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [
+        ([], "`images` is empty"),
+        ([[np.zeros((40, 40, 3), np.uint8)]], r"images\[0\] is a list"),
+        ("picture.jpg", "`images` is the string 'picture.jpg'"),
+        (np.zeros((1, 2, 40, 40, 3), np.uint8), "`images` is an array of shape"),
+        ([np.zeros((40, 40, 2), np.uint8)], r"images\[0\] has shape \(40, 40, 2\)"),
+    ],
+)
+def test_what_is_no_image(images, expected):
+    with pytest.raises(ValueError, match=expected):
+        VideoMambaImageProcessor(single_images=True)(images, return_tensors="pt")

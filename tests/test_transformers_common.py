@@ -9,6 +9,7 @@ import tempfile
 import unittest
 from unittest import mock
 
+import PIL.Image
 import pytest
 import torch
 from transformers import VideoClassificationPipeline, pipeline
@@ -18,6 +19,7 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 import modeling_videomamba
 from modeling_videomamba import (
     VideoMambaConfig,
+    VideoMambaForImageClassification,
     VideoMambaForVideoClassification,
     VideoMambaImageProcessor,
     VideoMambaModel,
@@ -73,7 +75,6 @@ NOT_APPLICABLE = {
     "The base classes keep sizes in a SizeDict, which the test does not take": (
         "test_override_instance_attributes_does_not_affect_other_instances",
     ),
-    "VideoMamba does video classification alone": ("test_pipeline_[!v]*", "test_pipeline_visual_*"),
 }
 
 
@@ -96,6 +97,19 @@ class VideoClassificationPipelineTests:
         assert from_files(examples[0], top_k=2) == from_files(examples, top_k=2)[0]
 
 
+class ImageClassificationPipelineTests:
+    def get_test_pipeline(self, model, tokenizer, image_processor, dtype):
+        pictures = [PIL.Image.new("RGB", (40, 30), "red"), PIL.Image.new("L", (20, 50), 200)]
+        return pipeline("image-classification", model=model.name_or_path, dtype=dtype), pictures
+
+    def run_pipeline_test(self, classifier, examples):
+        labels = set(classifier.model.config.id2label.values())
+        for answers in classifier(examples, top_k=2, batch_size=2):
+            assert len(answers) == 2
+            assert {answer["label"] for answer in answers} <= labels
+            assert 1 >= answers[0]["score"] >= answers[1]["score"] >= 0
+
+
 try:
     modeling_common, configuration_common, image_common, video_common, pipeline_common = load(
         "test_modeling_common",
@@ -103,7 +117,10 @@ try:
         "test_image_processing_common",
         "test_video_processing_common",
         "test_pipeline_mixin",
-        pipelines={"VideoClassificationPipelineTests": VideoClassificationPipelineTests},
+        pipelines={
+            "ImageClassificationPipelineTests": ImageClassificationPipelineTests,
+            "VideoClassificationPipelineTests": VideoClassificationPipelineTests,
+        },
     )
 except SourcesUnavailable as error:
     pytest.skip(str(error), allow_module_level=True)
@@ -123,6 +140,7 @@ class VideoMambaModelTester:
     is_training = True
     batch_size = 3
     num_frames = 4
+    tubelet_size = 2
     image_size = 16
     hidden_size = 32
     num_hidden_layers = 2
@@ -133,7 +151,7 @@ class VideoMambaModelTester:
             image_size=self.image_size,
             patch_size=8,
             num_frames=self.num_frames,
-            tubelet_size=2,
+            tubelet_size=self.tubelet_size,
             hidden_size=self.hidden_size,
             num_hidden_layers=self.num_hidden_layers,
             state_size=8,
@@ -149,11 +167,12 @@ class VideoMambaModelTest(modeling_common.ModelTesterMixin, pipeline_common.Pipe
     all_model_classes = (VideoMambaModel, VideoMambaForVideoClassification)
     pipeline_model_mapping = {"video-classification": VideoMambaForVideoClassification}
     has_attentions = False
+    model_tester_class = VideoMambaModelTester
     # The mixin reads a model's year from a copyright line and runs this test for those after 2022 only.
     test_can_init_all_missing_weights_before_2023 = True
 
     def setUp(self):
-        self.model_tester = VideoMambaModelTester()
+        self.model_tester = self.model_tester_class()
         self.config_tester = configuration_common.ConfigTester(
             self,
             config_class=VideoMambaConfig,
@@ -172,7 +191,7 @@ class VideoMambaModelTest(modeling_common.ModelTesterMixin, pipeline_common.Pipe
     def test_problem_types(self):
         # The mixin tests the three losses only of classes in the tables of text and image classifiers.
         table = modeling_common.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
-        with mock.patch.dict(table, videomamba=VideoMambaForVideoClassification.__name__):
+        with mock.patch.dict(table, videomamba=self.all_model_classes[-1].__name__):
             super().test_problem_types()
 
     def test_enable_input_require_grads_with_gradient_checkpointing(self):
@@ -189,19 +208,37 @@ class VideoMambaModelTest(modeling_common.ModelTesterMixin, pipeline_common.Pipe
 
     def run_task_tests(self, task, **kwargs):
         # Of the models on the Hub the mixin would take a tiny one; ours is made here.
+        model_class = self.all_model_classes[-1]
         with tempfile.TemporaryDirectory() as folder:
-            repository = f"{folder}/videomamba/{VideoMambaForVideoClassification.__name__}"
-            VideoMambaForVideoClassification(self.model_tester.get_config()).save_pretrained(repository)
-            VideoMambaImageProcessor(size=18, crop_size=16).save_pretrained(repository)
+            repository = f"{folder}/videomamba/{model_class.__name__}"
+            model_class(self.model_tester.get_config()).save_pretrained(repository)
+            of_images = model_class is VideoMambaForImageClassification
+            VideoMambaImageProcessor(size=18, crop_size=16, single_images=of_images).save_pretrained(repository)
             VideoMambaVideoProcessor(size=18, crop_size=16, num_frames=4).save_pretrained(repository)
             summary = {"tokenizer_classes": [], "processor_classes": [VideoMambaImageProcessor.__name__]}
             with mock.patch.multiple(
                 pipeline_common,
                 TRANSFORMERS_TINY_MODEL_PATH=folder,
-                tiny_model_summary={VideoMambaForVideoClassification.__name__: summary},
+                tiny_model_summary={model_class.__name__: summary},
                 transformers_module=modeling_videomamba,
             ):
                 super().run_task_tests(task, **kwargs)
+
+
+class VideoMambaImageModelTester(VideoMambaModelTester):
+    num_frames = 1
+    tubelet_size = 1
+    seq_length = 1 + 2 * 2  # the class token, and the patches
+
+    def prepare_config_and_inputs_for_common(self):
+        shape = [self.batch_size, 3, self.image_size, self.image_size]
+        return self.get_config(), {"pixel_values": modeling_common.floats_tensor(shape)}
+
+
+class VideoMambaImageModelTest(VideoMambaModelTest):
+    all_model_classes = (VideoMambaForImageClassification,)
+    pipeline_model_mapping = {"image-classification": VideoMambaForImageClassification}
+    model_tester_class = VideoMambaImageModelTester
 
 
 class ProcessorTester:
