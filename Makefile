@@ -1,19 +1,24 @@
 # make demo [VIDEO=clip.mp4]   names what the camera does in a video (without VIDEO, in a clip it makes)
 # make test [ARGS="-k name"]   runs the tests; ARGS goes to pytest
+# make hub-repo CARD=videomamba-tiny-camera-motion OUTPUT=folder [REPO=you/name]
+#                              assembles a checkpoint's complete Hub repository, and pushes it to REPO
 # make lint                    checks style and format; needs no PyTorch
 # make kernel-report           prints registers, spills and shared memory of the GPU kernels
 # Each makes .venv on first use, with PYTHON=... if given, else the first Python >= 3.10 it finds.
 
-.PHONY: demo test lint kernel-report
+.PHONY: demo hub-repo kernel-report lint test
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # never two pips at once
 
-export VIDEO
+export VIDEO CARD OUTPUT REPO
 venv := .venv/bin/python
 pythons := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11 python3.10 python)
 
 demo: .venv/demo-installed
 	@$(venv) examples/classify_video.py $${VIDEO:+"$$VIDEO"}
+
+hub-repo: .venv/demo-installed
+	@$(venv) model_cards/make_hub_repo.py "$$CARD" "$$OUTPUT" $${REPO:+--push-to-hub "$$REPO"}
 
 test: .venv/test-installed
 	$(venv) -m pytest $(ARGS)

@@ -24,6 +24,9 @@ from .selective_scan_cuda_runtime import KernelArguments, driver, launch, nvrtc,
 TILE, RUN = source_constant("TILE"), source_constant("RUN")
 CONV_THREADS, CONV_CHANNELS = source_constant("CONV_THREADS"), source_constant("CONV_CHANNELS")
 
+# Each copy of this code in a process (one travels with every Hub repository) has operators of its own.
+_NAMESPACE = __package__.replace("modeling_videomamba", "videomamba").replace(".", "_")
+
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _TURN_TOKENS = 32768  # about as many tokens the backward pass recomputes the states of at a time
 
@@ -244,7 +247,7 @@ def _project(u, weight):
     return torch.bmm(rows, weight.transpose(1, 2)).view(*u.shape[:3], -1)
 
 
-@torch.library.custom_op("videomamba::bidirectional_scan_cuda", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::bidirectional_scan_cuda", mutates_args=())
 def _scan_op(
     xz: torch.Tensor,
     conv_weight: torch.Tensor,
@@ -291,7 +294,7 @@ def _(xz, *rest):
     )
 
 
-@torch.library.custom_op("videomamba::bidirectional_scan_cuda_backward", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::bidirectional_scan_cuda_backward", mutates_args=())
 def _backward_op(
     dout: torch.Tensor,
     xz: torch.Tensor,

@@ -37,6 +37,9 @@ except ImportError as error:
 
 logger = logging.get_logger(__name__)
 
+# Each copy of this code in a process (one travels with every Hub repository) has operators of its own.
+_NAMESPACE = __package__.replace("modeling_videomamba", "videomamba").replace(".", "_")
+
 BLOCK = 64  # channels of a unit
 CHUNK = 32  # tokens between two kept states
 AHEAD = 8  # tokens by which loads run ahead of their use
@@ -819,7 +822,7 @@ def _compile(dtype, backward):
         )
 
 
-@torch.library.custom_op("videomamba::mixer_cpu", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::mixer_cpu", mutates_args=())
 def _mixer(
     xz: torch.Tensor,
     conv_weight: torch.Tensor,
@@ -845,7 +848,7 @@ def _(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A
     return _outputs(xz, A_log, keep_states)
 
 
-@torch.library.custom_op("videomamba::mixer_cpu_backward", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::mixer_cpu_backward", mutates_args=())
 def _mixer_backward(
     grad: torch.Tensor,
     states: torch.Tensor,

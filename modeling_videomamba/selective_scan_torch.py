@@ -13,6 +13,9 @@ import torch.nn.functional as F
 
 CHUNK = 32  # tokens a chunk
 
+# Each copy of this code in a process (one travels with every Hub repository) has operators of its own.
+_NAMESPACE = __package__.replace("modeling_videomamba", "videomamba").replace(".", "_")
+
 
 def unusable_reason(device, dtype):
     """Why this backend cannot run on `device` with activations of `dtype`, or None: it always can."""
@@ -67,7 +70,7 @@ def causal_convolution(x, weight, bias):
     return out
 
 
-@torch.library.custom_op("videomamba::selective_scan", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::selective_scan", mutates_args=())
 def _scan_op(
     u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,7 +108,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_y, grad_starts):
-    return torch.ops.videomamba.selective_scan_backward(grad_y, *ctx.saved_tensors)
+    return _scan_backward_op(grad_y, *ctx.saved_tensors)
 
 
 _scan_op.register_autograd(_backward, setup_context=_setup_context)
@@ -176,7 +179,7 @@ def _scan_forward(u, delta, A, B, C):
     return y.reshape(u.shape[0], batch, -1, channels)[:, :, :length].contiguous(), starts
 
 
-@torch.library.custom_op("videomamba::selective_scan_backward", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::selective_scan_backward", mutates_args=())
 def _scan_backward_op(
     grad_y: torch.Tensor,
     u: torch.Tensor,

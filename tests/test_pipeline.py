@@ -1,11 +1,8 @@
-"""`pipeline("video-classification")` on real files: from a local folder, and with code that travels with weights."""
+"""`pipeline("video-classification")` on real files, from a local folder."""
 
 import http.server
-import json
 import os
 import re
-import subprocess
-import sys
 import threading
 from functools import partial
 
@@ -27,30 +24,6 @@ LABELS = ["falling", "rising", "resting", "turning", "waiting", "walking"]
 
 # What a user would have to explain away if it stood in the output.
 UNWANTED = re.compile("warn|deprecat|not supported|not available|falling back|error|backward compat", re.IGNORECASE)
-
-# Runs a pipeline in a process in which `import modeling_videomamba` fails.
-WITHOUT_THE_PACKAGE = """
-import json, sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "modeling_videomamba":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Absent())
-import torch
-from transformers import AutoModel, pipeline
-
-folder, output, *inputs = sys.argv[1:]
-classify = pipeline("video-classification", model=folder, trust_remote_code=True)
-results = [classify(inputs[0], top_k=2), classify(inputs, top_k=6)]
-backbone = AutoModel.from_pretrained(folder, trust_remote_code=True)
-pixel_values = torch.zeros(1, 4, 3, 32, 32)
-assert len(backbone.delta_maps(pixel_values).maps) == backbone.config.num_hidden_layers
-assert classify.model.reading_maps(pixel_values).shape == (1, *backbone.config.grid_size)
-classify.model.save_pretrained(output)
-print(json.dumps(results))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -143,34 +116,3 @@ def test_nothing_is_printed_that_needs_an_explanation(repository, clips, capfd, 
     pipeline("video-classification", model=str(repository))(clips[0])
     printed = "".join(capfd.readouterr()) + caplog.text
     assert not UNWANTED.search(printed), printed
-
-
-def test_code_that_travels_with_the_weights(classify, repository, clips, server, tmp_path):
-    """Offline, where the package cannot be imported; the model saved there carries its code on."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    output = tmp_path / "saved again"
-    inputs = [clips[0], clips[1]]
-    command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(repository), str(output), *inputs]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
-    top, all_of_both = json.loads(run.stdout.splitlines()[-1])
-    assert top == all_of_both[0][:2]
-    for path, result in zip(inputs, all_of_both, strict=True):
-        assert as_dict(result) == pytest.approx(as_dict(classify(path, top_k=6)), abs=1e-6)
-    noise = [line for line in run.stderr.splitlines() if "Loading weights" not in line]
-    noise = "\n".join(noise + run.stdout.splitlines()[:-1])
-    assert not UNWANTED.search(noise), noise
-    modules = {path.name for path in output.glob("*.py")}
-    assert {"configuration_videomamba.py", "modeling_videomamba.py", "selective_scan.py"} <= modules
-
-
-def test_remote_and_local_code_in_one_process(repository, clips):
-    """Both register the same operators; either keeps working after the other was loaded."""
-    local = AutoModelForVideoClassification.from_pretrained(repository)
-    remote = AutoModelForVideoClassification.from_pretrained(repository, trust_remote_code=True)
-    pixels = torch.randn(1, 4, 3, 32, 32)
-    for model in (local, remote, local):
-        model.zero_grad()
-        model(pixels).logits.sum().backward()
-        assert model.classifier.weight.grad is not None
-    torch.testing.assert_close(local(pixels).logits, remote(pixels).logits)

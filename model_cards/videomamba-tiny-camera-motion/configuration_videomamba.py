@@ -1,1 +1,0 @@
-../../modeling_videomamba/configuration_videomamba.py

@@ -1,1 +1,0 @@
-../../modeling_videomamba/image_processing_videomamba.py

@@ -1,1 +1,0 @@
-../../modeling_videomamba/modeling_videomamba.py

@@ -1,1 +1,0 @@
-../../modeling_videomamba/selective_scan_cuda_source.py

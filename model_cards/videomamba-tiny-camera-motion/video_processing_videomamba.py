@@ -1,1 +1,0 @@
-../../modeling_videomamba/video_processing_videomamba.py
