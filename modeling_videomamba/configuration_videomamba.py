@@ -9,6 +9,7 @@ from transformers.configuration_utils import PreTrainedConfig
 POSITION_EMBEDDING_TYPES = ("learned", "sinusoidal", "none")
 CLASS_TOKEN_POSITIONS = ("first", "middle", "none")
 BACKWARD_SCANS = ("spatiotemporal", "spatial", "temporal")
+MAX_LAYERS = 4096  # a file that asks for a thousand million must not keep the machine busy for ever
 
 
 @strict
@@ -165,6 +166,17 @@ class VideoMambaConfig(PreTrainedConfig):
             )
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"`drop_path_rate` is a probability in [0, 1), got {self.drop_path_rate}.")
+        if self.num_hidden_layers > MAX_LAYERS:
+            raise ValueError(f"`num_hidden_layers` must be at most {MAX_LAYERS}, got {self.num_hidden_layers}.")
+        if not 0 < self.layer_norm_epsilon < math.inf:
+            raise ValueError(f"`layer_norm_epsilon` must be positive and finite, got {self.layer_norm_epsilon}.")
+        if not 0 <= self.initializer_range < math.inf:
+            raise ValueError(f"`initializer_range` must be finite and not negative, got {self.initializer_range}.")
+        if sorted(self.id2label) != list(range(len(self.id2label))):
+            raise ValueError(
+                f"`id2label` must name the labels 0 to {len(self.id2label) - 1}, each once, got the numbers "
+                f"{', '.join(map(str, self.id2label))}."
+            )
 
 
 def height_and_width(size):

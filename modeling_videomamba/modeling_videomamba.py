@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_videomamba import VideoMambaConfig, height_and_width, tubelet_grid
+from .configuration_videomamba import VideoMambaConfig, count_parameters_and_macs, height_and_width, tubelet_grid
 from .selective_scan import ScanOrder, bidirectional_selective_scan
 from .selective_scan_torch import at_own_tokens, causal_convolution, in_order_of_visits, selection, selective_scan
 
@@ -101,7 +101,7 @@ class VideoMambaEmbeddings(nn.Module):
         """Clips (B, T, C, H, W), and how many tubelets they hold along time, height and width; tokens (B, L, D)."""
         tokens = self.patch_embeddings(pixel_values)
         if self.config.position_embedding_type == "sinusoidal":
-            tokens = tokens + self.sinusoids_for(grid).to(tokens)
+            tokens = tokens + self.sinusoids_for(grid, tokens.device).to(tokens)
         elif self.config.position_embedding_type == "learned":
             positions = self.position_embeddings[:, self.has_class_token :]
             if grid != self.config.grid_size:
@@ -116,27 +116,37 @@ class VideoMambaEmbeddings(nn.Module):
         place = class_token_index(self.config, tokens.shape[1])
         return torch.cat([tokens[:, :place], class_token, tokens[:, place:]], dim=1)
 
-    def sinusoids_for(self, grid):
+    def sinusoids_for(self, grid, device):
         """The table (1, n_t · n_h · n_w, D): the one at hand, or another for clips of another size."""
-        if math.prod(grid) == self.sinusoids.shape[1]:
+        # Accelerate leaves a module that it offloads whole with buffers on "meta".
+        if math.prod(grid) == self.sinusoids.shape[1] and not self.sinusoids.is_meta:
             return self.sinusoids
-        return sinusoidal_positions(math.prod(grid), self.config.hidden_size, self.sinusoids.device)
+        return sinusoidal_positions(math.prod(grid), self.config.hidden_size, device)
 
 
-def checked_grid(config, pixel_values, interpolate_pos_encoding=False):
+def checked_clips(config, pixel_values, interpolate_pos_encoding=False):
     """
     Refuse a batch of clips that the model would not understand.
 
     Returns:
-        `tuple[int, int, int]`: its tubelets along time, height and width.
+        the clips `(B, T, C, H, W)`, and their tubelets along time, height and width, `tuple[int, int, int]`.
     """
+    if not isinstance(pixel_values, torch.Tensor):
+        raise ValueError(
+            f"`pixel_values` must be a `torch.Tensor`, got {type(pixel_values).__name__}. Pass the frames through the "
+            'model\'s video or image processor with `return_tensors="pt"` first.'
+        )
+    if pixel_values.ndim == 4 and config.num_frames == 1:
+        pixel_values = pixel_values[:, None]
     if pixel_values.ndim != 5:
         raise ValueError(
             "`pixel_values` must have 5 axes (batch, frames, channels, height, width), got the shape "
             f"{tuple(pixel_values.shape)}. A single clip needs a batch axis: `pixel_values[None]`. A model of one "
             "frame also takes images, (batch, channels, height, width)."
         )
-    _, num_frames, channels, height, width = pixel_values.shape
+    batch, num_frames, channels, height, width = pixel_values.shape
+    if batch == 0:
+        raise ValueError(f"`pixel_values` of shape {tuple(pixel_values.shape)} holds no clip.")
     if channels != config.num_channels:
         raise ValueError(
             f"`pixel_values` of shape {tuple(pixel_values.shape)} has {channels} channels on axis 2, the model "
@@ -161,11 +171,23 @@ def checked_grid(config, pixel_values, interpolate_pos_encoding=False):
             f"{config.tubelet_size} frames of {' × '.join(map(str, height_and_width(config.patch_size)))}."
         )
     # On a GPU this look would make the host wait for the device, and there NaN shows in the logits.
-    if pixel_values.device.type == "cpu" and not torch.compiler.is_compiling() and pixel_values.isnan().any():
-        raise ValueError(
-            "`pixel_values` contains NaN. Check the frames and the processor's `image_mean` and `image_std`."
+    if (
+        pixel_values.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not all_finite(
+            torch.func.debug_unwrap(pixel_values)  # of a clip within `vmap`, the batch
         )
-    return grid
+    ):
+        raise ValueError(
+            f"`pixel_values` contains {'NaN' if pixel_values.isnan().any() else 'infinite numbers'}. Check the frames "
+            "and the processor's `image_mean` and `image_std`."
+        )
+    return pixel_values, grid
+
+
+def all_finite(tensor):
+    """Whether a tensor, which is not empty, holds neither NaN nor infinite numbers."""
+    return all(bound.isfinite() for bound in tensor.detach().aminmax())  # in one pass, and NaN is both
 
 
 def class_token_index(config, num_patches):
@@ -360,6 +382,65 @@ class VideoMambaPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["VideoMambaEmbeddings", "VideoMambaLayer"]
     _can_record_outputs = {"hidden_states": VideoMambaLayer}
 
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.config.check_values()  # once more: fields may have been set since it was made
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """
+        As [`~PreTrainedModel.from_pretrained`]; `num_frames` and `image_size` may be given, or be others in a `config`
+        than the checkpoint's. The model is then fitted to them by [`resize_position_embeddings`].
+
+        Raises:
+            ValueError: if the weights hold NaN or infinite numbers.
+
+        Example:
+
+        ```python
+        >>> model = VideoMambaForVideoClassification.from_pretrained("you/videomamba-k400", num_frames=32)
+        ```"""
+        wanted = {name: kwargs.pop(name) for name in ("num_frames", "image_size") if name in kwargs}
+        if isinstance(config, VideoMambaConfig) and pretrained_model_name_or_path is not None:
+            # `AutoModel` has put the sizes that it was given there.
+            wanted = {"num_frames": config.num_frames, "image_size": config.image_size, **wanted}
+            config = copy.deepcopy(config)
+            config.num_frames, config.image_size = cls._sizes_of_checkpoint(
+                config, pretrained_model_name_or_path, **kwargs
+            )
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = spare_classifier(kwargs["quantization_config"])
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
+        for name, weight in model.named_parameters():
+            # Not of quantised ones, which only their own operators understand.
+            plain = type(weight) is nn.Parameter and weight.dtype.itemsize > 1 and weight.is_floating_point()
+            if plain and weight.numel() and not weight.is_meta and not all_finite(weight):
+                raise ValueError(
+                    f"The weight {name!r} of {pretrained_model_name_or_path!r} holds NaN or infinite numbers: was its "
+                    "training diverged? Load an earlier checkpoint."
+                )
+        if wanted:
+            model.resize_position_embeddings(**wanted)
+        return loaded
+
+    @staticmethod
+    def _sizes_of_checkpoint(config, name_or_path, **kwargs):
+        """`num_frames` and `image_size` in a checkpoint's own `config.json`; those of `config` if it has none."""
+        from_hub = {
+            name: kwargs[name]
+            for name in ("cache_dir", "proxies", "local_files_only", "token", "revision", "subfolder")
+            if name in kwargs
+        }
+        try:
+            own, _ = VideoMambaConfig.get_config_dict(name_or_path, **from_hub)
+        except OSError:  # an adapter's folder
+            own = {}
+        if own.get("model_type") != VideoMambaConfig.model_type:
+            return config.num_frames, config.image_size
+        own = VideoMambaConfig.from_dict(own)
+        return own.num_frames, own.image_size
+
     def save_pretrained(self, save_directory, *args, **kwargs):
         # With its code beside it, a checkpoint loads as backbone and as classifier, whichever of the two it was.
         if self._auto_class is not None:
@@ -403,9 +484,24 @@ class VideoMambaPreTrainedModel(PreTrainedModel):
             table = nn.Parameter(torch.cat([class_token, tubelets], dim=1), requires_grad=table.requires_grad)
             embeddings.position_embeddings = table
         elif self.config.position_embedding_type == "sinusoidal":
-            embeddings.sinusoids = embeddings.sinusoids_for(resized.grid_size).to(embeddings.sinusoids)
+            embeddings.sinusoids = embeddings.sinusoids_for(resized.grid_size, embeddings.sinusoids.device).to(
+                embeddings.sinusoids
+            )
         self.config.num_frames, self.config.image_size = resized.num_frames, resized.image_size
         self.base_model.keep_order()
+
+    def floating_point_ops(self, inputs):
+        """
+        Operations of a forward and a backward pass: six for each multiply-accumulate of the forward pass.
+
+        Args:
+            inputs (`dict[str, torch.Tensor]`): the model's, with `pixel_values`.
+        """
+        clips, _ = checked_clips(self.config, inputs[self.main_input_name], interpolate_pos_encoding=True)
+        batch, num_frames, _, height, width = clips.shape
+        config = copy.deepcopy(self.config)
+        config.num_frames, config.image_size = num_frames, [height, width]
+        return 6 * batch * count_parameters_and_macs(config)["macs"]
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -447,6 +543,20 @@ class VideoMambaPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
 
 
+def spare_classifier(quantization_config):
+    """
+    The same configuration, but the classifier stays as it is, unless the user has named what to spare.
+
+    transformers spares a model's last parameter, and so a head without bias only. A quantised classifier cannot be
+    trained beside adapters, and bitsandbytes' 4-bit product on a CPU takes no other number of labels than 32, 64, ...
+    """
+    for name in ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules"):
+        if hasattr(quantization_config, name) and not getattr(quantization_config, name):
+            quantization_config = copy.deepcopy(quantization_config)
+            setattr(quantization_config, name, ["classifier"])
+    return quantization_config
+
+
 class VideoMambaModel(VideoMambaPreTrainedModel):
     """
     The bare VideoMamba encoder: tubelet tokens in, their final normed states out.
@@ -475,13 +585,14 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
 
     def order_for(self, grid, device):
         """The order for clips of (n_t, n_h, n_w) tubelets: the one that is kept, or another for another size."""
-        config = self.config
-        if (config.backward_scan, config.class_token_position, grid) != self.kept_order:
-            return backward_order(config, grid, device)
-        if self.backward_visits is None:
+        config, visits = self.config, self.backward_visits
+        kept = (config.backward_scan, config.class_token_position, grid) == self.kept_order
+        if kept and visits is None:
             return None
+        if not kept or visits.is_meta:  # as in `sinusoids_for`
+            return backward_order(config, grid, device)
         place = None if config.class_token_position == "none" else class_token_index(config, math.prod(grid))
-        return ScanOrder(self.backward_visits, self.backward_places, config.backward_scan, grid[0], place)
+        return ScanOrder(visits, self.backward_places, config.backward_scan, grid[0], place)
 
     def get_input_embeddings(self):
         return self.embeddings.patch_embeddings
@@ -512,9 +623,7 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
         Raises:
             ValueError: if `pixel_values` has another rank, size or type than the model takes, or contains NaN.
         """
-        if pixel_values.ndim == 4 and self.config.num_frames == 1:
-            pixel_values = pixel_values[:, None]
-        grid = checked_grid(self.config, pixel_values, interpolate_pos_encoding)
+        pixel_values, grid = checked_clips(self.config, pixel_values, interpolate_pos_encoding)
         hidden_states = self.embeddings(pixel_values, grid).float()
         order = self.order_for(grid, hidden_states.device)
         for layer in self.layers:
@@ -559,7 +668,7 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
         if not all(isinstance(index, int) and -depth <= index < depth for index in chosen):
             raise ValueError(f"`layers` must list integers from {-depth} to {depth - 1}, got {layers!r}.")
         chosen = [index % depth for index in chosen]
-        grid = checked_grid(self.config, pixel_values, interpolate_pos_encoding)
+        pixel_values, grid = checked_clips(self.config, pixel_values, interpolate_pos_encoding)
         hidden_states = self.embeddings(pixel_values, grid).float()
         order = self.order_for(grid, hidden_states.device)
         found = {}
@@ -627,6 +736,7 @@ class VideoMambaForVideoClassification(VideoMambaPreTrainedModel):
         >>> print(model.config.id2label[label])
         pan left
         ```"""
+        kwargs["return_dict"] = True
         outputs = self.videomamba(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss = None
@@ -667,7 +777,7 @@ class VideoMambaForVideoClassification(VideoMambaPreTrainedModel):
         model = self.videomamba
         outputs = model(pixel_values, interpolate_pos_encoding, output_hidden_states=True, return_dict=True)
         *inputs, last = outputs.hidden_states
-        grid = checked_grid(self.config, pixel_values, interpolate_pos_encoding)
+        _, grid = checked_clips(self.config, pixel_values, interpolate_pos_encoding)
         order = model.order_for(grid, last.device)
         with torch.enable_grad():
             last = last.detach().requires_grad_()

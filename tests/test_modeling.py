@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import AutoModelForVideoClassification, BitsAndBytesConfig
 
 from modeling_videomamba import (
     VideoMambaConfig,
@@ -403,7 +404,14 @@ def test_round_trip_through_a_folder(tmp_path):
         (torch.zeros(1, 4, 1, 32, 32), "1 channels.*expects 3"),
         (torch.zeros(1, 3, 4, 32, 32), "4 channels.*expects 3"),
         (torch.zeros(1, 4, 3, 32, 32, dtype=torch.uint8), "floating point.*uint8"),
+        (torch.zeros(1, 4, 3, 32, 32, dtype=torch.complex64), "floating point.*complex64"),
+        (torch.zeros(1, 4, 3, 32, 32, dtype=torch.bool), "floating point.*bool"),
         (torch.full((1, 4, 3, 32, 32), torch.nan), "NaN"),
+        (torch.full((1, 4, 3, 32, 32), -torch.inf), "infinite"),
+        (torch.zeros(0, 4, 3, 32, 32), r"\(0, 4, 3, 32, 32\) holds no clip"),
+        (None, "must be a `torch.Tensor`, got NoneType.*processor"),
+        ([[0.0]], "must be a `torch.Tensor`, got list"),
+        (torch.zeros(1, 4, 3, 32, 32).numpy(), "must be a `torch.Tensor`, got ndarray"),
     ],
 )
 def test_pixel_values_that_are_refused(pixels, message):
@@ -429,6 +437,11 @@ def test_clip_smaller_than_a_tubelet_is_refused():
         ({"time_step_rank": "large"}, "time_step_rank.*auto"),
         ({"time_step_min": 1.0, "time_step_max": 0.1}, "time_step_min"),
         ({"drop_path_rate": 1.0}, "drop_path_rate"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers.*at most 4096"),
+        ({"layer_norm_epsilon": math.nan}, "layer_norm_epsilon.*positive"),
+        ({"layer_norm_epsilon": -1.0}, "layer_norm_epsilon.*positive"),
+        ({"initializer_range": math.inf}, "initializer_range"),
+        ({"id2label": {0: "a", 2: "b"}, "num_labels": 2}, "id2label.*0 to 1.*got the numbers 0, 2"),
     ],
 )
 def test_configs_that_contradict_themselves(options, message):
@@ -443,3 +456,150 @@ def test_config_is_checked_again_when_it_is_loaded(tmp_path):
     config.to_json_file(tmp_path / "config.json")
     with pytest.raises(ValueError, match="tubelet_size"):
         VideoMambaConfig.from_pretrained(tmp_path)
+
+
+def test_config_is_checked_again_when_a_model_is_made_of_it(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="backward_scan.*diagonal"):
+        VideoMambaForVideoClassification.from_pretrained(tmp_path, backward_scan="diagonal")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_of_a_diverged_training_are_refused(tmp_path, bad):
+    model = tiny_model()
+    with torch.no_grad():
+        model.videomamba.layers[1].mixer.D[1, 7] = bad
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'videomamba.layers.1.mixer.D' of .* holds NaN or infinite numbers"):
+        VideoMambaForVideoClassification.from_pretrained(tmp_path)
+
+
+# ---- other ways to load and to call it
+
+
+@pytest.mark.parametrize("kind", ["learned", "sinusoidal"])
+@pytest.mark.parametrize("auto", [False, True])
+def test_from_pretrained_fits_the_model_to_the_sizes_asked_for(kind, auto, tmp_path):
+    model = tiny_model(position_embedding_type=kind, backward_scan="temporal")
+    model.save_pretrained(tmp_path)
+    pixels = clip(frames=8, size=48)
+    expected = model(pixels, interpolate_pos_encoding=True).logits
+    changed = VideoMambaConfig.from_pretrained(tmp_path)
+    changed.num_frames, changed.image_size = 8, 48
+    model_class = AutoModelForVideoClassification if auto else VideoMambaForVideoClassification
+    for options in ({"num_frames": 8, "image_size": 48}, {"config": changed}):
+        found = model_class.from_pretrained(tmp_path, **options)
+        assert (found.config.num_frames, found.config.image_size) == (8, 48)
+        torch.testing.assert_close(found(pixels).logits, expected)
+    assert (changed.num_frames, changed.image_size) == (8, 48)
+    with pytest.raises(ValueError, match="`num_frames`=1 is shorter than one tubelet"):
+        model_class.from_pretrained(tmp_path, num_frames=1)
+
+
+def test_tuples_instead_of_outputs():
+    model = tiny_model()
+    expected = model(clip()).logits
+    torch.testing.assert_close(model(clip(), return_dict=False)[0], expected)
+    model.config.return_dict = False
+    torch.testing.assert_close(model(clip())[0], expected)
+    assert model.reading_maps(clip()).shape == (2, 2, 2, 2)
+
+
+def test_floating_point_operations_of_a_batch():
+    """Six for each multiply-accumulate: two forward, four backward."""
+    model = tiny_model()
+    inputs = {"pixel_values": clip(batch=5)}
+    assert model.floating_point_ops(inputs) == 30 * count_parameters_and_macs(model.config)["macs"]
+    longer = count_parameters_and_macs(tiny_config(num_frames=8))
+    assert model.floating_point_ops({"pixel_values": clip(batch=1, frames=8)}) == 6 * longer["macs"]
+
+
+@pytest.mark.parametrize("options", [{}, {"backward_scan": "spatial", "position_embedding_type": "sinusoidal"}])
+@pytest.mark.parametrize(
+    "device_map",
+    [
+        {"": "disk"},
+        {"videomamba": "disk", "classifier": "cpu"},
+        {"videomamba.embeddings": "disk", "videomamba.norm": "cpu", "classifier": "disk"}
+        | {"videomamba.layers.0": "cpu", "videomamba.layers.1": "disk"},
+    ],
+    ids=["all", "backbone", "by layers"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_weights_that_lie_on_disk(options, device_map, tmp_path):
+    """Accelerate brings each module's weights when the module is called."""
+    model = tiny_model(**options)
+    model.save_pretrained(tmp_path / "model")
+    offloaded = VideoMambaForVideoClassification.from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "weights"
+    )
+    assert any(parameter.is_meta for parameter in offloaded.parameters())
+    torch.testing.assert_close(offloaded(clip()).logits, model(clip()).logits)
+
+
+def test_weights_that_lie_in_memory_until_they_are_wanted():
+    accelerate = pytest.importorskip("accelerate", reason="offloading is Accelerate's")
+    expected = tiny_model()(clip()).logits
+    model = accelerate.cpu_offload(tiny_model(), execution_device="cpu")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    torch.testing.assert_close(model(clip()).logits, expected)
+
+
+def test_function_transforms_of_the_reference():
+    """The fused backends have a first derivative alone; the reference is plain PyTorch."""
+    model, pixels = tiny_model(num_hidden_layers=1, hidden_size=16), clip()
+    expected = model(pixels).logits
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def first_logit(parameters, pixels):
+        return torch.func.functional_call(model, parameters, (pixels[None],)).logits[0, 0]
+
+    with use_scan_backend("sequential"):
+        found = torch.vmap(lambda pixels: model(pixels[None]).logits[0])(pixels)
+        torch.testing.assert_close(found, expected)
+        each = torch.vmap(torch.func.grad(first_logit), in_dims=(None, 0))(parameters, pixels)
+        wanted = torch.autograd.grad(expected[:, 0].sum(), list(model.parameters()))
+        for (name, gradient), reference in zip(each.items(), wanted, strict=True):
+            torch.testing.assert_close(gradient.sum(0), reference, msg=name, atol=1e-6, rtol=1e-4)
+        # A second derivative: of the squared length of the gradient, against a difference quotient.
+        pixels = pixels.requires_grad_()
+
+        def gradient_at(pixels, **kwargs):
+            return torch.autograd.grad(model(pixels).logits[:, 0].sum(), pixels, **kwargs)[0]
+
+        gradient = gradient_at(pixels, create_graph=True)
+        (product,) = torch.autograd.grad(gradient.square().sum() / 2, pixels)  # Hessian times gradient
+        step = 1e-2 / gradient.detach().norm()
+        ahead, behind = (gradient_at(pixels + sign * step * gradient.detach()) for sign in (1, -1))
+        torch.testing.assert_close(product, (ahead - behind) / (2 * step), atol=1e-5, rtol=5e-2)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_on_quantised_weights(bits, tmp_path):
+    """QLoRA: the classifier, which is trained, is spared; the mixers' projections are not."""
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, for 4-bit and 8-bit weights")
+    peft = pytest.importorskip("peft", reason="needs peft, for adapters")
+    original = tiny_model(hidden_size=64)  # bitsandbytes' 4-bit blocks are of 64 weights
+    original.save_pretrained(tmp_path)
+    quantization = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    model = VideoMambaForVideoClassification.from_pretrained(tmp_path, quantization_config=quantization)
+    assert quantization.llm_int8_skip_modules is None
+    assert type(model.classifier) is nn.Linear
+    assert f"{bits}bit" in type(model.videomamba.layers[0].mixer.out_proj).__name__
+    expected = original(clip()).logits
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with context:
+            torch.testing.assert_close(model(clip()).logits, expected, atol=0.1, rtol=0.1)
+    model = peft.prepare_model_for_kbit_training(model)
+    lora = peft.LoraConfig(r=4, target_modules="all-linear", modules_to_save=["classifier"])
+    model = peft.get_peft_model(model, lora).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = model(pixel_values=clip(), labels=torch.tensor([0, 1])).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
