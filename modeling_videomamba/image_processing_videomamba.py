@@ -5,12 +5,20 @@ import PIL.Image
 import torch
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ChannelDimension, PILImageResampling
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    ChannelDimension,
+    PILImageResampling,
+    SizeDict,
+)
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
+
+MAX_SIZE = 2**14  # of an edge of what a processor returns, in pixels
 
 
 class VideoMambaImageProcessorKwargs(ImagesKwargs, total=False):
@@ -38,6 +46,29 @@ class VideoMambaFramesMixin:
     do_convert_rgb = True
     model_input_names = ["pixel_values"]
 
+    def _standardize_kwargs(self, **kwargs) -> dict:
+        """The base class's, and checks of what it lets pass."""
+        kwargs = super()._standardize_kwargs(**kwargs)
+        for name in ("size", "crop_size"):
+            for key, value in kwargs[name] or ():
+                if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_SIZE:
+                    raise ValueError(
+                        f"`{name}` has {key} {value!r}, but it must be a whole number of pixels from 1 to {MAX_SIZE}."
+                    )
+        resample = kwargs.get("resample")
+        if resample is not None and resample not in list(PILImageResampling):
+            raise ValueError(f"`resample` is {resample!r}, but must be one of {list(map(int, PILImageResampling))}.")
+        return kwargs
+
+    def resize_and_crop(self, video: torch.Tensor, do_resize, size, resample, do_center_crop, crop_size):
+        """Of (T, C, H, W) or (C, H, W) frames, with the options in their standard form."""
+        if do_resize:
+            if do_center_crop and size.shortest_edge and not size.longest_edge:
+                video, size = _cut_off_ends(video, size.shortest_edge, crop_size)
+            _check_result(video, size)
+            video = self.resize(video, size=size, resample=resample)
+        return self.center_crop(video, crop_size) if do_center_crop else video
+
     def _preprocess(
         self,
         videos: list[torch.Tensor],
@@ -62,10 +93,7 @@ class VideoMambaFramesMixin:
                     "The frames are floating point numbers of at most 1 and would be divided by 255 once more. "
                     "Pass `do_rescale=False` if they lie between 0 and 1."
                 )
-            if do_resize:
-                video = self.resize(video, size=size, resample=resample)
-            if do_center_crop:
-                video = self.center_crop(video, crop_size)
+            video = self.resize_and_crop(video, do_resize, size, resample, do_center_crop, crop_size)
             # Frames come as channels-last views, which torchvision resizes three times as fast; but the arithmetic
             # below is four times as fast on contiguous planes.
             video = self.rescale_and_normalize(
@@ -104,6 +132,20 @@ class VideoMambaImageProcessor(VideoMambaFramesMixin, TorchvisionBackend):
     def __init__(self, **kwargs: Unpack[VideoMambaImageProcessorKwargs]):
         super().__init__(**kwargs)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        # Where the video processor cannot be loaded, this pipeline would silently go on with the image processor
+        # and give other scores. Without either it stops; but as it keeps the reason to itself, it is said here.
+        if kwargs.get("_from_pipeline") == "video-classification":
+            from .video_processing_videomamba import VideoMambaVideoProcessor
+
+            try:
+                VideoMambaVideoProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            except Exception as error:
+                logger.error(f"The video processor of {pretrained_model_name_or_path} cannot be loaded: {error}")
+                raise
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
     def preprocess(self, videos, **kwargs: Unpack[VideoMambaImageProcessorKwargs]) -> BatchFeature:
         r"""
         Args:
@@ -141,6 +183,42 @@ class VideoMambaImageProcessor(VideoMambaFramesMixin, TorchvisionBackend):
         else:
             videos = [stack_frames(video, f"videos[{i}]", *how) for i, video in enumerate(split_videos(images))]
         return [video if device is None else video.to(device) for video in videos]
+
+
+def _cut_off_ends(video: torch.Tensor, shortest_edge: int, crop_size: SizeDict) -> tuple[torch.Tensor, SizeDict]:
+    """
+    Of frames that are many times as long as wide, cuts off most of what the centre crop would throw away, before the
+    resize makes it large: 2 x 16384 pixels would become 224 x 1835008.
+
+    Returns:
+        The frames and the size to which to resize them. The centre crop then has the pixels that it would have had, to
+        rounding: both cuts are made where, after the resize, an edge between two pixels lies.
+    """
+    length, breadth = max(video.shape[-2:]), min(video.shape[-2:])
+    is_wide = video.shape[-1] == length
+    kept = crop_size.width if is_wide else crop_size.height
+    resized = int(shortest_edge * length / max(1, breadth))
+    if resized <= 8 * max(kept, shortest_edge):
+        return video, SizeDict(shortest_edge=shortest_edge)
+    scale = length / resized
+    margin = 4 * max(1, scale) / scale + 1  # more than the widest filter reaches, in pixels of the result
+    places = np.arange(max(0, (resized - kept) // 2 - margin))[-int(max(256, 2 / scale)) :].astype(int)
+    place = int(places[np.abs(places * scale - (places * scale).round()).argmin()]) if places.size else 0
+    cut = round(place * scale)
+    if is_wide:
+        return video[..., cut : length - cut], SizeDict(height=shortest_edge, width=resized - 2 * place)
+    return video[..., cut : length - cut, :], SizeDict(height=resized - 2 * place, width=shortest_edge)
+
+
+def _check_result(video: torch.Tensor, size: SizeDict) -> None:
+    height, width = video.shape[-2:]
+    if size.shortest_edge and not size.longest_edge:
+        edge = size.shortest_edge * max(height, width) / max(1, min(height, width))
+        if edge > MAX_SIZE:
+            raise ValueError(
+                f"Frames of {width} x {height} pixels would be resized to a longer edge of {int(edge)}, more than "
+                f"{MAX_SIZE}. Keep `do_center_crop`, or give `size` a height and a width."
+            )
 
 
 def split_videos(videos) -> list:

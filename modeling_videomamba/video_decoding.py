@@ -1,14 +1,20 @@
 """A video file, URL or bytes and wanted frame indices in, decoded frames out."""
 
+import asyncio
 import importlib
 import io
 import os
+import stat
 import time
+import traceback
 from bisect import bisect_left
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
+import torch
 from torch.utils.data import get_worker_info
+from transformers.utils import logging
 from transformers.video_utils import VideoMetadata
 
 
@@ -23,12 +29,20 @@ except ImportError:
     import httpx
 
 
+logger = logging.get_logger(__name__)
+
+_PYAV = int(av.__version__.split(".")[0]) if av is not None else 0
+
+# What is refused, so that a small file cannot take all memory or all time; docs/limits.md lists it. Environment
+# variables of the same names, or assignments to these, raise it.
+VIDEO_MAX_FRAME_PIXELS = int(os.environ.get("VIDEO_MAX_FRAME_PIXELS", 2**26))  # 8192 x 8192; 8K is half of it
+VIDEO_MAX_CLIP_BYTES = int(os.environ.get("VIDEO_MAX_CLIP_BYTES", 2**32))  # of all frames that one call returns
+VIDEO_MAX_DOWNLOAD_BYTES = int(os.environ.get("VIDEO_MAX_DOWNLOAD_BYTES", 2**31))
+VIDEO_MAX_DOWNLOAD_SECONDS = float(os.environ.get("VIDEO_MAX_DOWNLOAD_SECONDS", 900))
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer or without a byte
-DOWNLOAD_LIMIT = 900  # seconds for the whole file
-DOWNLOAD_MAX_BYTES = 2**31
 
 
-def decode_video(file, sample=None, decoder: str | None = None) -> tuple[np.ndarray, VideoMetadata]:
+def decode_video(file, sample=None, decoder: str | None = None, transform=None) -> tuple:
     """
     Decodes frames of a video.
 
@@ -38,29 +52,49 @@ def decode_video(file, sample=None, decoder: str | None = None) -> tuple[np.ndar
             are (`total_num_frames`) and how many a second (`fps`), returns the indices of the frames to decode; `None`
             for all frames.
         decoder: `"pyav"`, `"torchcodec"` or `"decord"`; `None` takes the first that can be used, in this order.
+        transform: called with each decoded frame, a (3, H, W) uint8 tensor with the channels last in memory, returns
+            the tensor to keep. Resizing here needs the memory of one large frame, not of all.
 
     Returns:
-        (T, H, W, 3) uint8 RGB, turned upright as the file's rotation says, and the metadata, with `frames_indices`.
-        Frames are counted in the order in which they are shown.
+        The frames, turned upright as the file's rotation says: a (T, H, W, 3) uint8 RGB array, or with `transform` a
+        tensor of what it returned, stacked. And the metadata, with `frames_indices`. Frames are counted in the order
+        in which they are shown.
 
     Raises:
         FileNotFoundError, IsADirectoryError: there is no such file.
         ConnectionError: a URL could not be downloaded.
         ImportError: no decoder, or not the one asked for.
-        ValueError: a file that is no video or of which no frame can be decoded. The message names the file.
+        ValueError: a file that is no video, of which no frame can be decoded, or which is larger than the limits of
+            this module. The message names the file.
     """
     decoder = choose_decoder([decoder] if decoder else DECODERS)
     source, name = _open(file)
     try:
-        frames, metadata = DECODERS[decoder](source, name, sample or _all_frames)
+        frames, metadata = _decode(decoder, source, name, sample or _all_frames, transform)
+    except Exception as error:
+        _forget_locals(error)
+        raise
+    return frames.permute(0, 2, 3, 1).numpy() if transform is None else frames, metadata
+
+
+def _decode(decoder, source, name, sample, transform):
+    try:
+        return DECODERS[decoder](source, name, sample, transform)
     except _Unreliable as reason:
         if av is None:
             raise ValueError(
                 f"{name}: {decoder} misplaces the frames of {reason}. `pip install av` reads it."
             ) from None
-        frames, metadata = _read_pyav(source, name, sample or _all_frames)
-    metadata.height, metadata.width = frames.shape[1:3]
-    return frames, metadata
+    return _read_pyav(source, name, sample, transform)
+
+
+def _forget_locals(error: BaseException) -> None:
+    """Who keeps an error, as of one bad file of thousands, shall not keep its decoder, with threads and frames."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _all_frames(metadata: VideoMetadata) -> np.ndarray:
@@ -68,6 +102,7 @@ def _all_frames(metadata: VideoMetadata) -> np.ndarray:
 
 
 def choose_decoder(names) -> str:
+    """The first of `names` that can be used here; an `ImportError` that says why, if none can."""
     problems = {}
     for name in names:
         package = "av" if name == "pyav" else name
@@ -86,16 +121,18 @@ def choose_decoder(names) -> str:
     )
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Where a file comes from
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def _open(file) -> tuple[str | bytes, str]:
     """A path, or the bytes of a file; and its name for messages."""
     if isinstance(file, bytes | bytearray):
         source, name = bytes(file), f"<{len(file)} bytes>"
     elif hasattr(file, "read"):
-        if file.seekable():
-            file.seek(0)
-        source, name = file.read(), str(getattr(file, "name", f"<{type(file).__name__}>"))
-        if not isinstance(source, bytes):
-            raise ValueError(f"{name} was opened in text mode; open it with mode 'rb'.")
+        name = str(getattr(file, "name", f"<{type(file).__name__}>"))
+        source = _read_open_file(file, name)
     elif isinstance(file, str) and file.lower().startswith(("http://", "https://")):
         source, name = _download(file), file
     else:
@@ -111,31 +148,92 @@ def _open(file) -> tuple[str | bytes, str]:
     return source, name
 
 
-def _download(url: str) -> bytes:
-    end, data = time.monotonic() + DOWNLOAD_LIMIT, io.BytesIO()
+def _read_open_file(file, name: str) -> bytes:
     try:
-        with httpx.stream("GET", url, follow_redirects=True, timeout=DOWNLOAD_TIMEOUT) as response:
-            response.raise_for_status()
-            for chunk in response.iter_bytes():
-                data.write(chunk)
-                if data.tell() > DOWNLOAD_MAX_BYTES or time.monotonic() > end:
-                    raise ConnectionError(
-                        f"{url} did not end within {DOWNLOAD_MAX_BYTES} bytes and {DOWNLOAD_LIMIT} seconds. If it is "
-                        "a live stream, save the part that you need and give the path."
-                    )
+        mode = os.fstat(file.fileno()).st_mode
+    except (AttributeError, OSError, TypeError, ValueError):  # one that lives in memory, or in another library
+        mode = stat.S_IFREG
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        raise ValueError(f"{name} is a device, not a file. Copy the video to a file first.")
+    if file.seekable():
+        file.seek(0)
+    source = file.read(VIDEO_MAX_DOWNLOAD_BYTES + 1)
+    if not isinstance(source, bytes):
+        raise ValueError(f"{name} was opened in text mode; open it with mode 'rb'.")
+    if len(source) > VIDEO_MAX_DOWNLOAD_BYTES:
+        raise ValueError(
+            f"{name} has more than {VIDEO_MAX_DOWNLOAD_BYTES} bytes, and an open file is read into memory. Give its "
+            "path, or raise VIDEO_MAX_DOWNLOAD_BYTES."
+        )
+    return source
+
+
+def _download(url: str) -> bytes:
+    # A thread with an event loop of its own: the deadline then holds whatever the server does, byte by byte or not at
+    # all, and a notebook, whose own loop is running, can download as well.
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(asyncio.wait_for(_stream(url), VIDEO_MAX_DOWNLOAD_SECONDS))
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            future = thread.submit(loop.run_until_complete, task)
+            try:
+                return future.result()
+            except BaseException:  # Ctrl-C, too, ends the download
+                if not future.done():
+                    loop.call_soon_threadsafe(task.cancel)
+                raise
+    except (TimeoutError, asyncio.TimeoutError) as error:
+        raise _endless(url) from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         problem = f"{type(error).__name__}: {_first_line(error)}"
         raise ConnectionError(f"{url} could not be downloaded ({problem}). Check address and network.") from error
+    finally:
+        loop.close()
+
+
+async def _stream(url: str) -> bytes:
+    data = io.BytesIO()
+    headers = {"Accept-Encoding": "identity"}  # a few bytes of gzip can grow to gigabytes, and video does not shrink
+    async with (
+        httpx.AsyncClient(follow_redirects=True, timeout=DOWNLOAD_TIMEOUT) as client,
+        client.stream("GET", url, headers=headers) as response,
+    ):
+        response.raise_for_status()
+        encoding = response.headers.get("Content-Encoding", "identity")
+        if encoding.lower() != "identity":
+            raise ConnectionError(
+                f"{url} was sent with the content encoding {encoding!r}, although none was asked for. Download and "
+                "unpack it yourself, and give the path."
+            )
+        if int(response.headers.get("Content-Length", 0)) > VIDEO_MAX_DOWNLOAD_BYTES:
+            raise _endless(url)
+        async for chunk in response.aiter_raw():
+            data.write(chunk)
+            if data.tell() > VIDEO_MAX_DOWNLOAD_BYTES:
+                raise _endless(url)
     return data.getvalue()
 
 
-def _first_line(error) -> str:
-    """What went wrong, in one line: libav's errors repeat a number and a name, torchcodec's have thirty lines."""
-    return (getattr(error, "strerror", None) or str(error)).strip().split("\n")[0]
+def _endless(url: str) -> ConnectionError:
+    return ConnectionError(
+        f"{url} did not end within {VIDEO_MAX_DOWNLOAD_BYTES} bytes and {VIDEO_MAX_DOWNLOAD_SECONDS:g} seconds. If it "
+        "is a live stream, save the part that you need and give the path; else raise VIDEO_MAX_DOWNLOAD_BYTES or "
+        "VIDEO_MAX_DOWNLOAD_SECONDS."
+    )
 
 
 def _as_file(source: str | bytes):
     return io.BytesIO(source) if isinstance(source, bytes) else io.FileIO(source)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What every decoder shares
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _first_line(error) -> str:
+    """What went wrong, in one line: libav's errors repeat a number and a name, torchcodec's have thirty lines."""
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).strip().split("\n")[0]
 
 
 def _mp4_index(source: str | bytes) -> bytes | None:
@@ -174,6 +272,16 @@ def _no_video(source: str | bytes, name: str, error) -> ValueError:
     )
 
 
+def _check_frame_size(height: int, width: int, name: str) -> None:
+    if height < 1 or width < 1:
+        raise ValueError(f"{name} says that its frames have {width} x {height} pixels. Encode it anew.")
+    if height * width > VIDEO_MAX_FRAME_PIXELS:
+        raise ValueError(
+            f"{name} has frames of {width} x {height} pixels, more than {VIDEO_MAX_FRAME_PIXELS} in all. "
+            "Shrink it, or raise VIDEO_MAX_FRAME_PIXELS (an environment variable)."
+        )
+
+
 def _decoding_threads() -> int:
     """One in a worker of a `DataLoader`, of which there are as many as cores; elsewhere 0: as many as cores."""
     return 0 if get_worker_info() is None else 1
@@ -194,61 +302,146 @@ def _sample(sample, metadata: VideoMetadata, name: str) -> np.ndarray:
     return indices
 
 
-def _read_pyav(source, name, sample):
+class _Clip:
+    """The frames of one clip, transformed one by one into one tensor. `shape` is (height, width) of a decoded one."""
+
+    def __init__(self, indices: np.ndarray, name: str, transform):
+        self.name, self.transform, self.frames, self.shape = name, transform, None, None
+        self.places = {}  # {index of a frame: where it goes}
+        for place, index in enumerate(indices.tolist()):
+            self.places.setdefault(index, []).append(place)
+        self.last, self.count = max(self.places), len(indices)
+
+    def put(self, index: int, pixels: np.ndarray) -> None:
+        """`pixels`: (H, W, 3) uint8 of frame `index`, which is one of those wanted."""
+        shape = pixels.shape[:2]
+        if self.shape not in (None, shape):
+            raise ValueError(
+                f"{self.name} changes its frame size: (height, width) {sorted([self.shape, shape])}. Cut it, or "
+                "encode it anew with one size."
+            )
+        self.shape = shape
+        frame = torch.from_numpy(pixels).permute(2, 0, 1)
+        if self.transform is not None:
+            frame = self.transform(frame)
+        if self.frames is None:
+            size = self.count * frame.nbytes
+            if size > VIDEO_MAX_CLIP_BYTES:
+                raise ValueError(
+                    f"{self.count} frames of {self.name} take {size} bytes, more than {VIDEO_MAX_CLIP_BYTES}. Take "
+                    "fewer, or raise VIDEO_MAX_CLIP_BYTES (an environment variable)."
+                )
+            channels, height, width = frame.shape
+            self.frames = frame.new_empty(self.count, height, width, channels).permute(0, 3, 1, 2)
+        for place in self.places[index]:
+            self.frames[place] = frame
+
+
+class _Progress:
+    """Says what takes long: after five seconds, and then every ten."""
+
+    def __init__(self, what: str):
+        self.what, self.start = what, time.monotonic()
+        self.next = self.start + 5
+
+    def step(self, done: str) -> None:
+        now = time.monotonic()
+        if now > self.next:
+            self.next = now + 10
+            logger.warning(f"{self.what}: {done} in {now - self.start:.0f} s. Ctrl-C stops it.")
+
+
+class _Unreliable(Exception):
+    """Raised by a decoder for a kind of file of which it returns wrong frames, which the message names."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PyAV
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Decoders that, started at a frame that is no key frame, give an error or mark what comes as corrupt.
+_CHECKS_KEYS = {"h264", "hevc", "vvc", "vp8", "vp9", "av1", "libdav1d"}
+
+
+def _read_pyav(source, name, sample, transform):
+    to_rgb = _ToRGB(name)
     try:
         with open_pyav(source, name) as (container, stream):
-            total, times, keys = _index_packets(container, stream)
+            total, times, keys = _index_packets(container, stream, name)
             if total == 0:
                 raise _no_video(source, name, "there is no frame in it")
-            metadata = _metadata(total, stream.average_rate, "pyav")
-            indices = _sample(sample, metadata, name)
-            frames = _decode_from_key(container, stream, times, keys, set(indices.tolist())) if times else None
-        while frames is None:
+            metadata = _metadata(total, _frame_rate(stream, times), "pyav")
+            clip = _Clip(_sample(sample, metadata, name), name, transform)
+            complete = times is not None and _decode_from_key(container, stream, times, keys, clip, to_rgb)
+        for _ in range(3):
+            if complete:
+                break
             with open_pyav(source, name) as (container, stream):
-                frames, total = _decode_from_start(container, stream, set(indices.tolist()))
+                complete, total = _decode_from_start(container, stream, times, clip, to_rgb)
             if total == 0:
                 raise _no_video(source, name, "none of its frames can be decoded")
-            if total <= indices.max():  # fewer frames can be decoded than the file promised: sample from those
-                metadata = _metadata(total, metadata.fps, "pyav")
-                indices, frames = _sample(sample, metadata, name), None
+            if not complete:  # there are more or fewer frames than packets: sample from those that there are
+                metadata, times = _metadata(total, metadata.fps, "pyav"), None
+                clip = _Clip(_sample(sample, metadata, name), name, transform)
     except av.FFmpegError as error:
         raise _no_video(source, name, error) from error
-
-    sizes = {(frame.height, frame.width) for frame in frames.values()}
-    if len(sizes) > 1:
-        raise ValueError(
-            f"{name} changes its frame size: (height, width) {sorted(sizes)}. Cut it, or encode it anew with one size."
-        )
-    matrix = frames[indices[0]].side_data.get("DISPLAYMATRIX")
-    # One converter for all frames. `frame.to_ndarray` would leave one in each, and reading its side data puts a frame
-    # into a reference cycle: a forked worker that collects it waits for ever for threads that it did not inherit.
-    to_rgb = av.video.reformatter.VideoReformatter()
-    pixels = {i: to_rgb.reformat(frame, format="rgb24").to_ndarray() for i, frame in frames.items()}
-    return _turn_upright(np.stack([pixels[i] for i in indices.tolist()]), matrix), metadata
+    if not complete:
+        raise _no_video(source, name, "each time it is read, another number of frames can be decoded")
+    metadata.height, metadata.width = clip.shape
+    return clip.frames, metadata
 
 
 @contextmanager
-def open_pyav(source, name):
+def open_pyav(source: str | bytes, name: str):
+    """Opens a path or bytes with PyAV, and nothing that the file points to. Yields the container and the stream."""
     with _as_file(source) as file:
         # libav sees bytes alone: neither the file's name nor what stands in a playlist makes it open anything else.
         file.name = "video"
-        with av.open(file, container_options={"protocol_whitelist": "none"}, metadata_errors="ignore") as container:
+        with av.open(
+            file,
+            container_options={"protocol_whitelist": "none"},
+            options={"max_pixels": str(VIDEO_MAX_FRAME_PIXELS)},
+            **({"metadata_errors": "ignore"} if _PYAV < 19 else {}),
+        ) as container:
             if container.format.name.endswith("_pipe"):
-                raise ValueError(
-                    f"{name} is a still image ({container.format.name}), but a video was expected. Open images with "
-                    "PIL, say, and give the frames of each video as a list."
-                )
-            attached_picture = av.stream.Disposition.attached_pic
-            streams = [s for s in container.streams.video if s.codec_context and not s.disposition & attached_picture]
-            if not streams:
-                found = ", ".join(f"{s.type} ({s.name})" for s in container.streams) or "nothing at all"
-                raise ValueError(f"{name} has no video stream that can be decoded, only {found}. Give one that has.")
-            streams[0].thread_type = "AUTO"
-            streams[0].codec_context.thread_count = _decoding_threads()
-            yield container, streams[0]
+                raise ValueError(_still_image(source, name, container.format.name))
+            stream = _choose_stream(container, name)
+            _check_frame_size(stream.codec_context.height, stream.codec_context.width, name)
+            stream.thread_type = "AUTO"
+            stream.codec_context.thread_count = _decoding_threads()
+            yield container, stream
 
 
-def _index_packets(container, stream) -> tuple[int, list[int] | None, list[tuple]]:
+def _still_image(source, name, format) -> str:
+    with _as_file(source) as file:
+        start = file.read(21)
+    if start[:4] == b"RIFF" and start[8:16] == b"WEBPVP8X" and start[20] & 2:
+        return f"{name} is an animated WebP, which FFmpeg cannot read. Open it with PIL and give its frames as a list."
+    return (
+        f"{name} is a still image ({format}), but a video was expected. Open images with PIL, say, and give the "
+        "frames of each video as a list."
+    )
+
+
+def _choose_stream(container, name):
+    """The video stream that ffmpeg would take, or, if that holds one picture only, the first that holds more."""
+    attached_picture = av.stream.Disposition.attached_pic
+    streams = [s for s in container.streams.video if s.codec_context and not s.disposition & attached_picture]
+    if not streams:
+        # Of a stream in a codec that is unknown or encrypted PyAV has no context, and so no name.
+        found = [
+            f"{s.type} ({s.codec_context.name if s.codec_context else 'codec unknown'})" for s in container.streams
+        ]
+        raise ValueError(
+            f"{name} has no video stream that can be decoded, only {', '.join(found) or 'nothing at all'}. If it is "
+            "encrypted, decrypt it; if its codec is unknown, encode it anew."
+        )
+    streams = [s for s in streams if s.frames != 1] or streams
+    best = container.streams.best("video")
+    return best if best in streams else streams[0]
+
+
+def _index_packets(container, stream, name) -> tuple[int, list[int] | None, list[tuple]]:
     """
     Reads through the file without decoding.
 
@@ -257,13 +450,17 @@ def _index_packets(container, stream) -> tuple[int, list[int] | None, list[tuple
         times of presentation and of decoding of the key frames.
     """
     times, keys = [], []
+    begins_frame = _frame_counter(stream)
+    progress = _Progress(f"{name} has no index of its frames and is read through to count them")
     try:
         for packet in container.demux(stream):
+            progress.step(f"{len(times)} frames")
             # Packets to be discarded are those before the start of an edit list: decoded, but not shown.
-            if packet.size and not packet.is_discard and not packet.is_corrupt:
-                times.append(packet.pts)
-                if packet.is_keyframe:
-                    keys.append((packet.pts, packet.dts))
+            if not packet.size or packet.is_discard or packet.is_corrupt or not begins_frame(packet):
+                continue
+            times.append(packet.pts)
+            if packet.is_keyframe:
+                keys.append((packet.pts, packet.dts))
     except av.FFmpegError:
         pass  # the rest is missing; what came before counts
     # AVI stores no times of presentation: libav makes them up, and wrongly if there are B-frames.
@@ -271,6 +468,85 @@ def _index_packets(container, stream) -> tuple[int, list[int] | None, list[tuple
     if made_up or None in times or len(set(times)) < len(times):
         return len(times), None, []
     return len(times), sorted(times), keys
+
+
+def _frame_rate(stream, times):
+    """Frames a second: what the file declares, unless the times of its frames say something else."""
+    declared = stream.average_rate
+    if not times or len(times) < 2:
+        return declared
+    measured = (len(times) - 1) / float((times[-1] - times[0]) * stream.time_base)
+    return declared if declared and abs(declared / measured - 1) < 0.02 else measured
+
+
+def _decode_from_key(container, stream, times, keys, clip, to_rgb) -> bool:
+    """
+    Decodes from the last key frame before the first wanted frame. False if what comes is not, frame by frame, what the
+    times say: damage, or wrong times, or no key frame, or seeks that fail or all land too late.
+    """
+    codec = stream.codec_context.codec
+    must_be_key = not codec.intra_only and codec.name not in _CHECKS_KEYS
+    first = times[min(clip.places)]
+    before = sorted((key for key in keys if key[0] <= first), key=lambda key: key[0])[-2:]
+    if not before:
+        return False
+    # MP4 and Matroska find a key frame by its time of presentation, MPEG-TS by that of decoding, MPEG-PS only about.
+    for offset in (*before[-1], before[0][1]):
+        if offset is None:
+            continue
+        try:
+            container.seek(offset, stream=stream)
+        except av.FFmpegError:
+            continue  # a file that can be read, but not searched
+        if _decode_run(container, stream, times, bisect_left(times, before[-1][0]), clip, to_rgb, must_be_key):
+            return True
+    return False
+
+
+def _decode_run(container, stream, times, position: int, clip, to_rgb, must_be_key: bool) -> bool:
+    """Decodes the wanted frames, if from `position` to the last of them every frame comes at its time, undamaged."""
+    started = False
+    for frame in decoded_frames(container, stream):
+        if frame.pts is None:
+            return False
+        if not started and frame.pts < times[position]:
+            continue  # the seek landed earlier, or the frame needs one from before the key frame
+        if not started and must_be_key and frame.pict_type != av.video.frame.PictureType.I:
+            return False  # a container can call any frame a key frame, and this decoder would not notice
+        started = True
+        if frame.pts != times[position] or frame.is_corrupt:
+            return False
+        if position in clip.places:
+            clip.put(position, to_rgb(frame))
+        if position == clip.last:
+            return True
+        position += 1
+    return False
+
+
+def _decode_from_start(container, stream, times, clip, to_rgb) -> tuple[bool, int]:
+    """
+    Decodes to the last wanted frame; or to the end, if the frames do not come at the times of the packets: then there
+    may be more or fewer of them. (Where the times are unknown, the number of packets is taken as that of the frames.)
+
+    Returns:
+        Whether these are the wanted frames, and how many frames there were.
+    """
+    total, as_expected = 0, True
+    progress = _Progress(f"{clip.name} has to be decoded from its beginning")
+    for frame in decoded_frames(container, stream):
+        progress.step(f"{total} frames")
+        if frame.is_corrupt:
+            as_expected = as_expected and times is None
+            continue
+        if total in clip.places:
+            clip.put(total, to_rgb(frame))
+        if times is not None and (total >= len(times) or frame.pts != times[total]):
+            as_expected = False
+        total += 1
+        if total > clip.last and as_expected:
+            return True, total
+    return times is not None and total == len(times), total
 
 
 def decoded_frames(container, stream):
@@ -288,73 +564,169 @@ def decoded_frames(container, stream):
         yield from frames
 
 
-def _decode_from_key(container, stream, times, keys, wanted: set[int]) -> dict | None:
+class _ToRGB:
     """
-    Decodes from the last key frame before the first wanted frame. `None` if what comes is not, frame by frame, what
-    the times say: damage, or wrong times, or seeks that all land too late.
+    Decoded frames to (H, W, 3) uint8, upright.
+
+    One thread converts, and only one frame is asked for its side data: a frame that has been asked stays in memory
+    until the garbage collector comes, with what converted it. Where that had threads, a worker forked meanwhile, whose
+    collector comes first, would wait for threads that it does not have, for ever.
     """
-    before = sorted((key for key in keys if key[0] <= times[min(wanted)]), key=lambda key: key[0])[-2:]
-    start = bisect_left(times, before[-1][0]) if before else 0
-    # MP4 and Matroska find a key frame by its time of presentation, MPEG-TS by that of decoding, MPEG-PS only about.
-    offsets = [*before[-1], before[0][1]] if before else [times[0]]
-    for offset in offsets:
-        if offset is not None:
-            container.seek(offset, stream=stream)
-            frames = _decode_run(container, stream, times, start, wanted)
-            if frames is not None:
-                return frames
-    return None
+
+    def __init__(self, name: str):
+        self.name, self.matrix = name, None
+        self.reformatter = av.video.reformatter.VideoReformatter()
+        self.options = {"threads": 1} if _PYAV >= 17 else {}  # before, there were no threads
+
+    def __call__(self, frame) -> np.ndarray:
+        try:
+            pixels = self.reformatter.reformat(frame, format="rgb24", **self.options).to_ndarray()
+        except av.FFmpegError as error:
+            raise ValueError(
+                f"{self.name} has colours that FFmpeg cannot convert to RGB ({_first_line(error)}: pixel format "
+                f"{frame.format.name}, colour matrix {int(frame.colorspace)} of ITU-T H.273). Encode it in BT.709."
+            ) from error
+        if self.matrix is None:
+            self.matrix = bytes(frame.side_data.get("DISPLAYMATRIX") or b"")
+        if not self.matrix:
+            return pixels
+        # A point (x, y) of the frame is shown at (a x + c y, b x + d y), y downwards: to the nearest quarter turn.
+        a, b, _, c, d = np.frombuffer(self.matrix, np.int32)[:5]
+        if abs(b) > abs(a):
+            pixels, a, d = pixels.transpose(1, 0, 2), c, b
+        return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
-def _decode_run(container, stream, times, position: int, wanted: set[int]) -> dict | None:
-    """The wanted frames, if from `position` to the last of them every frame comes at its time, undamaged."""
-    frames, last, started = {}, max(wanted), False
-    for frame in decoded_frames(container, stream):
-        if frame.pts is None:
-            return None
-        if not started and frame.pts < times[position]:
-            continue  # the seek landed earlier, or the frame needs one from before the key frame
-        started = True
-        if frame.pts != times[position] or frame.is_corrupt:
-            return None
-        if position in wanted:
-            frames[position] = frame
-        if position == last:
-            return frames
-        position += 1
-    return None
+# --- packets that are no frames of their own ------------------------------------------------------------------------
 
 
-def _decode_from_start(container, stream, wanted: set[int]) -> tuple[dict, int]:
-    """Decodes until the last wanted frame. Returns the frames and how many there were."""
-    frames, total = {}, 0
-    for frame in decoded_frames(container, stream):
-        if frame.is_corrupt:
-            continue
-        if total in wanted:
-            frames[total] = frame
-        total += 1
-        if total > max(wanted):
-            break
-    return frames, total
+def _frame_counter(stream):
+    """Returns a function that says of each packet, in order, whether it begins a frame that is shown."""
+    codec, extradata = stream.codec_context.name, stream.codec_context.extradata or b""
+    if codec in ("vp8", "libvpx"):
+        # A frame that is only referred to: its show_frame bit (RFC 6386, section 9.1) is 0.
+        return lambda packet: bool(memoryview(packet)[0] & 0x10)
+    if codec == "h264":
+        return _H264FieldCounter(extradata)
+    return lambda packet: True
 
 
-def _turn_upright(frames: np.ndarray, display_matrix) -> np.ndarray:
-    """Turns and mirrors (T, H, W, 3) as a display matrix says, to the nearest quarter turn."""
-    if display_matrix is None:
-        return frames
-    # A point (x, y) of the frame is shown at (a x + c y, b x + d y), with y downwards.
-    a, b, _, c, d = np.frombuffer(bytes(display_matrix), np.int32)[:5]
-    if abs(b) > abs(a):
-        frames, a, d = frames.transpose(0, 2, 1, 3), c, b
-    return np.ascontiguousarray(frames[:, :: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+class _H264FieldCounter:
+    """
+    Where the fields of a frame are pictures of their own, each may be a packet: the second of two begins no frame.
+    (ITU-T H.264, sections 7.3.2.1.1, 7.3.3 and 7.4.1.2.4.)
+    """
+
+    def __init__(self, extradata: bytes):
+        self.prefix = (extradata[4] & 3) + 1 if extradata[:1] == b"\x01" and len(extradata) > 6 else None
+        self.first_field, self.bits_of_frame_num, self.has_planes = None, None, False
+        for unit in self._units_of_avcc(extradata) if self.prefix else self._units(extradata):
+            self._read_sequence(unit)
+        self.needed = self.bits_of_frame_num is not None
+
+    def __call__(self, packet) -> bool:
+        if not self.needed:
+            return True
+        for unit in self._units(bytes(memoryview(packet)[:2048])):
+            self._read_sequence(unit)
+            if unit[0] & 31 in (1, 5):
+                return self._begins_frame(unit)
+        return True
+
+    def _begins_frame(self, unit: bytes) -> bool:
+        bits = _Bits(unit[1:64])
+        for _ in range(3):  # first_mb_in_slice, slice_type, pic_parameter_set_id
+            bits.exp_golomb()
+        if self.has_planes:
+            bits.read(2)
+        frame_num, is_field = bits.read(self.bits_of_frame_num), bits.read(1)
+        field = (frame_num, bits.read(1)) if is_field else None
+        if field is not None and self.first_field == (frame_num, 1 - field[1]):
+            self.first_field = None
+            return False
+        self.first_field = field
+        return True
+
+    def _read_sequence(self, unit: bytes) -> None:
+        """Takes from a sequence parameter set what slices are read with; nothing if it allows no fields."""
+        if not unit or unit[0] & 31 != 7:
+            return
+        bits = _Bits(unit[4:])
+        bits.exp_golomb()
+        has_planes = False
+        if unit[1] in (100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135):
+            chroma = bits.exp_golomb()
+            has_planes = chroma == 3 and bool(bits.read(1))
+            bits.exp_golomb(), bits.exp_golomb(), bits.read(1)
+            if bits.read(1):  # scaling matrices
+                for i in range(8 if chroma != 3 else 12):
+                    if bits.read(1):
+                        bits.skip_scaling_list(16 if i < 6 else 64)
+        bits_of_frame_num = bits.exp_golomb() + 4
+        order = bits.exp_golomb()
+        if order == 0:
+            bits.exp_golomb()
+        elif order == 1:
+            bits.read(1), bits.exp_golomb(), bits.exp_golomb()
+            for _ in range(min(bits.exp_golomb(), 255)):
+                bits.exp_golomb()
+        bits.exp_golomb(), bits.read(1), bits.exp_golomb(), bits.exp_golomb()
+        if not bits.read(1):  # frame_mbs_only_flag
+            self.bits_of_frame_num, self.has_planes = bits_of_frame_num, has_planes
+
+    def _units(self, data: bytes):
+        """The NAL units of a packet."""
+        if self.prefix is None:
+            yield from (unit for unit in data.split(b"\0\0\1")[1:] if unit)
+            return
+        position = 0
+        while position + self.prefix < len(data):
+            length = int.from_bytes(data[position : position + self.prefix], "big")
+            position += self.prefix
+            if length:
+                yield data[position : position + length]
+            position += length
+
+    def _units_of_avcc(self, extradata: bytes):
+        position = 6
+        for _ in range(extradata[5] & 31):
+            length = int.from_bytes(extradata[position : position + 2], "big")
+            yield extradata[position + 2 : position + 2 + length]
+            position += 2 + length
 
 
-class _Unreliable(Exception):
-    """Raised by a decoder for a kind of file of which it returns wrong frames, which the message names."""
+class _Bits:
+    """Reads bits from the front of a NAL unit, and zeros behind its end."""
+
+    def __init__(self, data: bytes):
+        data = data.replace(b"\0\0\3", b"\0\0")
+        self.value, self.left = int.from_bytes(data, "big"), 8 * len(data)
+
+    def read(self, count: int) -> int:
+        self.left -= count
+        return (self.value >> self.left if self.left >= 0 else self.value << -self.left) & ((1 << count) - 1)
+
+    def exp_golomb(self) -> int:
+        zeros = 0
+        while zeros < 32 and not self.read(1):
+            zeros += 1
+        return (1 << zeros) - 1 + self.read(zeros)
+
+    def skip_scaling_list(self, size: int) -> None:
+        last, scale = 8, 8
+        for _ in range(size):
+            if scale:
+                code = self.exp_golomb()
+                scale = (last + (code + 1) // 2 * (1 if code % 2 else -1)) % 256
+            last = scale or last
 
 
-def _read_torchcodec(source, name, sample):
+# ---------------------------------------------------------------------------------------------------------------------
+# torchcodec and decord
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _read_torchcodec(source, name, sample, transform):
     with _as_file(source) as file:
         start = file.read(8)
     # Of AVI, MPEG-PS and MPEG-TS files, torchcodec 0.17 returns other frames than those asked for, or none.
@@ -365,17 +737,18 @@ def _read_torchcodec(source, name, sample):
         decoder = importlib.import_module("torchcodec.decoders").VideoDecoder(
             source, dimension_order="NHWC", seek_mode="exact", num_ffmpeg_threads=_decoding_threads()
         )
-        metadata = _metadata(decoder.metadata.num_frames, decoder.metadata.average_fps, "torchcodec")
+        about = decoder.metadata
+        metadata = _metadata(about.num_frames, about.average_fps, "torchcodec")
     except Exception as error:
         raise _no_video(source, name, error) from error
-    indices = _sample(sample, metadata, name)
-    try:
-        return decoder.get_frames_at(indices=indices.tolist()).data.numpy(), metadata
-    except Exception as error:
-        raise _no_video(source, name, error) from error
+    _check_frame_size(about.height, about.width, name)
+    clip = _Clip(_sample(sample, metadata, name), name, transform)
+    _put_batches(clip, source, lambda indices: decoder.get_frames_at(indices=indices).data.numpy())
+    metadata.height, metadata.width = clip.shape
+    return clip.frames, metadata
 
 
-def _read_decord(source, name, sample):
+def _read_decord(source, name, sample, transform):
     # decord 0.6 returns wrong frames, without a word, from AVI, MPEG-PS, MPEG-TS and WMV files, from HEVC, and where
     # an edit list cuts off the beginning; and it overlooks the rotation of Matroska files.
     index = _mp4_index(source)
@@ -387,26 +760,32 @@ def _read_decord(source, name, sample):
         file = _as_file(source) if isinstance(source, bytes) else source
         reader = decord.VideoReader(file, ctx=decord.cpu(0), num_threads=_decoding_threads())
         start = reader.get_frame_timestamp([0])[0, 0]
+        metadata = _metadata(len(reader), reader.get_avg_fps(), "decord")
     except Exception as error:
         raise _no_video(source, name, error) from error
     if start < 0:
         raise _Unreliable("files with an edit list that cuts off the beginning")
-    metadata = _metadata(len(reader), reader.get_avg_fps(), "decord")
-    indices = _sample(sample, metadata, name)
-    try:
-        return reader.get_batch(indices).asnumpy(), metadata
-    except Exception as error:
-        raise _no_video(source, name, error) from error
+    clip = _Clip(_sample(sample, metadata, name), name, transform)
+    _put_batches(clip, source, lambda indices: reader.get_batch(indices).asnumpy())
+    metadata.height, metadata.width = clip.shape
+    return clip.frames, metadata
 
 
-# In the order of preference: PyAV is as fast as the others, and the only one of which no test file gets wrong frames.
-# CPU milliseconds (time.process_time, median of 11) for 16 frames at stride 2 from the middle of a clip, on two cores
-# with AVX-512, 2026-11-22:
-#                                       PyAV 18.1   torchcodec 0.17   decord 0.6
-#   340 x 256 H.264, 280 frames               107               106          107
-#   640 x 272 H.264, 300 frames                65                58           77
-#   1920 x 1080 H.264, 150 frames             378               340          746
-#   320 x 240 MPEG-4 in AVI, 164 frames        23      wrong frames  wrong frames
+def _put_batches(clip, source, decode) -> None:
+    """Decodes the wanted frames, ascending and a few at a time, so that not all are in memory before they shrink."""
+    wanted = sorted(clip.places)
+    for start in range(0, len(wanted), 8):
+        batch = wanted[start : start + 8]
+        try:
+            decoded = decode(batch)
+        except Exception as error:
+            raise _no_video(source, clip.name, error) from error
+        for index, pixels in zip(batch, decoded, strict=True):
+            clip.put(index, pixels)
+
+
+# In the order of preference: PyAV is as fast as the others, and the only one of which no test file gets wrong frames;
+# docs/limits.md has the figures.
 DECODERS = {"pyav": _read_pyav, "torchcodec": _read_torchcodec, "decord": _read_decord}
 
 

@@ -1,5 +1,6 @@
 """Video processor class for VideoMamba: a file, URL, bytes or frames in, `pixel_values` out."""
 
+import math
 import os
 from functools import partial
 
@@ -13,6 +14,9 @@ from transformers.video_utils import VideoMetadata, make_batched_metadata
 
 from .image_processing_videomamba import VideoMambaFramesMixin, split_videos, stack_frames
 from .video_decoding import DECODERS, decode_video
+
+
+MAX_NUM_FRAMES = 2**16  # that one call samples
 
 
 class VideoMambaVideoProcessorKwargs(VideosKwargs, total=False):
@@ -69,7 +73,7 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
 
     def __init__(self, **kwargs: Unpack[VideoMambaVideoProcessorKwargs]):
         super().__init__(**kwargs)
-        _check_sampling(self.num_frames, self.frame_stride, self.decoder)
+        _check_sampling(self.num_frames, self.frame_stride, self.fps, self.decoder)
 
     def preprocess(self, videos, **kwargs: Unpack[VideoMambaVideoProcessorKwargs]) -> BatchFeature:
         r"""
@@ -98,13 +102,17 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
         frame_stride = kwargs.pop("frame_stride", self.frame_stride)
         num_frames, fps = kwargs.pop("num_frames", None), kwargs.pop("fps", None)
         do_sample_frames = kwargs.pop("do_sample_frames", self.do_sample_frames)
-        _check_sampling(num_frames, frame_stride, decoder)
+        _check_sampling(num_frames, frame_stride, fps, decoder)
         sample = partial(self.sample_frames, num_frames=num_frames, fps=fps, frame_stride=frame_stride)
 
         files = _list_files(videos)
         if files is not None:
-            frames, metadata = self.fetch_videos(files, None if do_sample_frames is False else sample, decoder)
-            frames = [video.permute(0, 3, 1, 2) for video in frames]
+            # Each frame is resized as soon as it is decoded: of large ones, one is in memory at a time.
+            transform = self._transform_of_frames(kwargs)
+            sample = None if do_sample_frames is False else sample
+            decoded = [decode_video(file, sample, decoder, transform) for file in files]
+            frames, metadata = [frames for frames, _ in decoded], [about for _, about in decoded]
+            kwargs.update(do_resize=False, do_center_crop=False)
         else:
             do_convert_rgb = kwargs.get("do_convert_rgb", self.do_convert_rgb)
             input_data_format = kwargs.get("input_data_format", self.input_data_format)
@@ -123,6 +131,13 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
         # From here on the base class sees (T, C, H, W) tensors, sampled and in RGB.
         kwargs.update(do_sample_frames=False, input_data_format="channels_first", video_metadata=metadata)
         return super().preprocess(frames, **kwargs)
+
+    def _transform_of_frames(self, kwargs):
+        """Resize and crop, with the options of a call, on its device."""
+        kwargs = {name: kwargs.get(name, getattr(self, name, None)) for name in self.valid_kwargs.__annotations__}
+        kwargs, device = self._standardize_kwargs(**kwargs), kwargs["device"]
+        options = {name: kwargs[name] for name in ("do_resize", "size", "resample", "do_center_crop", "crop_size")}
+        return lambda frame: self.resize_and_crop(frame if device is None else frame.to(device), **options)
 
     def sample_frames(
         self, metadata: VideoMetadata, num_frames: int | None = None, fps: float | None = None, **kwargs
@@ -150,9 +165,11 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
                     f"Sampling {fps} frames a second needs the frame rate of the clip, which is unknown. Give it in "
                     "`video_metadata`, or use `num_frames` instead of `fps`."
                 )
-            num_frames, frame_stride = max(1, int(total / metadata.fps * fps)), None
+            num_frames, frame_stride = max(1, math.floor(total / metadata.fps * fps + 1e-6)), None
         elif num_frames is None:
             return np.arange(total)
+        if num_frames > MAX_NUM_FRAMES:
+            raise ValueError(f"{num_frames} frames were to be sampled, more than {MAX_NUM_FRAMES}. Take fewer.")
         if frame_stride is not None:
             span = (num_frames - 1) * frame_stride + 1
             if span <= total:
@@ -180,10 +197,12 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
         return torch.from_numpy(frames), metadata
 
 
-def _check_sampling(num_frames, frame_stride, decoder) -> None:
+def _check_sampling(num_frames, frame_stride, fps, decoder) -> None:
     for name, value in (("num_frames", num_frames), ("frame_stride", frame_stride)):
-        if value is not None and (not isinstance(value, int) or value < 1):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"`{name}` is {value!r}, but must be a whole number of at least 1, or None.")
+    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < math.inf):
+        raise ValueError(f"`fps` is {fps!r}, but must be a finite number of frames a second above 0, or None.")
     if decoder is not None and decoder not in DECODERS:
         raise ValueError(f"`decoder` is {decoder!r}, but must be one of {', '.join(DECODERS)}, or None.")
 

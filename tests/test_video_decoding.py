@@ -365,7 +365,7 @@ def test_urls_that_never_end(server, monkeypatch):
     monkeypatch.setattr(video_decoding, "DOWNLOAD_TIMEOUT", 0.2)
     with pytest.raises(ConnectionError, match="/slow could not be downloaded .*Timeout"):
         fetch(server + "/slow")
-    monkeypatch.setattr(video_decoding, "DOWNLOAD_MAX_BYTES", 1 << 18)
+    monkeypatch.setattr(video_decoding, "VIDEO_MAX_DOWNLOAD_BYTES", 1 << 18)
     with pytest.raises(ConnectionError, match="/endless did not end within 262144 bytes"):
         fetch(server + "/endless")
 
