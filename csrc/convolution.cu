@@ -32,7 +32,7 @@ DEV void store_few(io_t *to, const float from[CV]) {
 }
 // The token that direction `dir` meets at a place, if it exists.
 DEV int token_at(const Args &p, int dir, int place) {
-    return ORDERED && dir && place >= 0 && place < p.L ? (int)p.order[place] : place;
+    return ORDERED && dir && place >= 0 && place < p.L ? visited(p, place) : place;
 }
 struct Taps {
     float weight[WALKED][K][CV], bias[WALKED][CV];
@@ -69,7 +69,7 @@ DEV float silu_of_scaled(float y) {
     return y * rcp(fmaf(LOG2E, ex2(-y), LOG2E));
 #endif
 }
-extern "C" __global__ void __launch_bounds__(CONV_THREADS, 20) conv(const Args p) {
+extern "C" __global__ void __launch_bounds__(CONV_THREADS, IO ? 20 : 12) conv(const Args p) {
     const int groups = (CHANNELS + CV - 1) / CV, at = blockIdx.x * CONV_THREADS + threadIdx.x;
     const int dir = at / groups, channel = at % groups * CV, b = blockIdx.z, start = blockIdx.y * RUN;
     if (dir >= 2 / WALKED) return;
@@ -116,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(CONV_THREADS, 20) conv(const Args p
 #ifdef CONV_BACKWARD_KERNEL
 // Adds the gradients of both directions at each token. p.mode 1: direction 0 alone; 2: direction 1 along p.order, on
 // top of what direction 0 left.
-extern "C" __global__ void __launch_bounds__(CONV_THREADS, 10) conv_backward(const Args p) {
+extern "C" __global__ void __launch_bounds__(CONV_THREADS, IO ? 10 : 7) conv_backward(const Args p) {
     const int channel = (blockIdx.x * CONV_THREADS + threadIdx.x) * CV, b = blockIdx.z;
     const int dir = ORDERED && p.mode == 2, start = blockIdx.y * RUN;
     if (channel >= CHANNELS) return;

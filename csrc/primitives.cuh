@@ -44,10 +44,19 @@
 #define MINBLOCKS 1  // thread blocks that must fit a multiprocessor: caps registers
 #endif
 #ifndef ORDERED
-#define ORDERED 0  // the backward direction follows `Args::order`
+#define ORDERED 0  // the backward direction follows an order other than the full reversal: see `visited`
+#endif
+#ifndef JOINED
+#define JOINED 0  // the scan itself passes states between the few chunks there are
+#endif
+#ifndef WIDE
+#define WIDE 0  // a sequence has 4 GiB or more: 64-bit offsets
+#endif
+#ifndef TF32
+#define TF32 0  // of float activations: the tensor cores' precision is enough
 #endif
 
-#define EXACT (IO == 0)
+#define EXACT (IO == 0 && !TF32)
 #define DEV static __device__ __forceinline__
 #define NT ((N + 7) / 8)
 #define PROJ (R + 2 * N)
@@ -76,12 +85,18 @@ struct Args {
     float *states, *sums, *sub, *adjoint, *da, *dvec;
     void *dbc;
     int B, L;
-    int mode;           // along a general order: 1 + the direction that this launch walks
+    int mode;           // of `conv_backward` along an order: 1 + the direction; of `pass_states`: 1 for adjoint states
     int chunk, chunks;  // tokens in one, and how many
     int turn;           // -1: all chunks at once; otherwise they take turns, the last first: whose turn it is
     int span;           // chunks in a turn
     int kept;           // tokens between the states that the scan keeps; 0: none
+    // The order of the backward direction: 0 is any, in `order`; else tokens are `frames` frames of `frame` tokens.
+    int reversal;
+    int frames, frame;
+    int class_token;  // index of a token that belongs to no frame; -1: none
 };
+#define SPATIAL 1   // frame by frame, each from its last token on
+#define TEMPORAL 2  // the last frame first, each from its first token on
 
 #ifndef EMULATED
 DEV float ex2(float x) {
@@ -173,12 +188,14 @@ DEV void keep_in_register(int &v) { asm("" : "+r"(v)); }
 DEV float exchange(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 #endif
 
-// In the type of activations.
-DEV u32 pack16(float a, float b) { return IO == 1 ? pack_half(a, b) : pack_bf16(a, b); }
-DEV void mma_k16(float *d, const u32 *a, u32 b0, u32 b1) {
-    IO == 1 ? mma_half_k16(d, a, b0, b1) : mma_bf16_k16(d, a, b0, b1);
+// In the type of activations; of float ones in float16, which is as precise as tf32.
+DEV u32 pack16(float a, float b) {
+    return IO == 0 ? pack_half_finite(a, b) : IO == 1 ? pack_half(a, b) : pack_bf16(a, b);
 }
-DEV void mma_k8(float *d, const u32 *a, u32 b) { IO == 1 ? mma_half_k8(d, a, b) : mma_bf16_k8(d, a, b); }
+DEV void mma_k16(float *d, const u32 *a, u32 b0, u32 b1) {
+    IO == 2 ? mma_bf16_k16(d, a, b0, b1) : mma_half_k16(d, a, b0, b1);
+}
+DEV void mma_k8(float *d, const u32 *a, u32 b) { IO == 2 ? mma_bf16_k8(d, a, b) : mma_half_k8(d, a, b); }
 DEV float load16(u16 v, bool half) { return half ? half_to_float(v) : __uint_as_float((u32)v << 16); }
 #if IO == 0
 DEV float value(float v) { return v; }
@@ -239,6 +256,12 @@ DEV void store4(io_t *to, const float *from, int left) {
             if (e < left) to[e] = stored(from[e]);
     }
 }
+// As many of four neighbours as there are.
+DEV void load_few4(float *to, const io_t *from, int left) {
+    if (VEC) unpack4(to, from);
+    else
+        for (int e = 0; e < 4; e++) to[e] = e < left ? value(from[e]) : 0.f;
+}
 template <int COUNT> DEV void load_vector(float *to, const float *from) {
     if (COUNT == 2) {
         float2 v = *(const float2 *)from;
@@ -260,13 +283,8 @@ template <int COUNT> DEV void store_vector(float *to, const float *from) {
     }
 }
 
-DEV float decay(float delta, float a) {
-#if EXACT
-    return exp2f(delta * a);
-#else
-    return ex2(delta * a);
-#endif
-}
+// As precise as exp2f, but for results below 2^-126, which become zero.
+DEV float decay(float delta, float a) { return ex2(delta * a); }
 DEV float softplus(float v) {
 #if EXACT
     return v > 20.f ? v : log1pf(expf(v));
@@ -301,4 +319,18 @@ DEV float softplus_slope(float delta) {
     float series = delta * fmaf(delta, fmaf(delta, 0.16666667f, -0.5f), 1.f);
     return delta < 0.03125f ? series : 1.f - ex2(delta * -LOG2E);
 #endif
+}
+
+// The token that the backward direction visits at a step, if it exists.
+DEV int visited(const Args &p, int step) {
+    if (!p.reversal) return (int)p.order[step];
+    int patch = step;
+    if (p.class_token >= 0) {  // visited at its mirrored place
+        const int mirrored = p.L - 1 - p.class_token;
+        if (step == mirrored) return p.class_token;
+        patch -= step > mirrored;
+    }
+    const int row = patch % p.frame;
+    patch = p.reversal == SPATIAL ? patch + p.frame - 1 - 2 * row : p.frames * p.frame - p.frame - patch + 2 * row;
+    return patch + (p.class_token >= 0 && patch >= p.class_token);
 }

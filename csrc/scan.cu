@@ -19,8 +19,9 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
     const int LD = 16 * M + 4, S = 2 * M, LU = ROW(M), GROUPS = NT / (SPLIT + 1);  // of eight states
     extern __shared__ __align__(16) char shared[];
     Walk w = Walk::start(p, M);
-    if (ORDERED && w.dir != p.mode - 1) return;
     if (KIND == ADJOINT) w.reversed = !w.reversed;
+    // Nobody starts from where the last chunk ends.
+    if ((KIND == ENDS || KIND == ADJOINT) && w.chunk == (w.reversed ? 0 : p.chunks - 1)) return;
     const bool meeting = KIND == SCAN && !ORDERED;
     if (KIND == STATES && w.tiles <= 0) return;
     if (w.channel >= CHANNELS) {
@@ -36,7 +37,8 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
     const io_t *proj_rows = p.proj + ((size_t)w.dir * p.B * p.L + w.row) * PROJ;
     const io_t *u_rows = p.u + ((size_t)(KIND == ADJOINT ? 0 : w.dir) * p.B * p.L + w.row) * CHANNELS + w.channel;
     const io_t *z_rows = p.xz + (w.row * 2 + 1) * CHANNELS + w.channel;
-    io_t *out_rows = p.out + w.row * CHANNELS + w.channel;
+    // Along an order the directions meet anywhere: each leaves its outputs in the place of its inputs, for `gate`.
+    io_t *out_rows = ORDERED ? (io_t *)u_rows : p.out + w.row * CHANNELS + w.channel;
 
     const int first_group = w.half * GROUPS;
     float a[M][GROUPS][4], h[M][GROUPS][4], total[S];
@@ -51,7 +53,22 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
             for (int e = 0; e < 4; e++) h[i][nt][e] = 0.f;
 #pragma unroll
     for (int s = 0; s < S; s++) total[s] = 0.f;
-    if (p.chunks > 1 && (KIND == SCAN || KIND == STATES))
+    if (JOINED && KIND == SCAN)
+        for (int k = w.reversed ? p.chunks - 1 : 0; k != w.chunk; k += w.reversed ? -1 : 1) {
+            float end[M][GROUPS][4] = {}, sum[S];
+            load_states<M, GROUPS>(end, fragment<M>(p.states, p, w, p.chunks, k) + first_group * 128, w);
+            const float *sums = p.sums + ((size_t)(w.dir * p.B + w.b) * p.chunks + k) * CHANNELS + w.channel + g * S;
+#pragma unroll
+            for (int s = 0; s < S; s++) sum[s] = g * S + s < left ? sums[s] : 0.f;
+#pragma unroll
+            for (int i = 0; i < M; i++)
+#pragma unroll
+                for (int nt = 0; nt < GROUPS; nt++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        h[i][nt][e] = fmaf(h[i][nt][e], decay(sum[2 * i + (e >> 1)], a[i][nt][e]), end[i][nt][e]);
+        }
+    else if (p.chunks > 1 && (KIND == SCAN || KIND == STATES))
         load_states<M, GROUPS>(h, fragment<M>(p.states, p, w, p.chunks, w.chunk) + first_group * 128, w);
     // The next part of which the state before is stored, and where; SCAN: the place that this is at.
     const int way = w.reversed ? -1 : 1;
@@ -96,8 +113,7 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
             keep_at = part * p.kept + (w.reversed ? p.kept - TILE : 0);
         }
         // The first direction to come by a token leaves its output; the second adds its own, and gates.
-        const bool second =
-            KIND == SCAN && (ORDERED ? p.mode == 2 : 2 * tile > w.tiles - 1 || (2 * tile == w.tiles - 1 && w.dir));
+        const bool second = meeting && (2 * tile > w.tiles - 1 || (2 * tile == w.tiles - 1 && w.dir));
         if (meeting && w.dir && tile == w.tiles / 2) barrier(1, BLOCK_THREADS);
         if (second) {
             load_row<16 * M, LU, 2 * CHANNELS, CHANNEL_PIECE>(gate, z_rows, left, w, row, begin);
@@ -125,32 +141,47 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
                 part += way, sub_at += way * STATES_OF_PART;
             }
 #if EXACT
+            float sum[4][S];
+#pragma unroll
             for (int j = 0; j < 4; j++) {
-                const io_t *proj_at = proj + (t4 + j) * PROJ;
-                float sum[S];
+                float step[S], v[S], b[GROUPS][2], c[GROUPS][2];
+                load_vector<S>(step, d_at + j * LD);
+                load_channels_of_lane<S>(v, u_at + (j - q) * LU);
+#pragma unroll
+                for (int nt = 0; nt < GROUPS; nt++) {
+                    projected2(b[nt], proj, t4 + j, in_at, nt * 8 + 2 * q);
+                    if (KIND == SCAN) projected2(c[nt], proj, t4 + j, R + N, nt * 8 + 2 * q);
+                }
 #pragma unroll
                 for (int s = 0; s < S; s++) {
-                    float step = d_at[j * LD + s], v = value(u_at[(j - q) * LU + s]);
-                    if (KIND != ADJOINT) v *= step;
-                    sum[s] = 0.f, total[s] += step;
+                    if (KIND != ADJOINT) v[s] *= step[s];
+                    sum[j][s] = 0.f, total[s] += step[s];
 #pragma unroll
                     for (int nt = 0; nt < GROUPS; nt++)
 #pragma unroll
                         for (int e = 0; e < 2; e++) {
-                            int n = nt * 8 + 2 * q + e;
                             float &state = h[s / 2][nt][(s & 1) * 2 + e];
-                            float factor = decay(step, a[s / 2][nt][(s & 1) * 2 + e]);
-                            float in = v * projected(proj_at, 0, in_at, n);
+                            float factor = decay(step[s], a[s / 2][nt][(s & 1) * 2 + e]), in = v[s] * b[nt][e];
                             state = KIND == ADJOINT ? (state + in) * factor : fmaf(state, factor, in);
-                            if (KIND == SCAN) sum[s] = fmaf(state, projected(proj_at, 0, R + N, n), sum[s]);
+                            if (KIND == SCAN) sum[j][s] = fmaf(state, c[nt][e], sum[j][s]);
                         }
-                    if (KIND == SCAN) {
-                        sum[s] += exchange(sum[s], 1);
-                        sum[s] += exchange(sum[s], 2);
-                    }
                 }
-                sync_warp();
-                if (KIND == SCAN && q == 0) store_vector<S>(d_at + j * LD, sum);
+            }
+            if (KIND == SCAN) {
+                // Over the four lanes of a channel; lane q is left with the sum of step q.
+                float y[S];
+#pragma unroll
+                for (int s = 0; s < S; s++) {
+                    float two[2];
+#pragma unroll
+                    for (int j = 0; j < 2; j++) {
+                        float mine = q & 2 ? sum[j + 2][s] : sum[j][s], other = q & 2 ? sum[j][s] : sum[j + 2][s];
+                        two[j] = mine + exchange(other, 2);
+                    }
+                    y[s] = (q & 1 ? two[1] : two[0]) + exchange(q & 1 ? two[0] : two[1], 1);
+                }
+                sync_warp();  // Δ of these steps is used up
+                store_vector<S>(y_at + q * LD, y);
             }
 #else
             float b[GROUPS], in[S], step[S], sum[M][4], factor[M][GROUPS][4];
@@ -263,8 +294,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) adjoint(c
 #endif
 
 #ifdef PASS_STATES_KERNEL
-// Passes states between chunks: what each ends with, from zero, becomes what it starts with. A thread a state; p.mode 1: p.adjoint instead of
-// p.states, against the walk.
+// Passes states between chunks: what each ends with, from zero, becomes what it starts with. A thread a state;
+// p.mode 1: p.adjoint instead of p.states, against the walk.
 extern "C" __global__ void pass_states(const Args p) {
     int blocks = (CHANNELS + 15) / 16;
     int i = blockIdx.x * blockDim.x + threadIdx.x, per = blocks * NT * 128;
@@ -280,9 +311,66 @@ extern "C" __global__ void pass_states(const Args p) {
 #pragma unroll 8
     for (int k = 0; k < p.chunks; k++) {
         int chunk = down ? p.chunks - 1 - k : k;
-        float end = states[(size_t)chunk * per], factor = exp2f(a * sums[(size_t)chunk * CHANNELS]);
+        float end = 0.f, factor = 0.f;
+        if (k + 1 < p.chunks) end = states[(size_t)chunk * per], factor = exp2f(a * sums[(size_t)chunk * CHANNELS]);
         states[(size_t)chunk * per] = h;
         h = fmaf(h, factor, end);
     }
+}
+#endif
+
+#ifdef GATE_KERNEL
+// Along an order: adds the outputs that the directions left in `u`, and gates. A thread takes four channels of a row.
+extern "C" __global__ void gate(const Args p) {
+    const int fours = (CHANNELS + 3) / 4;
+    const size_t rows = (size_t)p.B * p.L, at = (size_t)blockIdx.x * blockDim.x + threadIdx.x, row = at / fours;
+    const int four = at % fours * 4, here = CHANNELS - four;
+    if (row >= rows) return;
+    float y[4], other[4], z[4];
+    load_few4(y, p.u + row * CHANNELS + four, here);
+    load_few4(other, p.u + (rows + row) * CHANNELS + four, here);
+    load_few4(z, p.xz + (2 * row + 1) * CHANNELS + four, here);
+#pragma unroll
+    for (int e = 0; e < 4; e++) y[e] = (y[e] + other[e]) * z[e] * half_sigmoid(z[e]);
+    store4(p.out + row * CHANNELS + four, y, here);
+}
+#endif
+#ifdef GATE_BACKWARD_KERNEL
+// Along an order: the directions left their ungated outputs in the gate's half of `out` and in `y`. These become the
+// gradient of the gate, and what `out_proj` took.
+extern "C" __global__ void gate_backward(const Args p) {
+    const int fours = (CHANNELS + 3) / 4;
+    const size_t rows = (size_t)p.B * p.L, at = (size_t)blockIdx.x * blockDim.x + threadIdx.x, row = at / fours;
+    const int four = at % fours * 4, here = CHANNELS - four;
+    if (row >= rows) return;
+    io_t *dz = p.out + (2 * row + 1) * CHANNELS + four, *gated = p.y + row * CHANNELS + four;
+    float y[4], other[4], z[4], dout[4];
+    load_few4(y, dz, here);
+    load_few4(other, gated, here);
+    load_few4(z, p.xz + (2 * row + 1) * CHANNELS + four, here);
+    load_few4(dout, p.dout + row * CHANNELS + four, here);
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        float gate = sigmoid(z[e]), mean = 0.5f * (y[e] + other[e]) * gate;
+        y[e] = mean * dout[e] * fmaf(z[e], 1.f - gate, 1.f);
+        other[e] = mean * z[e];
+    }
+    store4(dz, y, here);
+    store4(gated, other, here);
+}
+#endif
+#ifdef UNGATE_KERNEL
+// The gradient of the ungated outputs, p.y, from that of the gated ones.
+extern "C" __global__ void ungate(const Args p) {
+    const int fours = (CHANNELS + 3) / 4;
+    const size_t rows = (size_t)p.B * p.L, at = (size_t)blockIdx.x * blockDim.x + threadIdx.x, row = at / fours;
+    const int four = at % fours * 4, here = CHANNELS - four;
+    if (row >= rows) return;
+    float y[4], z[4];
+    load_few4(y, p.dout + row * CHANNELS + four, here);
+    load_few4(z, p.xz + (2 * row + 1) * CHANNELS + four, here);
+#pragma unroll
+    for (int e = 0; e < 4; e++) y[e] *= z[e] * half_sigmoid(z[e]);
+    store4(p.y + row * CHANNELS + four, y, here);
 }
 #endif

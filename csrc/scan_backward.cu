@@ -6,7 +6,7 @@
 // Bytes of shared memory of a warp.
 #define BACKWARD_SHARED                                                                   \
     (2 * (PROJ_TILE + 3 * TILE * 16 * (int)sizeof(io_t)) + 5 * TILE * 20 * 4 + NT * 512 + \
-     TILE * 16 * (int)sizeof(io_t) + 1536 + (EXACT ? NT * 512 : STEP_SIZE_BYTES(1)))
+     TILE * 16 * (int)sizeof(io_t) + 1536 + STEP_SIZE_BYTES(1) + (EXACT ? NT * 512 : 0))
 
 #if IO == 2  // of the gradients of B and C, one a block of 16 channels
 typedef u16 partial_t;
@@ -30,7 +30,6 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
     const int LD = 20, S = 2;
     extern __shared__ __align__(16) char shared[];
     Walk w = Walk::start(p, 1);
-    if (ORDERED && w.dir != p.mode - 1) return;
     // In turns, the directions come by different chunks, but for the turn in the middle of an odd number.
     const bool meeting = !ORDERED && (p.turn < 0 || 2 * p.turn == p.chunks - 1);
     if (w.channel >= CHANNELS) {
@@ -49,7 +48,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
     StepSize<1> step_size;
     step_size.load(p, w, (char *)before + U_TILE + 1536);
 #if EXACT
-    float *sums = (float *)((char *)before + U_TILE + 1536);
+    float *sums = (float *)((char *)before + U_TILE + 1536 + STEP_SIZE_BYTES(1));
 #endif
     const io_t *proj_rows = p.proj + ((size_t)w.dir * p.B * p.L + w.row) * PROJ;
     const size_t rows = ((size_t)w.dir * p.B * p.L + w.row) * CHANNELS + w.channel;
@@ -102,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
         copy_wait<0>();
         sync_warp();
         const int begin = w.begin(w.tiles - 1 - i);
-        const bool second = ORDERED    ? p.mode == 2
+        const bool second = ORDERED    ? false
                             : !meeting ? 2 * p.turn > p.chunks - 1
                                        : 2 * i > w.tiles - 1 || (2 * i == w.tiles - 1 && w.dir);
         if (meeting && w.dir && i == w.tiles / 2) barrier(1, BLOCK_THREADS);
@@ -356,7 +355,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
             }
             store4(cell(p.du + rows, token, CHANNELS, four), r_du, here);
             store4(cell(p.ddelta + rows, token, CHANNELS, four), r_dd, here);
-            store4(cell(dz_rows, token, 2 * CHANNELS, four), vy, here);
+            // Along an order, each direction its own, for `gate_backward`.
+            if (ORDERED && w.dir) store4(cell(p.y + w.row * CHANNELS + w.channel, token, CHANNELS, four), vy, here);
+            else store4(cell(dz_rows, token, 2 * CHANNELS, four), vy, here);
         }
         if (meeting && !w.dir && i == (w.tiles - 1) / 2) barrier(1, BLOCK_THREADS);
         sync_warp();

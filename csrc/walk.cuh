@@ -11,11 +11,12 @@ struct Walk {
     int lane, g, q, dir, half, team, b, channel, chunk, first, last, tiles;
     int base;  // first place of the turn
     bool reversed;
-    const long long *order;
+    const Args *args;
     size_t row;  // of token 0 of this sequence among all B L rows
 
     static __device__ __forceinline__ Walk start(const Args &p, int m) {
         Walk w;
+        w.args = &p;
         w.lane = threadIdx.x & 31, w.g = w.lane >> 2, w.q = w.lane & 3;
         int warp = uniform(threadIdx.x >> 5);
         w.half = SPLIT ? warp & 1 : 0, w.team = warp >> SPLIT;
@@ -23,7 +24,6 @@ struct Walk {
         w.channel = (blockIdx.x * W + (w.team >> 1)) * 16 * m;
         w.b = blockIdx.z;
         w.reversed = w.dir && !ORDERED;
-        w.order = w.dir ? p.order : 0;
         int turns = (p.chunks + p.span - 1) / p.span;
         int before = p.turn < 0 ? 0 : (w.reversed ? p.turn : turns - 1 - p.turn) * p.span;
         w.base = before * p.chunk;
@@ -43,14 +43,18 @@ struct Walk {
     __device__ __forceinline__ int begin(int i) const { return first + (reversed ? tiles - 1 - i : i) * TILE; }
     __device__ __forceinline__ int place(int begin, int r) const { return begin + (reversed ? TILE - 1 - r : r); }
     __device__ __forceinline__ int token(int place) const {
-        if (ORDERED && order) return place < last ? (int)order[place] : 0;
+        if (ORDERED && dir) return place < last ? visited(*args, place) : 0;
         return place;
     }
 };
 
-// Column `column` of row `row`. Within a sequence 32 bits are enough for the offset in bytes: see `_Scan`.
+// Column `column` of row `row`. Within a sequence of less than 4 GiB, 32 bits are enough for the offset in bytes.
 template <typename T> DEV T *cell(T *rows, u32 row, u32 stride, u32 column) {
+#if WIDE
+    return rows + (u64)row * stride + column;
+#else
     return (T *)((u64)rows + (row * stride + column) * (u32)sizeof(T));
+#endif
 }
 
 // What a lane copies of each tile: of one row, a few pieces.
@@ -91,26 +95,43 @@ DEV void load_row(io_t *to, const io_t *from, int left, const Walk &w, const Row
 // twice), and bytes of a tile of the projection.
 #define ROW(M) (16 * M + (M > 1 ? 16 : 0))
 #define PROJ_TILE ((TILE * PROJ * (int)sizeof(io_t) + 15) / 16 * 16)
+// Two values, or one and zero, as 16-bit operands of the tensor cores.
 DEV u32 pair16(const io_t *p) {
 #if IO == 0
-    return 0;
+    return pack_half_finite(p[0], p[1]);
 #else
     return (u32)p[0] | (u32)p[1] << 16;
+#endif
+}
+DEV u32 single16(const io_t *p) {
+#if IO == 0
+    return pack_half_finite(p[0], 0.f);
+#else
+    return p[0];
 #endif
 }
 
 // What makes Δ of a warp's channels: dt_proj's rows as the tensor cores want a right factor, 8 ranks a word, and bias.
 #define EIGHTS ((R + 7) / 8)
 #define WORDS(M) ((2 * M * EIGHTS + 3) / 4 * 4)
-#define STEP_SIZE_BYTES(M) (EXACT ? 0 : WORDS(M) * 128 + 128 * M)
+// Exactly: dt_proj's rows as they are, each padded to RANKS and four values more, so that rows meet different banks.
+#define RANKS ((R + 3) / 4 * 4)
+#define STEP_SIZE_BYTES(M) (EXACT ? 16 * M * (RANKS + 4) * 4 : WORDS(M) * 128 + 128 * M)
 
 template <int M> struct StepSize {
     u32 *weight;  // [four words][lane][4]; if the warp is split, [word][lane]
     float *bias;  // [q][slot s][4]: elements e and e + 2 for channel (2q + e) S + s, as a lane holds the sum
+    static constexpr int LINE = RANKS + 4;  // exactly: of a channel, weights and then the bias
 
     __device__ __forceinline__ void load(const Args &p, const Walk &w, char *to) {
         weight = (u32 *)to, bias = (float *)(to + WORDS(M) * 128);
-#if !EXACT
+#if EXACT
+        for (int i = w.lane; i < 16 * M * LINE; i += 32) {
+            int r = i % LINE;
+            size_t at = (size_t)w.dir * CHANNELS + min(w.channel + i / LINE, CHANNELS - 1);
+            ((float *)to)[i] = r < R ? parameter(p.dt_w, at * R + r) : r == RANKS ? parameter(p.dt_b, at) : 0.f;
+        }
+#else
         const int S = 2 * M;
 #pragma unroll
         for (int s = 0; s < S; s++)
@@ -126,8 +147,8 @@ template <int M> struct StepSize {
             float *at = bias + (c / (2 * S) * S + c % S) * 4 + c / S % 2;
             at[0] = at[2] = v;
         }
-        sync_warp();
 #endif
+        sync_warp();
     }
     // Δ of a tile: softplus(time_step dt_proj' + bias), into delta[t][channel]. Steps past the end get a Δ too; their
     // inputs and the gradients that come back to them are zero.
@@ -137,14 +158,31 @@ template <int M> struct StepSize {
         const int g = w.g, q = w.q, COUNT = S / (SPLIT + 1), first = w.half * COUNT;  // slots of channels
         float acc[COUNT][4];
 #if EXACT
+        const float *lines = (const float *)weight + 2 * q * S * LINE;
+#pragma unroll
         for (int s = 0; s < S; s++)
-            for (int e = 0; e < 4; e++) {
-                int channel = min(w.channel + (2 * q + (e & 1)) * S + s, CHANNELS - 1);
-                acc[s][e] = parameter(p.dt_b, (size_t)w.dir * CHANNELS + channel);
-                for (int r = 0; r < R; r++)
-                    acc[s][e] = fmaf(value(proj[(g + 8 * (e >> 1)) * PROJ + r]),
-                                     parameter(p.dt_w, ((size_t)w.dir * CHANNELS + channel) * R + r), acc[s][e]);
+#pragma unroll
+            for (int e = 0; e < 4; e++) acc[s][e] = lines[((e & 1) * S + s) * LINE + RANKS];
+#pragma unroll
+        for (int r = 0; r < R; r += 4) {
+            float x[2][4];
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const io_t *at = proj + (g + 8 * half) * PROJ + r;
+                if (PROJ % 4 == 0 && r + 4 <= R) unpack4(x[half], at);
+                else
+                    for (int i = 0; i < 4; i++) x[half][i] = r + i < R ? value(at[i]) : 0.f;
             }
+#pragma unroll
+            for (int s = 0; s < S; s++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    float weights[4];
+                    load_vector<4>(weights, lines + ((e & 1) * S + s) * LINE + r);
+#pragma unroll
+                    for (int i = 0; i < 4; i++) acc[s][e] = fmaf(x[e >> 1][i], weights[i], acc[s][e]);
+                }
+        }
 #else
         u32 words[WORDS(M)];
         if (SPLIT) {
@@ -167,8 +205,8 @@ template <int M> struct StepSize {
                 int r = 8 * (k + (i >> 1)) + 2 * q;
                 const io_t *at = proj + (g + 8 * (i & 1)) * PROJ + r;
                 if (8 * (k + (i >> 1)) >= R) a[i] = 0;
-                else if (PROJ % 2 == 0 && R % 2 == 0) a[i] = R % 8 == 0 || r < R ? *(const u32 *)at : 0u;
-                else a[i] = r + 1 < R ? pair16(at) : r < R ? (u32)at[0] : 0u;
+                else if (IO && PROJ % 2 == 0 && R % 2 == 0) a[i] = R % 8 == 0 || r < R ? *(const u32 *)at : 0u;
+                else a[i] = r + 1 < R ? pair16(at) : r < R ? single16(at) : 0u;
             }
 #pragma unroll
             for (int s = 0; s < COUNT; s++) {
@@ -230,12 +268,19 @@ template <int M, int COUNT> DEV void store_states(float *to, const float h[M][CO
 DEV float projected(const io_t *proj, int t, int offset, int n) {
     return N % 8 == 0 || n < N ? value(proj[t * PROJ + offset + n]) : 0.f;
 }
+// Of two neighbouring states, from an even one on.
+DEV void projected2(float to[2], const io_t *proj, int t, int offset, int n) {
+    if (PROJ % 2 == 0 && R % 2 == 0 && N % 8 == 0) {
+        float2 v = load2(proj + t * PROJ + offset + n);
+        to[0] = v.x, to[1] = v.y;
+    } else to[0] = projected(proj, t, offset, n), to[1] = projected(proj, t, offset, n + 1);
+}
 // The same two as float16.
 DEV u32 projected_half2(const io_t *proj, int t, int offset, int n) {
     const io_t *at = proj + t * PROJ + offset + n;
     if (N % 8 != 0 && n >= N) return 0;
-    u32 v = R % 2 == 0 && N % 2 == 0 ? *(const u32 *)at : N % 8 == 0 || n + 1 < N ? pair16(at) : (u32)at[0];
-    return IO == 1 ? v : pack_half_finite(load16((u16)v, false), load16((u16)(v >> 16), false));
+    u32 v = IO && R % 2 == 0 && N % 2 == 0 ? *(const u32 *)at : N % 8 == 0 || n + 1 < N ? pair16(at) : single16(at);
+    return IO != 2 ? v : pack_half_finite(load16((u16)v, false), load16((u16)(v >> 16), false));
 }
 // S neighbouring activations, at a multiple of S.
 template <int S> DEV void load_channels_of_lane(float *to, const io_t *from) {

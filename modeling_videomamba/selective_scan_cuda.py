@@ -6,34 +6,49 @@ scan, skip term, sum of the directions and gate, both directions in one launch. 
 product, `x_proj`. Nothing is flipped or transposed: tensors are (B, L, E) throughout, and a direction is the order in
 which a warp walks over the tiles of a sequence. Kept for the backward pass are `xz`, the small projection
 (2, B, L, R + 2N) and the states at the borders of a few chunks of the length. The rest is recomputed, the input of
-`out_proj` too, if its weight is handed over; the states chunk by chunk, from the last to the first.
+`out_proj` too, if its weight is given; the states chunk by chunk, from the last to the first.
 
-The first call of a model compiles what it needs, in about 2 s, and keeps it in `~/.cache/videomamba`, or
-in the folder that the environment variable `VIDEOMAMBA_CACHE` names.
+What shapes and types decide is worked out once and kept (`ScanPlan`); a call without gradients goes past PyTorch's
+dispatcher, so that one clip need not wait for Python. Work space comes from PyTorch's caching allocator, which makes
+it safe on several streams and in several threads.
+
+The first call of a model compiles what it needs, in about 2 s, and keeps it in `~/.cache/videomamba`, or in
+the folder that the environment variable `VIDEOMAMBA_CACHE` names.
 
 What was tried, and how fast it is: docs/kernels.md.
 """
 
+import contextlib
 import functools
+import math
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .selective_scan_cuda_runtime import KernelArguments, driver, launch, nvrtc, source_constant
+from .selective_scan_cuda_runtime import KernelArguments, Launch, driver, nvrtc, source_constant
 
 
 TILE, RUN = source_constant("TILE"), source_constant("RUN")
 CONV_THREADS, CONV_CHANNELS = source_constant("CONV_THREADS"), source_constant("CONV_CHANNELS")
+ELEMENTWISE_THREADS = 256
 
 # Each copy of this code in a process (one travels with every Hub repository) has operators of its own.
 _NAMESPACE = __package__.replace("modeling_videomamba", "videomamba").replace(".", "_")
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_TURN_TOKENS = 32768  # about as many tokens the backward pass recomputes the states of at a time
+TURN_TOKENS = 32768  # about as many tokens the backward pass recomputes the states of at a time
+JOINED_CHUNKS = 20  # so few chunks a scan passes states between by itself
+PARAMETER_NAMES = ("conv_w", "conv_b", "dt_w", "dt_b", "a_log", "skip")  # the kernels' names
 
 
 @torch.compiler.assume_constant_result
 def unusable_reason(device, dtype):
     """Why this backend cannot run on `device` with activations of `dtype`, or None."""
+    return _unusable_reason(device, dtype)
+
+
+@functools.cache
+def _unusable_reason(device, dtype):
     if device.type != "cuda" or torch.version.cuda is None:
         return f"it needs an NVIDIA GPU, and the tensors are on {device}"
     if dtype not in DTYPES:
@@ -51,112 +66,163 @@ def unusable_reason(device, dtype):
     return None
 
 
-class _Scan:
-    """One call's shapes, parameters and launch settings."""
+# --------------------------------------------------------------------------------------------------------------------
+# What shapes and types decide.
+# --------------------------------------------------------------------------------------------------------------------
 
-    def __init__(self, xz, conv_weight, conv_bias, dt_weight, dt_bias, A_log, D, order):
-        self.B, self.L, self.E = xz.shape[0], xz.shape[1], xz.shape[2] // 2
-        self.xz, self.order, self.device = xz, order, xz.device
-        self.R, self.N = dt_weight.shape[2], A_log.shape[2]
-        parameters = (conv_weight, conv_bias, dt_weight, dt_bias, A_log, D)
-        size = self.L * xz.shape[2] * xz.element_size()
-        if size >= 2**32:
-            raise ValueError(
-                f"{self.L} tokens of {xz.shape[2]} values in {xz.dtype} are {size / 2**30:.1f} GiB; the scan backend "
-                "'cuda' takes sequences of less than 4 GiB, as offsets in them have 32 bits. Cut them, or choose "
-                "another backend with `use_scan_backend`."
-            )
+
+class ScanPlan:
+    """
+    How the length is cut, and how each kernel is compiled and launched.
+
+    Args:
+        device (`torch.device`), multiprocessors (`int`): the GPU.
+        turn_tokens (`int`): see `TURN_TOKENS`.
+        dtype (`torch.dtype`), shape (`torch.Size`): of `xz`, (B, L, 2E).
+        aligned (`bool`): whether `xz` begins at a multiple of 16 bytes.
+        ordered (`bool`): whether the backward direction follows another order than the full reversal.
+        tf32 (`bool`): whether the tensor cores' precision is enough for float32.
+        parameters: shape, type and device of the convolution's weight and bias, dt_proj's weight and bias, A_log, D.
+    """
+
+    def __init__(self, device, multiprocessors, turn_tokens, dtype, shape, aligned, ordered, tf32, parameters):
+        self.device, self.multiprocessors, self.dtype, self.ordered = device, multiprocessors, dtype, ordered
+        self.B, self.L, self.E = shape[0], shape[1], shape[2] // 2
+        self.R, self.N, self.K = parameters[2][0][-1], parameters[4][0][-1], parameters[0][0][-1]
+        self.tf32 = tf32 and dtype == torch.float32
         # A kernel does not look where its pointers lead.
-        for parameter, last in zip(
-            parameters, ((conv_weight.shape[2],), (), (self.R,), (), (self.N,), ()), strict=True
-        ):
-            if parameter.shape != (2, self.E, *last) or parameter.device != xz.device:
+        for (found, _, place), last in zip(parameters, ((self.K,), (), (self.R,), (), (self.N,), ()), strict=True):
+            if found != (2, self.E, *last) or place != device:
                 raise ValueError(
-                    f"A parameter of the scan has the shape {tuple(parameter.shape)} on {parameter.device}; with `xz` "
-                    f"of the shape {tuple(xz.shape)} on {xz.device} it must be {(2, self.E, *last)} there."
+                    f"A parameter of the scan has the shape {tuple(found)} on {place}; with `xz` of the shape "
+                    f"{tuple(shape)} on {device} it must be {(2, self.E, *last)} there."
                 )
-        common = conv_weight.dtype
-        if common not in (torch.float32, xz.dtype) or any(p.dtype != common for p in parameters):
-            common = torch.float32
-        names = ("conv_w", "conv_b", "dt_w", "dt_b", "a_log", "skip")
-        self.tensors = {n: p.to(common).contiguous() for n, p in zip(names, parameters, strict=True)}
-        self.tensors["xz"] = xz
-        if order is not None:
-            self.tensors["order"] = order.to(xz.device, torch.int64).contiguous()
+        types = {t for _, t, _ in parameters}
+        self.parameter_dtype = types.pop() if len(types) == 1 and types <= {torch.float32, dtype} else torch.float32
         self.options = {
-            "IO": DTYPES[xz.dtype],
-            "PT": DTYPES[common],
+            "IO": DTYPES[dtype],
+            "PT": DTYPES[self.parameter_dtype],
             "N": self.N,
             "R": self.R,
-            "K": conv_weight.shape[2],
+            "K": self.K,
             "CHANNELS": self.E,
-            "VEC": int(self.E % 8 == 0 and xz.data_ptr() % 16 == 0),
-            "ORDERED": int(order is not None),
+            "VEC": int(self.E % 8 == 0 and aligned),
+            "ORDERED": int(ordered),
+            "WIDE": int(self.L * shape[2] * dtype.itemsize >= 2**32),
         }
-        self.rows = _rows(self.B, self.E)
-        self.conv_groups = self.E // CONV_CHANNELS if self.options["VEC"] else self.E  # a thread takes one
-        self.side_by_side, self.chunk, self.chunks, self.span = _plan(self.B, self.L, self.E, xz.device)
-        self.modes = (0,) if order is None else (1, 2)  # launches of a walk: both directions at once, or one by one
+        self.side_by_side, self.chunk, self.chunks, self.span = split_length(
+            self.B, self.L, self.E, multiprocessors, turn_tokens
+        )
+        # What the backward pass walks over in one launch of a turn, and how many turns there are.
+        self.places = self.L if self.side_by_side else self.span * self.chunk
+        self.turns = 1 if self.side_by_side else -(-self.L // self.places)
 
-    def new(self, *shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device=self.device)
+    def launch(self, name, grid, threads, shared=0, options=None, **numbers):
+        numbers = {"chunk": self.chunk, "chunks": self.chunks, "turn": -1, "span": 1, "mode": 0, "kept": 0, **numbers}
+        return Launch(name, {**self.options, **(options or {})}, grid, threads, shared, self.device, numbers)
 
-    def launch(self, name, grid, threads, options=None, shared=0, numbers=None, **tensors):
-        defaults = {"B": self.B, "L": self.L, "chunk": self.chunk, "chunks": self.chunks, "turn": -1, "span": 1}
-        numbers = {**defaults, **(numbers or {})}
-        pointers = {n: t.data_ptr() for n, t in {**self.tensors, **tensors}.items() if t is not None}
-        options = {**self.options, **(options or {})}
-        launch(name, options, KernelArguments(**numbers, **pointers), grid, threads, shared, self.device)
-
-    def walk(self, name, modes=None, numbers=None, side_by_side=1, **tensors):
-        """Launch a kernel whose warps walk over the sequence, or over chunks of it `side_by_side`."""
-        options, threads, shared = walk_settings(name, self.share(name, side_by_side), self.R, self.N, self.xz.dtype)
+    def walk(self, name, side_by_side=1, joined=False, **numbers):
+        """Launch of a kernel whose warps walk over the sequence, or over chunks of it `side_by_side`."""
+        tf32 = self.tf32 and name in ("scan", "ends")
+        share = self.share(name, side_by_side, tf32)
+        options, threads, shared = walk_settings(name, share, self.R, self.N, self.dtype, tf32)
         channels = 16 * options["BLOCKS"] * options["W"]  # of a thread block
         grid = (-(-self.E // channels), side_by_side, self.B)
-        for mode in modes or self.modes:
-            self.launch(name, grid, threads, options, shared, {"mode": mode, **(numbers or {})}, **tensors)
+        options |= {"TF32": int(tf32), "JOINED": int(joined)}
+        return self.launch(name, grid, threads, shared, options, **numbers)
 
-    def share(self, name, side_by_side):
+    def share(self, name, side_by_side, tf32):
         """Blocks of 16 channels that a warp takes. Of many, it takes two, and shares more; but each of the GPU's
         schedulers wants about three warps, so that of few, two warps share one, with half of the states each."""
-        warps, schedulers = self.rows * side_by_side, 4 * _multiprocessors(self.device)
-        if name not in ("scan", "states") or not self.options["IO"]:
+        warps, schedulers = _rows(self.B, self.E) * side_by_side, 4 * self.multiprocessors
+        if name == "backward" or (self.dtype == torch.float32 and not tf32):
             return 1
-        if warps >= 5 * schedulers:
+        if warps >= 5 * schedulers and not tf32:
             return 2
         return 0.5 if name == "scan" and self.N == 16 and warps < 2 * schedulers else 1
 
-    def convolve(self):
-        """Convolution and SiLU: (2, B, L, E), each direction's tokens at their own places."""
-        u = self.new(2, self.B, self.L, self.E, dtype=self.xz.dtype)
-        walks = self.conv_groups if self.order is None else 2 * self.conv_groups  # for both directions, or for each
-        grid = (-(-walks // CONV_THREADS), -(-self.L // RUN), self.B)
-        self.launch("conv", grid, CONV_THREADS, u=u)
-        return u
+    def elementwise(self, name):
+        """Launch of a kernel with a thread for four channels of a token."""
+        threads = self.B * self.L * -(-self.E // 4)
+        return self.launch(name, (-(-threads // ELEMENTWISE_THREADS), 1, 1), ELEMENTWISE_THREADS)
 
     def state_shape(self, parts):
         return _state_shape(self.B, parts, self.E, self.N)
 
-    def chunk_states(self, u, proj):
-        """State before each chunk, if they are walked side by side."""
-        return self.pass_states("ends", "states", 0, u=u, proj=proj)
+    @functools.cached_property
+    def conv_groups(self):
+        """Of channels: a thread of the convolution takes one."""
+        return self.E // CONV_CHANNELS if self.options["VEC"] else self.E
 
-    def chunk_adjoints(self, dout, proj):
-        """Adjoint state after each chunk, likewise."""
-        dy = (dout * torch.nn.functional.silu(self.xz[..., self.E :].float()) / 2).to(dout.dtype)
-        return self.pass_states("adjoint", "adjoint", 1, u=dy, proj=proj)
+    @functools.cached_property
+    def conv(self):
+        walks = 2 * self.conv_groups if self.ordered else self.conv_groups  # for each direction, or for both
+        return self.launch("conv", (-(-walks // CONV_THREADS), -(-self.L // RUN), self.B), CONV_THREADS)
 
-    def pass_states(self, walk, states, against, **tensors):
-        """What each chunk starts from, given from a walk what each ends with from zero."""
-        found = {states: self.new(*self.state_shape(self.chunks)), "sums": self.new(2, self.B, self.chunks, self.E)}
-        self.walk(walk, side_by_side=self.chunks, **found, **tensors)
+    @functools.cached_property
+    def conv_backward(self):
+        """One launch, or along an order one for each direction."""
+        grid = (-(-self.conv_groups // CONV_THREADS), -(-self.L // RUN), self.B)
+        modes = (1, 2) if self.ordered else (0,)
+        return [self.launch("conv_backward", grid, CONV_THREADS, mode=mode) for mode in modes]
+
+    @functools.cached_property
+    def ends(self):
+        return self.walk("ends", self.chunks)
+
+    @functools.cached_property
+    def adjoint(self):
+        return self.walk("adjoint", self.chunks)
+
+    @functools.cached_property
+    def pass_states(self):
+        """Launches for states and for adjoint states."""
         size = -(-self.E // 16) * -(-self.N // 8) * 128
-        self.launch("pass_states", (-(-size // 128), self.B, 2), 128, numbers={"mode": against}, **found)
-        return found[states]
+        return [self.launch("pass_states", (-(-size // 128), self.B, 2), 128, mode=mode) for mode in (0, 1)]
+
+    @functools.cached_property
+    def scan(self):
+        """The forward scan, by whether the backward pass will want the states at the borders of chunks."""
+        if self.side_by_side:
+            joined = self.chunks <= JOINED_CHUNKS
+            return {keep: self.walk("scan", self.chunks, joined and not keep) for keep in (False, True)}
+        whole = {"chunk": self.chunk * self.chunks, "chunks": 1}
+        kept = self.chunk if self.chunks > 1 else 0
+        return {keep: self.walk("scan", kept=kept if keep else 0, **whole) for keep in (False, True)}
+
+    @functools.cached_property
+    def states(self):
+        return self.walk("states", self.chunks if self.side_by_side else self.span, span=self.walked)
+
+    @functools.cached_property
+    def walked(self):
+        """Chunks of which the backward pass has the states at a time."""
+        return self.chunks if self.side_by_side else self.span
+
+    @functools.cached_property
+    def backward(self):
+        if self.side_by_side:
+            return self.walk("backward", self.chunks)
+        return self.walk("backward", chunk=self.places, chunks=self.turns)
+
+    @functools.cached_property
+    def gate(self):
+        return self.elementwise("gate")
+
+    @functools.cached_property
+    def ungate(self):
+        return self.elementwise("ungate")
+
+    @functools.cached_property
+    def gate_backward(self):
+        return self.elementwise("gate_backward")
+
+
+_plan = functools.lru_cache(maxsize=256)(ScanPlan)
 
 
 def _state_shape(batch, parts, channels, states):
-    """States as the lanes hold them, see `fragment` in the source."""
+    """States as the lanes hold them, see `fragment` in csrc/walk.cuh."""
     return 2, batch, parts, -(-channels // 16), -(-states // 8), 32, 4
 
 
@@ -170,31 +236,49 @@ def _multiprocessors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _plan(batch, length, channels, device):
+def split_length(batch, length, channels, multiprocessors, turn_tokens):
     """
     How the length is cut. If there are few sequences and channels, its chunks are walked side by side, which costs a
     second walk. If there are many, the scan keeps its states at the borders of chunks, and the backward pass takes a
     few chunks at a time, the last first, to hold few states: these are recomputed side by side, and the adjoint state
-    is handed on from turn to turn.
+    is passed on from turn to turn.
 
     Returns:
         whether the chunks of the scan are walked side by side, tokens in a chunk, chunks, chunks in a turn.
     """
-    schedulers = 4 * _multiprocessors(device)
+    schedulers = 4 * multiprocessors
     rows = _rows(batch, channels)
     tiles = -(-length // TILE)
     side_by_side = rows < 1.2 * schedulers and tiles > 2
     if side_by_side:
-        turns, span = 1, min(-(-3 * schedulers // rows), -(-tiles // 2))
+        turns, span = 1, _chunks_side_by_side(rows, tiles, schedulers)
     else:
-        turns = min(-(-batch * length // _TURN_TOKENS), tiles)
+        turns = min(-(-batch * length // turn_tokens), tiles)
         span = max(1, min(4, -(-5 * schedulers // rows)))
     chunk = -(-tiles // (turns * span)) * TILE
     return side_by_side, chunk, -(-length // chunk), span
 
 
+def _chunks_side_by_side(rows, tiles, schedulers):
+    """
+    Three warps for each scheduler, if there are as many tiles; of long sequences up to twelve, in chunks of six tiles
+    or more, and so many that rounds of two warps a scheduler are full: the last round runs alone.
+    """
+    few = -(-3 * schedulers // rows)
+    most = min(tiles // 6, int(12 * schedulers / rows))
+    if most <= few:
+        return min(few, -(-tiles // 2))
+
+    def fullness(wanted):
+        chunks = -(-tiles // -(-tiles // wanted))
+        rounds = chunks * rows / (2 * schedulers)
+        return rounds / math.ceil(rounds), wanted
+
+    return max(range(few, most + 1), key=fullness)
+
+
 # (kernel, blocks of 16 channels a warp): (warps a direction in a thread block, thread blocks on a multiprocessor);
-# measured on an H200
+# measured on an H200 and an H100
 WALKS = {
     ("scan", 0.5): (1, 4),
     ("scan", 1): (1, 8),
@@ -202,12 +286,14 @@ WALKS = {
     ("states", 1): (2, 4),
     ("states", 2): (2, 3),
     ("ends", 1): (2, 4),
+    ("ends", 2): (1, 7),
     ("adjoint", 1): (2, 4),
+    ("adjoint", 2): (1, 7),
     ("backward", 1): (2, 3),
 }
 
 
-def walk_settings(kernel, share, rank, states, dtype):
+def walk_settings(kernel, share, rank, states, dtype, tf32=False):
     """
     How a walk is compiled and launched.
 
@@ -215,6 +301,7 @@ def walk_settings(kernel, share, rank, states, dtype):
         kernel (`str`), share (`float`): a key of `WALKS`; 0.5 are two warps for one block of 16 channels.
         rank, states (`int`): R and N.
         dtype (`torch.dtype`): of the activations.
+        tf32 (`bool`): whether float32 may be multiplied on the tensor cores.
 
     Returns:
         its options (`dict`), threads of a block, bytes of shared memory of a block.
@@ -223,28 +310,160 @@ def walk_settings(kernel, share, rank, states, dtype):
     # What the settings promise does not hold for float32 and many states, which want more registers.
     plain = dtype == torch.float32 or states > 16
     warps, resident = (1, 1) if plain else WALKS[kernel, share]
-    shared = shared_bytes(kernel, blocks, split, rank, states, dtype)
+    shared = shared_bytes(kernel, blocks, split, rank, states, dtype, tf32)
     options = {"BLOCKS": blocks, "W": warps, "MINBLOCKS": resident, "SPLIT": split}
     return options, 64 * warps << split, shared * 2 * warps
 
 
-def shared_bytes(kernel, blocks, split, rank, states, dtype):
+def shared_bytes(kernel, blocks, split, rank, states, dtype, tf32=False):
     """Shared memory of a warp, or of the two of a split one: `FORWARD_SHARED` and `BACKWARD_SHARED` of csrc/."""
-    size, exact = dtype.itemsize, dtype == torch.float32
+    size, exact = dtype.itemsize, dtype == torch.float32 and not tf32
     proj_tile = -(-TILE * (rank + 2 * states) * size // 16) * 16
-    step_size = 0 if exact else -(-2 * blocks * -(-rank // 8) // 4) * 512 + 128 * blocks
+    if exact:
+        step_size = 16 * blocks * (-(-rank // 4) * 4 + 4) * 4
+    else:
+        step_size = -(-2 * blocks * -(-rank // 8) // 4) * 512 + 128 * blocks
     tile = TILE * size * (16 * blocks + 16 * (blocks > 1))
     if kernel == "backward":
         group = -(-states // 8) * 512
-        return 2 * proj_tile + 7 * tile + 5 * TILE * 20 * 4 + group + 1536 + (group if exact else step_size)
+        return 2 * proj_tile + 7 * tile + 5 * TILE * 20 * 4 + (2 if exact else 1) * group + 1536 + step_size
     steps = TILE * (16 * blocks + 4) * 4  # Δ, and the outputs of each half
     return 2 * proj_tile + (4 if kernel == "scan" else 2) * tile + (3 if split else 1) * steps + step_size
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A call.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class _Call:
+    """A plan, and the kernels' arguments: those of all kernels from the start, others as they become known."""
+
+    def __init__(self, xz, conv_weight, conv_bias, dt_weight, dt_bias, A_log, D, visits, structure):
+        parameters = (conv_weight, conv_bias, dt_weight, dt_bias, A_log, D)
+        device, dtype, shape = xz.device, xz.dtype, xz.shape
+        start = xz.data_ptr()
+        described = tuple((p.shape, p.dtype, p.device) for p in parameters)
+        tf32 = dtype == torch.float32 and _tf32_is_allowed()
+        self.plan = plan = _plan(
+            device,
+            _multiprocessors(device),
+            TURN_TOKENS,
+            dtype,
+            shape,
+            start % 16 == 0,
+            visits is not None,
+            tf32,
+            described,
+        )
+        self.device, self.visits = device, visits
+        self.stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        common = plan.parameter_dtype
+        # The kernels run after this call returns; the allocator keeps what is freed for the same stream.
+        self.parameters = [p.to(common).contiguous() for p in parameters]
+        pointers = {n: p.data_ptr() for n, p in zip(PARAMETER_NAMES, self.parameters, strict=True)}
+        self.arguments = KernelArguments(B=plan.B, L=plan.L, xz=start, **pointers)
+        if visits is not None:
+            self.visits = visits.to(device, torch.int64).contiguous()
+            reversal, frames, class_token = structure
+            self.set(order=self.visits, reversal=reversal, frames=frames, class_token=class_token)
+            self.set(frame=(plan.L - (class_token >= 0)) // frames)
+
+    def set(self, **arguments):
+        for name, value in arguments.items():
+            setattr(self.arguments, name, value.data_ptr() if isinstance(value, torch.Tensor) else value)
+
+    def run(self, launch, **arguments):
+        """Queue a kernel, with more tensors or numbers among its arguments, which stay for those after it."""
+        self.set(**arguments)
+        launch(self.arguments, self.stream)
+
+    def new(self, *shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def convolve(self):
+        """Convolution and SiLU: (2, B, L, E), each direction's tokens at their own places."""
+        plan = self.plan
+        u = self.new(2, plan.B, plan.L, plan.E, dtype=plan.dtype)
+        self.run(plan.conv, u=u)
+        return u
+
+    def chunk_states(self, joined):
+        """State before each chunk, if they are walked side by side; or, for a `joined` scan, after each from zero."""
+        plan = self.plan
+        states, sums = self.new(*plan.state_shape(plan.chunks)), self.new(2, plan.B, plan.chunks, plan.E)
+        self.run(plan.ends, states=states, sums=sums)
+        if not joined:
+            self.run(plan.pass_states[0])
+        return states, sums
+
+    def chunk_adjoints(self, dout):
+        """Adjoint state after each chunk, likewise."""
+        plan = self.plan
+        adjoint, sums = self.new(*plan.state_shape(plan.chunks)), self.new(2, plan.B, plan.chunks, plan.E)
+        u, y = self.arguments.u, self.arguments.y
+        ungated = torch.empty_like(dout)
+        self.run(plan.ungate, y=ungated)
+        self.run(plan.adjoint, u=ungated, adjoint=adjoint, sums=sums)
+        self.run(plan.pass_states[1])
+        self.set(u=u, y=y)
+        return adjoint
+
+
+def _tf32_is_allowed():
+    """PyTorch's own setting for products of float32 matrices."""
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)  # since PyTorch 2.9
+    return matmul.allow_tf32 if precision is None else precision == "tf32"
+
+
+@contextlib.contextmanager
+def _on(tensor):
+    """The GPU of a tensor is the current one, and autocast is off."""
+    with torch.cuda.device_of(tensor), torch.autocast(tensor.device.type, enabled=False):
+        yield
 
 
 def _project(u, weight):
     """`u` (2, B, L, E) times `weight` (2, P, E), transposed: (2, B, L, P)."""
     rows = u.view(2, -1, u.shape[3])
     return torch.bmm(rows, weight.transpose(1, 2)).view(*u.shape[:3], -1)
+
+
+def _forward(xz, conv_w, conv_b, x_proj_weight, dt_w, dt_b, A_log, D, visits, structure, for_backward):
+    """The gated mean of both directions (B, L, E), the small projection, the states at the borders of chunks."""
+    call = _Call(xz, conv_w, conv_b, dt_w, dt_b, A_log, D, visits, structure)
+    plan = call.plan
+    _check_memory(plan)
+    out = call.new(plan.B, plan.L, plan.E, dtype=plan.dtype)
+    u = call.convolve()
+    proj = _project(u, x_proj_weight)
+    call.set(proj=proj, out=out)
+    scan, states = plan.scan[for_backward], None
+    if plan.side_by_side:
+        states, sums = call.chunk_states(scan.options["JOINED"])  # kept until the scan is queued
+    elif for_backward and plan.chunks > 1:
+        states = call.new(*plan.state_shape(plan.chunks))
+        call.set(states=states)
+    call.run(scan)
+    if plan.ordered:
+        call.run(plan.gate)
+    return out, proj, states if for_backward and states is not None else call.new(0)
+
+
+def _check_memory(plan):
+    """Of long sequences: say before the first launch if there is not room for what this layer makes."""
+    size = plan.B * plan.L * (3 * plan.E + 2 * (plan.R + 2 * plan.N)) * plan.dtype.itemsize
+    if size < 2**30 or plan.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return
+    free = torch.cuda.mem_get_info(plan.device)[0]
+    free += torch.cuda.memory_reserved(plan.device) - torch.cuda.memory_allocated(plan.device)
+    if size > free:
+        raise torch.OutOfMemoryError(
+            f"The scan of {plan.B} x {plan.L} tokens with {plan.E} channels in {plan.dtype} needs {size / 2**30:.1f} "
+            f"GiB beside its input, and {free / 2**30:.1f} GiB are free on {plan.device}. Take fewer or shorter clips "
+            "at a time, bfloat16, or, in training, gradient checkpointing."
+        )
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::bidirectional_scan_cuda", mutates_args=())
@@ -258,22 +477,13 @@ def _scan_op(
     A_log: torch.Tensor,
     D: torch.Tensor,
     out_proj_weight: torch.Tensor | None,
-    order: torch.Tensor | None,
+    visits: torch.Tensor | None,
+    structure: list[int],
     for_backward: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    with torch.cuda.device_of(xz), torch.autocast(xz.device.type, enabled=False):
-        scan = _Scan(xz, conv_weight, conv_bias, dt_proj_weight, dt_proj_bias, A_log, D, order)
-        out = scan.new(scan.B, scan.L, scan.E, dtype=xz.dtype)
-        u = scan.convolve()
-        proj = _project(u, x_proj_weight)
-        if scan.side_by_side:
-            states = scan.chunk_states(u, proj)
-            scan.walk("scan", side_by_side=scan.chunks, u=u, proj=proj, out=out, states=states)
-        else:
-            keep = for_backward and scan.chunks > 1
-            states = scan.new(*scan.state_shape(scan.chunks)) if keep else scan.new(0)
-            numbers = {"chunk": scan.chunk * scan.chunks, "chunks": 1, "kept": scan.chunk if keep else 0}
-            scan.walk("scan", numbers=numbers, u=u, proj=proj, out=out, states=states)
+    parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
+    with _on(xz):
+        out, proj, states = _forward(xz, *parameters, visits, structure, for_backward)
         if out_proj_weight is not None:
             out = torch.nn.functional.linear(out, out_proj_weight)
     return out, proj, states
@@ -281,11 +491,11 @@ def _scan_op(
 
 @_scan_op.register_fake
 def _(xz, *rest):
-    _, _, x_proj_weight, _, _, A_log, _, out_proj_weight, _, for_backward = rest
+    _, _, x_proj_weight, _, _, A_log, _, out_proj_weight, _, _, for_backward = rest
     batch, length, channels = xz.shape[0], xz.shape[1], xz.shape[2] // 2
     outputs = channels if out_proj_weight is None else out_proj_weight.shape[0]
-    side_by_side, _, chunks, _ = _plan(batch, length, channels, xz.device)
-    keep = side_by_side or (for_backward and chunks > 1)
+    side_by_side, _, chunks, _ = split_length(batch, length, channels, _multiprocessors(xz.device), TURN_TOKENS)
+    keep = for_backward and (side_by_side or chunks > 1)
     states = _state_shape(batch, chunks, channels, A_log.shape[2]) if keep else (0,)
     return (
         xz.new_empty(batch, length, outputs),
@@ -306,77 +516,75 @@ def _backward_op(
     A_log: torch.Tensor,
     D: torch.Tensor,
     out_proj_weight: torch.Tensor | None,
-    order: torch.Tensor | None,
+    visits: torch.Tensor | None,
     proj: torch.Tensor,
     states: torch.Tensor,
+    structure: list[int],
 ) -> list[torch.Tensor]:
     dxz = torch.empty_like(xz)
     dout = dout.contiguous()
     if dout.data_ptr() % 16:
         dout = dout.clone()
-    with torch.cuda.device_of(xz), torch.autocast(xz.device.type, enabled=False):
-        scan = _Scan(xz, conv_weight, conv_bias, dt_proj_weight, dt_proj_bias, A_log, D, order)
-        B, L, E, R, N = scan.B, scan.L, scan.E, scan.R, scan.N
+    with _on(xz):
+        call = _Call(xz, conv_weight, conv_bias, dt_proj_weight, dt_proj_bias, A_log, D, visits, structure)
+        plan = call.plan
+        B, L, E, R, N, K = plan.B, plan.L, plan.E, plan.R, plan.N, plan.K
         dprojected, y = dout, None
         if out_proj_weight is not None:
             dout = dprojected @ out_proj_weight
+        if out_proj_weight is not None or plan.ordered:
             y = torch.empty_like(dout)
-        u = scan.convolve()
-        du, ddelta = torch.empty_like(u), torch.empty_like(u)
-        tensors = {"u": u, "proj": proj, "dout": dout, "out": dxz, "du": du, "ddelta": ddelta, "y": y}
-        dproj = torch.empty_like(proj)
-        dA, d_skip, d_dt_bias = _walk_back(scan, states, tensors, dproj[..., R:])
+            call.set(y=y)
+        u = call.convolve()
+        du, ddelta, dproj = torch.empty_like(u), torch.empty_like(u), torch.empty_like(proj)
+        call.set(proj=proj, dout=dout, out=dxz, du=du, ddelta=ddelta, states=states)
+        dA, d_skip, d_dt_bias = _walk_back(call, dout, dproj[..., R:])
         ddelta, u, du, dproj = ddelta.view(2, -1, E), u.view(2, -1, E), du.view(2, -1, E), dproj.view(2, -1, R + 2 * N)
         torch.bmm(ddelta, dt_proj_weight.to(xz.dtype), out=dproj[..., :R])
         d_dt_weight = torch.bmm(ddelta.transpose(1, 2), proj.view(2, -1, R + 2 * N)[..., :R])
         d_x_weight = torch.bmm(dproj.transpose(1, 2), u)
         du.baddbmm_(dproj, x_proj_weight)
-        K = scan.options["K"]
-        runs = -(-L // RUN)
-        dconv = scan.new(B, runs, 2, K + 1, E)
-        for mode in scan.modes:
-            grid = (-(-scan.conv_groups // CONV_THREADS), runs, B)
-            scan.launch("conv_backward", grid, CONV_THREADS, numbers={"mode": mode}, du=du, out=dxz, dvec=dconv)
+        dconv = call.new(B, -(-L // RUN), 2, K + 1, E)
+        for launch in plan.conv_backward:
+            call.run(launch, dvec=dconv)
         dconv = dconv.sum(dim=(0, 1))
         gradients = [dconv[:, :K].transpose(1, 2), dconv[:, K], d_x_weight, d_dt_weight, d_dt_bias, dA, d_skip]
         parameters = [conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D]
-        if y is not None:
+        if out_proj_weight is not None:
             gradients.append(dprojected.flatten(0, 1).T @ y.flatten(0, 1))
             parameters.append(out_proj_weight)
     # The outputs of an operator may not share memory: what does is not contiguous here.
     return [dxz, *(g.contiguous().to(p.dtype) for g, p in zip(gradients, parameters, strict=True))]
 
 
-def _walk_back(scan, states, tensors, dbc):
+def _walk_back(call, dout, dbc):
     """
-    Writes `out`, `du`, `ddelta` and `y` of `tensors`, and into `dbc` (2, B, L, 2N) the gradients of B and C.
+    Writes `out`, `du`, `ddelta` and `y` of the call, and into `dbc` (2, B, L, 2N) the gradients of B and C.
 
     Returns:
         in float32, the gradients of A_log, D and the bias of Δ.
     """
-    B, L, E, N, io = scan.B, scan.L, scan.E, scan.N, scan.xz.dtype
-    if scan.side_by_side:
-        turns, places, adjoint = [-1], L, scan.chunk_adjoints(tensors["dout"], tensors["proj"])
-        walks, numbers, span = scan.chunks, {}, scan.chunks
-    else:
-        span, places = scan.span, scan.span * scan.chunk
-        walks, adjoint = -(-L // places), scan.new(*scan.state_shape(1))
-        turns, numbers = range(walks), {"chunk": places, "chunks": walks}
-    sub = scan.new(*scan.state_shape(-(-places // 8)))
-    partial = scan.new(2, -(-E // 16), B, places, 2 * N, dtype=io if io == torch.bfloat16 else torch.float32)
-    da, dvec = scan.new(*scan.state_shape(walks)), scan.new(2, B, walks, 2, E)
-    tensors = {**tensors, "states": states, "sub": sub, "adjoint": adjoint, "dbc": partial, "da": da, "dvec": dvec}
-    for mode in scan.modes:
-        for turn in turns:
-            scan.walk("states", (mode,), {"turn": turn, "span": span}, span, **tensors)
-            scan.walk("backward", (mode,), {"turn": turn, **numbers}, walks if turn < 0 else 1, **tensors)
-            for direction in (0, 1) if mode == 0 else (mode - 1,):
-                first = places * (turn if direction and mode == 0 else walks - 1 - turn) if turn >= 0 else 0
-                tokens = slice(first, min(first + places, L))
-                found = partial[direction, :, :, : tokens.stop - first].sum(0).to(io)  # accumulates in float32
-                if direction and scan.order is not None:
-                    tokens = scan.tensors["order"][tokens]
-                dbc[direction][:, tokens] = found
+    plan = call.plan
+    B, L, E, N, places = plan.B, plan.L, plan.E, plan.N, plan.places
+    adjoint = call.chunk_adjoints(dout) if plan.side_by_side else call.new(*plan.state_shape(1))
+    walks = plan.chunks if plan.side_by_side else plan.turns
+    sub = call.new(*plan.state_shape(-(-places // 8)))
+    partial_type = torch.bfloat16 if plan.dtype == torch.bfloat16 else torch.float32
+    partial = call.new(2, -(-E // 16), B, places, 2 * N, dtype=partial_type)
+    da, dvec = call.new(*plan.state_shape(walks)), call.new(2, B, walks, 2, E)
+    call.set(sub=sub, adjoint=adjoint, dbc=partial, da=da, dvec=dvec)
+    for turn in range(plan.turns):
+        call.run(plan.states.at(turn=-1 if plan.side_by_side else turn))
+        call.run(plan.backward.at(turn=-1 if plan.side_by_side else turn))
+        for direction in (0, 1):
+            first = places * (turn if direction and not plan.ordered else plan.turns - 1 - turn)
+            tokens = slice(first, min(first + places, L))
+            found = partial[direction, :, :, : tokens.stop - first].sum(0).to(plan.dtype)  # accumulates in float32
+            if direction and plan.ordered:
+                tokens = call.visits[tokens]
+            dbc[direction][:, tokens] = found
+    if plan.ordered:
+        call.run(plan.gate_backward)
     # (block, group, g, q, row, column): channel = block * 16 + g * 2 + row, state = group * 8 + 2q + column
     dA = da.sum(dim=(1, 2)).view(2, -1, -(-N // 8), 8, 4, 2, 2).permute(0, 1, 3, 5, 2, 4, 6)
     dA = dA.reshape(2, -(-E // 16) * 16, -1)[:, :E, :N]
@@ -385,23 +593,32 @@ def _walk_back(scan, states, tensors, dbc):
 
 @_backward_op.register_fake
 def _(dout, xz, *rest):
-    *parameters, _, _, _ = rest  # order, proj, states
+    *parameters, _, _, _, _ = rest  # visits, proj, states, structure
     tensors = [xz, *(p for p in parameters if p is not None)]
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, _ = inputs  # for_backward
+    *tensors, ctx.structure, _ = inputs  # for_backward
     ctx.save_for_backward(*tensors, *output[1:])
 
 
 def _backward(ctx, dout, dproj, dstates):
-    *inputs, out_proj_weight, order, proj, states = ctx.saved_tensors
-    gradients = _backward_op(dout, *inputs, out_proj_weight, order, proj, states)
-    return *gradients, *([None] if out_proj_weight is None else []), None, None
+    *inputs, out_proj_weight, visits, proj, states = ctx.saved_tensors
+    gradients = _backward_op(dout, *inputs, out_proj_weight, visits, proj, states, ctx.structure)
+    return *gradients, *([None] if out_proj_weight is None else []), None, None, None
 
 
 _scan_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _nobody_looks_on(xz, parameters):
+    """Whether neither autograd nor a tracer need see the operator, so that the kernels may be launched at once."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(xz) is not torch.Tensor:
+        return False
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (xz, *parameters)):
+        return False
+    return not is_in_torch_dispatch_mode()
 
 
 def bidirectional_selective_scan(
@@ -410,9 +627,27 @@ def bidirectional_selective_scan(
     """See `selective_scan.bidirectional_selective_scan`; the backward pass makes the input of `out_proj` again."""
     if A_log.is_complex():
         raise ValueError("The scan backend 'cuda' takes a real `A_log`, got a complex one")
-    x_proj_weight = x_proj_weight.to(xz.dtype)
+    if x_proj_weight.dtype != xz.dtype:
+        x_proj_weight = x_proj_weight.to(xz.dtype)
+    parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
+    visits, structure = (None, [0, 1, -1]) if order is None else (order.visits, _structure(order))
+    if out_proj_weight is None and _nobody_looks_on(xz, parameters):
+        with _on(xz) if _must_switch(xz) else contextlib.nullcontext():
+            return _forward(xz.contiguous(), *parameters, visits, structure, False)[0]
     if out_proj_weight is not None:
         out_proj_weight = out_proj_weight.to(xz.dtype)
-    parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
-    visits = None if order is None else order.visits
-    return _scan_op(xz.contiguous(), *parameters, out_proj_weight, visits, torch.is_grad_enabled())[0]
+    keep = torch.is_grad_enabled()
+    return _scan_op(xz.contiguous(), *parameters, out_proj_weight, visits, structure, keep)[0]
+
+
+def _must_switch(xz):
+    """Whether another GPU than that of `xz` is the current one, or autocast is on."""
+    if xz.device.type != "cuda":
+        return torch.is_autocast_enabled(xz.device.type)
+    return torch.is_autocast_enabled("cuda") or torch.cuda.current_device() != xz.device.index
+
+
+def _structure(order):
+    """Kind of reversal, frames and class token of a `ScanOrder`, as the kernels take them."""
+    reversal = {None: 0, "spatial": 1, "temporal": 2}[order.reversal]
+    return [reversal, order.frames, -1 if order.class_token is None else order.class_token]

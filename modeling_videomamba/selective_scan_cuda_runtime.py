@@ -5,6 +5,7 @@ Environment variables: `VIDEOMAMBA_CACHE` names the folder of the machine code, 
 `VIDEOMAMBA_NVRTC_FLAGS` adds compiler flags, such as `-lineinfo` for a profiler.
 """
 
+import copy
 import ctypes
 import functools
 import hashlib
@@ -21,6 +22,7 @@ from .selective_scan_cuda_source import SOURCES
 
 KERNEL_FILES = {
     **dict.fromkeys(("scan", "states", "ends", "adjoint", "pass_states"), "scan.cu"),
+    **dict.fromkeys(("gate", "gate_backward", "ungate"), "scan.cu"),
     **dict.fromkeys(("conv", "conv_backward"), "convolution.cu"),
     "backward": "scan_backward.cu",
 }
@@ -176,13 +178,58 @@ class KernelArguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in "xz u proj dout conv_w conv_b dt_w dt_b a_log skip order".split()),
         *((name, ctypes.c_void_p) for name in "out du ddelta y states sums sub adjoint da dvec dbc".split()),
         *((name, ctypes.c_int) for name in "B L mode chunk chunks turn span kept".split()),
+        *((name, ctypes.c_int) for name in "reversal frames frame class_token".split()),
     ]
 
 
-def launch(name, options, arguments, grid, threads, shared, device):
-    """Queue a kernel on the current stream of `device`."""
-    function = _function(name, tuple(options.items()), device.index)
-    parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-    stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
-    status = driver().cuLaunchKernel(function, *grid, threads, 1, 1, shared, stream, parameters, None)
-    _check(status, f"launching the kernel {name} on a grid of {grid}")
+class Launch:
+    """
+    A kernel and how it is launched: all that stays the same from call to call.
+
+    Args:
+        name (`str`): one of `KERNEL_FILES`.
+        options (`dict[str, int]`): macros that it is compiled with, at its first launch.
+        grid (`tuple[int, int, int]`), threads (`int`), shared (`int`): thread blocks, threads of a block, bytes of its
+            dynamic shared memory.
+        device (`torch.device`): the GPU.
+        numbers (`dict[str, int]`): of `KernelArguments`.
+    """
+
+    def __init__(self, name, options, grid, threads, shared, device, numbers):
+        self.name, self.options, self.device = name, options, device
+        self.grid, self.threads, self.shared = grid, threads, shared
+        self.numbers = numbers
+        self.function = None
+
+    def at(self, **numbers):
+        """The same with other numbers."""
+        changed = copy.copy(self)
+        changed.numbers = {**self.numbers, **numbers}
+        return changed
+
+    def __call__(self, arguments, stream):
+        """
+        Queue the kernel.
+
+        Args:
+            arguments (`KernelArguments`): pointers and sizes; the launch's own numbers are written into them. CUDA
+                copies them before this returns, so they serve the next launch of the same thread.
+            stream (`int`): handle of a CUDA stream of the current GPU.
+        """
+        for name, value in self.numbers.items():
+            setattr(arguments, name, value)
+        self.queue(arguments, stream)
+
+    def queue(self, arguments, stream):
+        if self.function is None:
+            self.function = _function(self.name, tuple(self.options.items()), self.device.index)
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        status = _launch_kernel()(self.function, *self.grid, self.threads, 1, 1, self.shared, stream, parameters, None)
+        _check(status, f"launching the kernel {self.name} on a grid of {self.grid}")
+
+
+@functools.cache
+def _launch_kernel():
+    function = driver().cuLaunchKernel
+    function.argtypes = [ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3]
+    return function

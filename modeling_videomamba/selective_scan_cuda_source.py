@@ -34,7 +34,7 @@ DEV void store_few(io_t *to, const float from[CV]) {
 }
 // The token that direction `dir` meets at a place, if it exists.
 DEV int token_at(const Args &p, int dir, int place) {
-    return ORDERED && dir && place >= 0 && place < p.L ? (int)p.order[place] : place;
+    return ORDERED && dir && place >= 0 && place < p.L ? visited(p, place) : place;
 }
 struct Taps {
     float weight[WALKED][K][CV], bias[WALKED][CV];
@@ -71,7 +71,7 @@ DEV float silu_of_scaled(float y) {
     return y * rcp(fmaf(LOG2E, ex2(-y), LOG2E));
 #endif
 }
-extern "C" __global__ void __launch_bounds__(CONV_THREADS, 20) conv(const Args p) {
+extern "C" __global__ void __launch_bounds__(CONV_THREADS, IO ? 20 : 12) conv(const Args p) {
     const int groups = (CHANNELS + CV - 1) / CV, at = blockIdx.x * CONV_THREADS + threadIdx.x;
     const int dir = at / groups, channel = at % groups * CV, b = blockIdx.z, start = blockIdx.y * RUN;
     if (dir >= 2 / WALKED) return;
@@ -118,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(CONV_THREADS, 20) conv(const Args p
 #ifdef CONV_BACKWARD_KERNEL
 // Adds the gradients of both directions at each token. p.mode 1: direction 0 alone; 2: direction 1 along p.order, on
 // top of what direction 0 left.
-extern "C" __global__ void __launch_bounds__(CONV_THREADS, 10) conv_backward(const Args p) {
+extern "C" __global__ void __launch_bounds__(CONV_THREADS, IO ? 10 : 7) conv_backward(const Args p) {
     const int channel = (blockIdx.x * CONV_THREADS + threadIdx.x) * CV, b = blockIdx.z;
     const int dir = ORDERED && p.mode == 2, start = blockIdx.y * RUN;
     if (channel >= CHANNELS) return;
@@ -251,10 +251,19 @@ extern "C" __global__ void __launch_bounds__(CONV_THREADS, 10) conv_backward(con
 #define MINBLOCKS 1  // thread blocks that must fit a multiprocessor: caps registers
 #endif
 #ifndef ORDERED
-#define ORDERED 0  // the backward direction follows `Args::order`
+#define ORDERED 0  // the backward direction follows an order other than the full reversal: see `visited`
+#endif
+#ifndef JOINED
+#define JOINED 0  // the scan itself passes states between the few chunks there are
+#endif
+#ifndef WIDE
+#define WIDE 0  // a sequence has 4 GiB or more: 64-bit offsets
+#endif
+#ifndef TF32
+#define TF32 0  // of float activations: the tensor cores' precision is enough
 #endif
 
-#define EXACT (IO == 0)
+#define EXACT (IO == 0 && !TF32)
 #define DEV static __device__ __forceinline__
 #define NT ((N + 7) / 8)
 #define PROJ (R + 2 * N)
@@ -283,12 +292,18 @@ struct Args {
     float *states, *sums, *sub, *adjoint, *da, *dvec;
     void *dbc;
     int B, L;
-    int mode;           // along a general order: 1 + the direction that this launch walks
+    int mode;           // of `conv_backward` along an order: 1 + the direction; of `pass_states`: 1 for adjoint states
     int chunk, chunks;  // tokens in one, and how many
     int turn;           // -1: all chunks at once; otherwise they take turns, the last first: whose turn it is
     int span;           // chunks in a turn
     int kept;           // tokens between the states that the scan keeps; 0: none
+    // The order of the backward direction: 0 is any, in `order`; else tokens are `frames` frames of `frame` tokens.
+    int reversal;
+    int frames, frame;
+    int class_token;  // index of a token that belongs to no frame; -1: none
 };
+#define SPATIAL 1   // frame by frame, each from its last token on
+#define TEMPORAL 2  // the last frame first, each from its first token on
 
 #ifndef EMULATED
 DEV float ex2(float x) {
@@ -380,12 +395,14 @@ DEV void keep_in_register(int &v) { asm("" : "+r"(v)); }
 DEV float exchange(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 #endif
 
-// In the type of activations.
-DEV u32 pack16(float a, float b) { return IO == 1 ? pack_half(a, b) : pack_bf16(a, b); }
-DEV void mma_k16(float *d, const u32 *a, u32 b0, u32 b1) {
-    IO == 1 ? mma_half_k16(d, a, b0, b1) : mma_bf16_k16(d, a, b0, b1);
+// In the type of activations; of float ones in float16, which is as precise as tf32.
+DEV u32 pack16(float a, float b) {
+    return IO == 0 ? pack_half_finite(a, b) : IO == 1 ? pack_half(a, b) : pack_bf16(a, b);
 }
-DEV void mma_k8(float *d, const u32 *a, u32 b) { IO == 1 ? mma_half_k8(d, a, b) : mma_bf16_k8(d, a, b); }
+DEV void mma_k16(float *d, const u32 *a, u32 b0, u32 b1) {
+    IO == 2 ? mma_bf16_k16(d, a, b0, b1) : mma_half_k16(d, a, b0, b1);
+}
+DEV void mma_k8(float *d, const u32 *a, u32 b) { IO == 2 ? mma_bf16_k8(d, a, b) : mma_half_k8(d, a, b); }
 DEV float load16(u16 v, bool half) { return half ? half_to_float(v) : __uint_as_float((u32)v << 16); }
 #if IO == 0
 DEV float value(float v) { return v; }
@@ -446,6 +463,12 @@ DEV void store4(io_t *to, const float *from, int left) {
             if (e < left) to[e] = stored(from[e]);
     }
 }
+// As many of four neighbours as there are.
+DEV void load_few4(float *to, const io_t *from, int left) {
+    if (VEC) unpack4(to, from);
+    else
+        for (int e = 0; e < 4; e++) to[e] = e < left ? value(from[e]) : 0.f;
+}
 template <int COUNT> DEV void load_vector(float *to, const float *from) {
     if (COUNT == 2) {
         float2 v = *(const float2 *)from;
@@ -467,13 +490,8 @@ template <int COUNT> DEV void store_vector(float *to, const float *from) {
     }
 }
 
-DEV float decay(float delta, float a) {
-#if EXACT
-    return exp2f(delta * a);
-#else
-    return ex2(delta * a);
-#endif
-}
+// As precise as exp2f, but for results below 2^-126, which become zero.
+DEV float decay(float delta, float a) { return ex2(delta * a); }
 DEV float softplus(float v) {
 #if EXACT
     return v > 20.f ? v : log1pf(expf(v));
@@ -509,6 +527,20 @@ DEV float softplus_slope(float delta) {
     return delta < 0.03125f ? series : 1.f - ex2(delta * -LOG2E);
 #endif
 }
+
+// The token that the backward direction visits at a step, if it exists.
+DEV int visited(const Args &p, int step) {
+    if (!p.reversal) return (int)p.order[step];
+    int patch = step;
+    if (p.class_token >= 0) {  // visited at its mirrored place
+        const int mirrored = p.L - 1 - p.class_token;
+        if (step == mirrored) return p.class_token;
+        patch -= step > mirrored;
+    }
+    const int row = patch % p.frame;
+    patch = p.reversal == SPATIAL ? patch + p.frame - 1 - 2 * row : p.frames * p.frame - p.frame - patch + 2 * row;
+    return patch + (p.class_token >= 0 && patch >= p.class_token);
+}
 """,
     "scan.cu": r"""// The forward scan, and the walks that differ little from it: states and adjoint states of chunks.
 #include "walk.cuh"
@@ -531,8 +563,9 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
     const int LD = 16 * M + 4, S = 2 * M, LU = ROW(M), GROUPS = NT / (SPLIT + 1);  // of eight states
     extern __shared__ __align__(16) char shared[];
     Walk w = Walk::start(p, M);
-    if (ORDERED && w.dir != p.mode - 1) return;
     if (KIND == ADJOINT) w.reversed = !w.reversed;
+    // Nobody starts from where the last chunk ends.
+    if ((KIND == ENDS || KIND == ADJOINT) && w.chunk == (w.reversed ? 0 : p.chunks - 1)) return;
     const bool meeting = KIND == SCAN && !ORDERED;
     if (KIND == STATES && w.tiles <= 0) return;
     if (w.channel >= CHANNELS) {
@@ -548,7 +581,8 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
     const io_t *proj_rows = p.proj + ((size_t)w.dir * p.B * p.L + w.row) * PROJ;
     const io_t *u_rows = p.u + ((size_t)(KIND == ADJOINT ? 0 : w.dir) * p.B * p.L + w.row) * CHANNELS + w.channel;
     const io_t *z_rows = p.xz + (w.row * 2 + 1) * CHANNELS + w.channel;
-    io_t *out_rows = p.out + w.row * CHANNELS + w.channel;
+    // Along an order the directions meet anywhere: each leaves its outputs in the place of its inputs, for `gate`.
+    io_t *out_rows = ORDERED ? (io_t *)u_rows : p.out + w.row * CHANNELS + w.channel;
 
     const int first_group = w.half * GROUPS;
     float a[M][GROUPS][4], h[M][GROUPS][4], total[S];
@@ -563,7 +597,22 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
             for (int e = 0; e < 4; e++) h[i][nt][e] = 0.f;
 #pragma unroll
     for (int s = 0; s < S; s++) total[s] = 0.f;
-    if (p.chunks > 1 && (KIND == SCAN || KIND == STATES))
+    if (JOINED && KIND == SCAN)
+        for (int k = w.reversed ? p.chunks - 1 : 0; k != w.chunk; k += w.reversed ? -1 : 1) {
+            float end[M][GROUPS][4] = {}, sum[S];
+            load_states<M, GROUPS>(end, fragment<M>(p.states, p, w, p.chunks, k) + first_group * 128, w);
+            const float *sums = p.sums + ((size_t)(w.dir * p.B + w.b) * p.chunks + k) * CHANNELS + w.channel + g * S;
+#pragma unroll
+            for (int s = 0; s < S; s++) sum[s] = g * S + s < left ? sums[s] : 0.f;
+#pragma unroll
+            for (int i = 0; i < M; i++)
+#pragma unroll
+                for (int nt = 0; nt < GROUPS; nt++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        h[i][nt][e] = fmaf(h[i][nt][e], decay(sum[2 * i + (e >> 1)], a[i][nt][e]), end[i][nt][e]);
+        }
+    else if (p.chunks > 1 && (KIND == SCAN || KIND == STATES))
         load_states<M, GROUPS>(h, fragment<M>(p.states, p, w, p.chunks, w.chunk) + first_group * 128, w);
     // The next part of which the state before is stored, and where; SCAN: the place that this is at.
     const int way = w.reversed ? -1 : 1;
@@ -608,8 +657,7 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
             keep_at = part * p.kept + (w.reversed ? p.kept - TILE : 0);
         }
         // The first direction to come by a token leaves its output; the second adds its own, and gates.
-        const bool second =
-            KIND == SCAN && (ORDERED ? p.mode == 2 : 2 * tile > w.tiles - 1 || (2 * tile == w.tiles - 1 && w.dir));
+        const bool second = meeting && (2 * tile > w.tiles - 1 || (2 * tile == w.tiles - 1 && w.dir));
         if (meeting && w.dir && tile == w.tiles / 2) barrier(1, BLOCK_THREADS);
         if (second) {
             load_row<16 * M, LU, 2 * CHANNELS, CHANNEL_PIECE>(gate, z_rows, left, w, row, begin);
@@ -637,32 +685,47 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
                 part += way, sub_at += way * STATES_OF_PART;
             }
 #if EXACT
+            float sum[4][S];
+#pragma unroll
             for (int j = 0; j < 4; j++) {
-                const io_t *proj_at = proj + (t4 + j) * PROJ;
-                float sum[S];
+                float step[S], v[S], b[GROUPS][2], c[GROUPS][2];
+                load_vector<S>(step, d_at + j * LD);
+                load_channels_of_lane<S>(v, u_at + (j - q) * LU);
+#pragma unroll
+                for (int nt = 0; nt < GROUPS; nt++) {
+                    projected2(b[nt], proj, t4 + j, in_at, nt * 8 + 2 * q);
+                    if (KIND == SCAN) projected2(c[nt], proj, t4 + j, R + N, nt * 8 + 2 * q);
+                }
 #pragma unroll
                 for (int s = 0; s < S; s++) {
-                    float step = d_at[j * LD + s], v = value(u_at[(j - q) * LU + s]);
-                    if (KIND != ADJOINT) v *= step;
-                    sum[s] = 0.f, total[s] += step;
+                    if (KIND != ADJOINT) v[s] *= step[s];
+                    sum[j][s] = 0.f, total[s] += step[s];
 #pragma unroll
                     for (int nt = 0; nt < GROUPS; nt++)
 #pragma unroll
                         for (int e = 0; e < 2; e++) {
-                            int n = nt * 8 + 2 * q + e;
                             float &state = h[s / 2][nt][(s & 1) * 2 + e];
-                            float factor = decay(step, a[s / 2][nt][(s & 1) * 2 + e]);
-                            float in = v * projected(proj_at, 0, in_at, n);
+                            float factor = decay(step[s], a[s / 2][nt][(s & 1) * 2 + e]), in = v[s] * b[nt][e];
                             state = KIND == ADJOINT ? (state + in) * factor : fmaf(state, factor, in);
-                            if (KIND == SCAN) sum[s] = fmaf(state, projected(proj_at, 0, R + N, n), sum[s]);
+                            if (KIND == SCAN) sum[j][s] = fmaf(state, c[nt][e], sum[j][s]);
                         }
-                    if (KIND == SCAN) {
-                        sum[s] += exchange(sum[s], 1);
-                        sum[s] += exchange(sum[s], 2);
-                    }
                 }
-                sync_warp();
-                if (KIND == SCAN && q == 0) store_vector<S>(d_at + j * LD, sum);
+            }
+            if (KIND == SCAN) {
+                // Over the four lanes of a channel; lane q is left with the sum of step q.
+                float y[S];
+#pragma unroll
+                for (int s = 0; s < S; s++) {
+                    float two[2];
+#pragma unroll
+                    for (int j = 0; j < 2; j++) {
+                        float mine = q & 2 ? sum[j + 2][s] : sum[j][s], other = q & 2 ? sum[j][s] : sum[j + 2][s];
+                        two[j] = mine + exchange(other, 2);
+                    }
+                    y[s] = (q & 1 ? two[1] : two[0]) + exchange(q & 1 ? two[0] : two[1], 1);
+                }
+                sync_warp();  // Δ of these steps is used up
+                store_vector<S>(y_at + q * LD, y);
             }
 #else
             float b[GROUPS], in[S], step[S], sum[M][4], factor[M][GROUPS][4];
@@ -775,8 +838,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) adjoint(c
 #endif
 
 #ifdef PASS_STATES_KERNEL
-// Passes states between chunks: what each ends with, from zero, becomes what it starts with. A thread a state; p.mode 1: p.adjoint instead of
-// p.states, against the walk.
+// Passes states between chunks: what each ends with, from zero, becomes what it starts with. A thread a state;
+// p.mode 1: p.adjoint instead of p.states, against the walk.
 extern "C" __global__ void pass_states(const Args p) {
     int blocks = (CHANNELS + 15) / 16;
     int i = blockIdx.x * blockDim.x + threadIdx.x, per = blocks * NT * 128;
@@ -792,10 +855,67 @@ extern "C" __global__ void pass_states(const Args p) {
 #pragma unroll 8
     for (int k = 0; k < p.chunks; k++) {
         int chunk = down ? p.chunks - 1 - k : k;
-        float end = states[(size_t)chunk * per], factor = exp2f(a * sums[(size_t)chunk * CHANNELS]);
+        float end = 0.f, factor = 0.f;
+        if (k + 1 < p.chunks) end = states[(size_t)chunk * per], factor = exp2f(a * sums[(size_t)chunk * CHANNELS]);
         states[(size_t)chunk * per] = h;
         h = fmaf(h, factor, end);
     }
+}
+#endif
+
+#ifdef GATE_KERNEL
+// Along an order: adds the outputs that the directions left in `u`, and gates. A thread takes four channels of a row.
+extern "C" __global__ void gate(const Args p) {
+    const int fours = (CHANNELS + 3) / 4;
+    const size_t rows = (size_t)p.B * p.L, at = (size_t)blockIdx.x * blockDim.x + threadIdx.x, row = at / fours;
+    const int four = at % fours * 4, here = CHANNELS - four;
+    if (row >= rows) return;
+    float y[4], other[4], z[4];
+    load_few4(y, p.u + row * CHANNELS + four, here);
+    load_few4(other, p.u + (rows + row) * CHANNELS + four, here);
+    load_few4(z, p.xz + (2 * row + 1) * CHANNELS + four, here);
+#pragma unroll
+    for (int e = 0; e < 4; e++) y[e] = (y[e] + other[e]) * z[e] * half_sigmoid(z[e]);
+    store4(p.out + row * CHANNELS + four, y, here);
+}
+#endif
+#ifdef GATE_BACKWARD_KERNEL
+// Along an order: the directions left their ungated outputs in the gate's half of `out` and in `y`. These become the
+// gradient of the gate, and what `out_proj` took.
+extern "C" __global__ void gate_backward(const Args p) {
+    const int fours = (CHANNELS + 3) / 4;
+    const size_t rows = (size_t)p.B * p.L, at = (size_t)blockIdx.x * blockDim.x + threadIdx.x, row = at / fours;
+    const int four = at % fours * 4, here = CHANNELS - four;
+    if (row >= rows) return;
+    io_t *dz = p.out + (2 * row + 1) * CHANNELS + four, *gated = p.y + row * CHANNELS + four;
+    float y[4], other[4], z[4], dout[4];
+    load_few4(y, dz, here);
+    load_few4(other, gated, here);
+    load_few4(z, p.xz + (2 * row + 1) * CHANNELS + four, here);
+    load_few4(dout, p.dout + row * CHANNELS + four, here);
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        float gate = sigmoid(z[e]), mean = 0.5f * (y[e] + other[e]) * gate;
+        y[e] = mean * dout[e] * fmaf(z[e], 1.f - gate, 1.f);
+        other[e] = mean * z[e];
+    }
+    store4(dz, y, here);
+    store4(gated, other, here);
+}
+#endif
+#ifdef UNGATE_KERNEL
+// The gradient of the ungated outputs, p.y, from that of the gated ones.
+extern "C" __global__ void ungate(const Args p) {
+    const int fours = (CHANNELS + 3) / 4;
+    const size_t rows = (size_t)p.B * p.L, at = (size_t)blockIdx.x * blockDim.x + threadIdx.x, row = at / fours;
+    const int four = at % fours * 4, here = CHANNELS - four;
+    if (row >= rows) return;
+    float y[4], z[4];
+    load_few4(y, p.dout + row * CHANNELS + four, here);
+    load_few4(z, p.xz + (2 * row + 1) * CHANNELS + four, here);
+#pragma unroll
+    for (int e = 0; e < 4; e++) y[e] *= z[e] * half_sigmoid(z[e]);
+    store4(p.y + row * CHANNELS + four, y, here);
 }
 #endif
 """,
@@ -807,7 +927,7 @@ extern "C" __global__ void pass_states(const Args p) {
 // Bytes of shared memory of a warp.
 #define BACKWARD_SHARED                                                                   \
     (2 * (PROJ_TILE + 3 * TILE * 16 * (int)sizeof(io_t)) + 5 * TILE * 20 * 4 + NT * 512 + \
-     TILE * 16 * (int)sizeof(io_t) + 1536 + (EXACT ? NT * 512 : STEP_SIZE_BYTES(1)))
+     TILE * 16 * (int)sizeof(io_t) + 1536 + STEP_SIZE_BYTES(1) + (EXACT ? NT * 512 : 0))
 
 #if IO == 2  // of the gradients of B and C, one a block of 16 channels
 typedef u16 partial_t;
@@ -831,7 +951,6 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
     const int LD = 20, S = 2;
     extern __shared__ __align__(16) char shared[];
     Walk w = Walk::start(p, 1);
-    if (ORDERED && w.dir != p.mode - 1) return;
     // In turns, the directions come by different chunks, but for the turn in the middle of an odd number.
     const bool meeting = !ORDERED && (p.turn < 0 || 2 * p.turn == p.chunks - 1);
     if (w.channel >= CHANNELS) {
@@ -850,7 +969,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
     StepSize<1> step_size;
     step_size.load(p, w, (char *)before + U_TILE + 1536);
 #if EXACT
-    float *sums = (float *)((char *)before + U_TILE + 1536);
+    float *sums = (float *)((char *)before + U_TILE + 1536 + STEP_SIZE_BYTES(1));
 #endif
     const io_t *proj_rows = p.proj + ((size_t)w.dir * p.B * p.L + w.row) * PROJ;
     const size_t rows = ((size_t)w.dir * p.B * p.L + w.row) * CHANNELS + w.channel;
@@ -903,7 +1022,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
         copy_wait<0>();
         sync_warp();
         const int begin = w.begin(w.tiles - 1 - i);
-        const bool second = ORDERED    ? p.mode == 2
+        const bool second = ORDERED    ? false
                             : !meeting ? 2 * p.turn > p.chunks - 1
                                        : 2 * i > w.tiles - 1 || (2 * i == w.tiles - 1 && w.dir);
         if (meeting && w.dir && i == w.tiles / 2) barrier(1, BLOCK_THREADS);
@@ -1157,7 +1276,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
             }
             store4(cell(p.du + rows, token, CHANNELS, four), r_du, here);
             store4(cell(p.ddelta + rows, token, CHANNELS, four), r_dd, here);
-            store4(cell(dz_rows, token, 2 * CHANNELS, four), vy, here);
+            // Along an order, each direction its own, for `gate_backward`.
+            if (ORDERED && w.dir) store4(cell(p.y + w.row * CHANNELS + w.channel, token, CHANNELS, four), vy, here);
+            else store4(cell(dz_rows, token, 2 * CHANNELS, four), vy, here);
         }
         if (meeting && !w.dir && i == (w.tiles - 1) / 2) barrier(1, BLOCK_THREADS);
         sync_warp();
@@ -1200,11 +1321,12 @@ struct Walk {
     int lane, g, q, dir, half, team, b, channel, chunk, first, last, tiles;
     int base;  // first place of the turn
     bool reversed;
-    const long long *order;
+    const Args *args;
     size_t row;  // of token 0 of this sequence among all B L rows
 
     static __device__ __forceinline__ Walk start(const Args &p, int m) {
         Walk w;
+        w.args = &p;
         w.lane = threadIdx.x & 31, w.g = w.lane >> 2, w.q = w.lane & 3;
         int warp = uniform(threadIdx.x >> 5);
         w.half = SPLIT ? warp & 1 : 0, w.team = warp >> SPLIT;
@@ -1212,7 +1334,6 @@ struct Walk {
         w.channel = (blockIdx.x * W + (w.team >> 1)) * 16 * m;
         w.b = blockIdx.z;
         w.reversed = w.dir && !ORDERED;
-        w.order = w.dir ? p.order : 0;
         int turns = (p.chunks + p.span - 1) / p.span;
         int before = p.turn < 0 ? 0 : (w.reversed ? p.turn : turns - 1 - p.turn) * p.span;
         w.base = before * p.chunk;
@@ -1232,14 +1353,18 @@ struct Walk {
     __device__ __forceinline__ int begin(int i) const { return first + (reversed ? tiles - 1 - i : i) * TILE; }
     __device__ __forceinline__ int place(int begin, int r) const { return begin + (reversed ? TILE - 1 - r : r); }
     __device__ __forceinline__ int token(int place) const {
-        if (ORDERED && order) return place < last ? (int)order[place] : 0;
+        if (ORDERED && dir) return place < last ? visited(*args, place) : 0;
         return place;
     }
 };
 
-// Column `column` of row `row`. Within a sequence 32 bits are enough for the offset in bytes: see `_Scan`.
+// Column `column` of row `row`. Within a sequence of less than 4 GiB, 32 bits are enough for the offset in bytes.
 template <typename T> DEV T *cell(T *rows, u32 row, u32 stride, u32 column) {
+#if WIDE
+    return rows + (u64)row * stride + column;
+#else
     return (T *)((u64)rows + (row * stride + column) * (u32)sizeof(T));
+#endif
 }
 
 // What a lane copies of each tile: of one row, a few pieces.
@@ -1280,26 +1405,43 @@ DEV void load_row(io_t *to, const io_t *from, int left, const Walk &w, const Row
 // twice), and bytes of a tile of the projection.
 #define ROW(M) (16 * M + (M > 1 ? 16 : 0))
 #define PROJ_TILE ((TILE * PROJ * (int)sizeof(io_t) + 15) / 16 * 16)
+// Two values, or one and zero, as 16-bit operands of the tensor cores.
 DEV u32 pair16(const io_t *p) {
 #if IO == 0
-    return 0;
+    return pack_half_finite(p[0], p[1]);
 #else
     return (u32)p[0] | (u32)p[1] << 16;
+#endif
+}
+DEV u32 single16(const io_t *p) {
+#if IO == 0
+    return pack_half_finite(p[0], 0.f);
+#else
+    return p[0];
 #endif
 }
 
 // What makes Δ of a warp's channels: dt_proj's rows as the tensor cores want a right factor, 8 ranks a word, and bias.
 #define EIGHTS ((R + 7) / 8)
 #define WORDS(M) ((2 * M * EIGHTS + 3) / 4 * 4)
-#define STEP_SIZE_BYTES(M) (EXACT ? 0 : WORDS(M) * 128 + 128 * M)
+// Exactly: dt_proj's rows as they are, each padded to RANKS and four values more, so that rows meet different banks.
+#define RANKS ((R + 3) / 4 * 4)
+#define STEP_SIZE_BYTES(M) (EXACT ? 16 * M * (RANKS + 4) * 4 : WORDS(M) * 128 + 128 * M)
 
 template <int M> struct StepSize {
     u32 *weight;  // [four words][lane][4]; if the warp is split, [word][lane]
     float *bias;  // [q][slot s][4]: elements e and e + 2 for channel (2q + e) S + s, as a lane holds the sum
+    static constexpr int LINE = RANKS + 4;  // exactly: of a channel, weights and then the bias
 
     __device__ __forceinline__ void load(const Args &p, const Walk &w, char *to) {
         weight = (u32 *)to, bias = (float *)(to + WORDS(M) * 128);
-#if !EXACT
+#if EXACT
+        for (int i = w.lane; i < 16 * M * LINE; i += 32) {
+            int r = i % LINE;
+            size_t at = (size_t)w.dir * CHANNELS + min(w.channel + i / LINE, CHANNELS - 1);
+            ((float *)to)[i] = r < R ? parameter(p.dt_w, at * R + r) : r == RANKS ? parameter(p.dt_b, at) : 0.f;
+        }
+#else
         const int S = 2 * M;
 #pragma unroll
         for (int s = 0; s < S; s++)
@@ -1315,8 +1457,8 @@ template <int M> struct StepSize {
             float *at = bias + (c / (2 * S) * S + c % S) * 4 + c / S % 2;
             at[0] = at[2] = v;
         }
-        sync_warp();
 #endif
+        sync_warp();
     }
     // Δ of a tile: softplus(time_step dt_proj' + bias), into delta[t][channel]. Steps past the end get a Δ too; their
     // inputs and the gradients that come back to them are zero.
@@ -1326,14 +1468,31 @@ template <int M> struct StepSize {
         const int g = w.g, q = w.q, COUNT = S / (SPLIT + 1), first = w.half * COUNT;  // slots of channels
         float acc[COUNT][4];
 #if EXACT
+        const float *lines = (const float *)weight + 2 * q * S * LINE;
+#pragma unroll
         for (int s = 0; s < S; s++)
-            for (int e = 0; e < 4; e++) {
-                int channel = min(w.channel + (2 * q + (e & 1)) * S + s, CHANNELS - 1);
-                acc[s][e] = parameter(p.dt_b, (size_t)w.dir * CHANNELS + channel);
-                for (int r = 0; r < R; r++)
-                    acc[s][e] = fmaf(value(proj[(g + 8 * (e >> 1)) * PROJ + r]),
-                                     parameter(p.dt_w, ((size_t)w.dir * CHANNELS + channel) * R + r), acc[s][e]);
+#pragma unroll
+            for (int e = 0; e < 4; e++) acc[s][e] = lines[((e & 1) * S + s) * LINE + RANKS];
+#pragma unroll
+        for (int r = 0; r < R; r += 4) {
+            float x[2][4];
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const io_t *at = proj + (g + 8 * half) * PROJ + r;
+                if (PROJ % 4 == 0 && r + 4 <= R) unpack4(x[half], at);
+                else
+                    for (int i = 0; i < 4; i++) x[half][i] = r + i < R ? value(at[i]) : 0.f;
             }
+#pragma unroll
+            for (int s = 0; s < S; s++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    float weights[4];
+                    load_vector<4>(weights, lines + ((e & 1) * S + s) * LINE + r);
+#pragma unroll
+                    for (int i = 0; i < 4; i++) acc[s][e] = fmaf(x[e >> 1][i], weights[i], acc[s][e]);
+                }
+        }
 #else
         u32 words[WORDS(M)];
         if (SPLIT) {
@@ -1356,8 +1515,8 @@ template <int M> struct StepSize {
                 int r = 8 * (k + (i >> 1)) + 2 * q;
                 const io_t *at = proj + (g + 8 * (i & 1)) * PROJ + r;
                 if (8 * (k + (i >> 1)) >= R) a[i] = 0;
-                else if (PROJ % 2 == 0 && R % 2 == 0) a[i] = R % 8 == 0 || r < R ? *(const u32 *)at : 0u;
-                else a[i] = r + 1 < R ? pair16(at) : r < R ? (u32)at[0] : 0u;
+                else if (IO && PROJ % 2 == 0 && R % 2 == 0) a[i] = R % 8 == 0 || r < R ? *(const u32 *)at : 0u;
+                else a[i] = r + 1 < R ? pair16(at) : r < R ? single16(at) : 0u;
             }
 #pragma unroll
             for (int s = 0; s < COUNT; s++) {
@@ -1419,12 +1578,19 @@ template <int M, int COUNT> DEV void store_states(float *to, const float h[M][CO
 DEV float projected(const io_t *proj, int t, int offset, int n) {
     return N % 8 == 0 || n < N ? value(proj[t * PROJ + offset + n]) : 0.f;
 }
+// Of two neighbouring states, from an even one on.
+DEV void projected2(float to[2], const io_t *proj, int t, int offset, int n) {
+    if (PROJ % 2 == 0 && R % 2 == 0 && N % 8 == 0) {
+        float2 v = load2(proj + t * PROJ + offset + n);
+        to[0] = v.x, to[1] = v.y;
+    } else to[0] = projected(proj, t, offset, n), to[1] = projected(proj, t, offset, n + 1);
+}
 // The same two as float16.
 DEV u32 projected_half2(const io_t *proj, int t, int offset, int n) {
     const io_t *at = proj + t * PROJ + offset + n;
     if (N % 8 != 0 && n >= N) return 0;
-    u32 v = R % 2 == 0 && N % 2 == 0 ? *(const u32 *)at : N % 8 == 0 || n + 1 < N ? pair16(at) : (u32)at[0];
-    return IO == 1 ? v : pack_half_finite(load16((u16)v, false), load16((u16)(v >> 16), false));
+    u32 v = IO && R % 2 == 0 && N % 2 == 0 ? *(const u32 *)at : N % 8 == 0 || n + 1 < N ? pair16(at) : single16(at);
+    return IO != 2 ? v : pack_half_finite(load16((u16)v, false), load16((u16)(v >> 16), false));
 }
 // S neighbouring activations, at a multiple of S.
 template <int S> DEV void load_channels_of_lane(float *to, const io_t *from) {

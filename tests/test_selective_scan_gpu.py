@@ -24,6 +24,7 @@ from modeling_videomamba import (
     use_scan_backend,
 )
 from modeling_videomamba import selective_scan_cuda_runtime as runtime
+from modeling_videomamba.modeling_videomamba import backward_order
 from modeling_videomamba.selective_scan import BACKENDS, bidirectional_selective_scan, select_scan_backend
 from modeling_videomamba.selective_scan_reference import bidirectional_selective_scan_reference
 from scan_helpers import scan_order
@@ -56,14 +57,15 @@ def make_inputs(batch, length, channels, dtype, states=16, rank=6, taps=4, shift
 
 
 def make_order(name, length, device="cpu"):
-    """None for the full reversal; else as the model's orders: frames reversed, tokens of a frame reversed, or any."""
+    """None: the full reversal; the model's orders of 7 frames, with a class token if there is one more; or any."""
     if name == "reversal":
         return None
     if name == "any":
         return scan_order(torch.randperm(length, generator=torch.Generator().manual_seed(5)).to(device))
-    frames = 7 if length % 7 == 0 else 1
-    tokens = torch.arange(length, device=device).view(frames, -1)
-    return scan_order(tokens.flip(0 if name == "temporal" else 1).flatten())
+    rest = length % 7
+    assert rest in (0, 1)
+    config = VideoMambaConfig(backward_scan=name, class_token_position="middle" if rest else "none")
+    return backward_order(config, (7, length // 7, 1), device)
 
 
 def output_and_gradients(function, tensors, grad, order):
@@ -82,6 +84,9 @@ def assert_close_to_reference(tensors, grad, order, tolerance):
         for name, f, e in zip(names, found, expected, strict=True)
     }
     assert all(f.dtype == tensors[0].dtype for f in found)
+    with torch.no_grad():  # another way to the kernels, and for few chunks other kernels
+        inferred = selective_scan_cuda.bidirectional_selective_scan(*tensors, order=order).double()
+    errors["inferred"] = ((inferred - expected[0]).norm() / expected[0].norm().clamp(min=1e-30)).item()
     assert all(error <= tolerance for error in errors.values()), errors
 
 
@@ -114,16 +119,16 @@ def compile_for_cpu(tmp_path_factory):
 def on_cpu(monkeypatch, compile_for_cpu):
     """Send launches to the CPU; gives a function that sets how many multiprocessors the scan shall plan for."""
 
-    def launch(name, options, arguments, grid, threads, shared, device):
-        assert shared <= 227 * 1024, "more shared memory than a Hopper GPU has"
-        options = ((f"{name.upper()}_KERNEL", 1), *options.items())
+    def queue(launch, arguments, stream):
+        assert launch.shared <= 227 * 1024, "more shared memory than a Hopper GPU has"
+        options = ((f"{launch.name.upper()}_KERNEL", 1), *launch.options.items())
         start = f"""extern "C" void launch(const Args *args, int x, int y, int z, int threads) {{
-            run_on_cpu([=] {{ {name}(*args); }}, x, y, z, threads);
+            run_on_cpu([=] {{ {launch.name}(*args); }}, x, y, z, threads);
         }}"""
-        library = compile_for_cpu(runtime.KERNEL_FILES[name], options, start)
-        library.launch(ctypes.byref(arguments), *grid, threads)
+        library = compile_for_cpu(runtime.KERNEL_FILES[launch.name], options, start)
+        library.launch(ctypes.byref(arguments), *launch.grid, launch.threads)
 
-    monkeypatch.setattr(selective_scan_cuda, "launch", launch)
+    monkeypatch.setattr(runtime.Launch, "queue", queue)
 
     def plan_for(multiprocessors):
         monkeypatch.setattr(selective_scan_cuda, "_multiprocessors", lambda device: multiprocessors)
@@ -141,6 +146,7 @@ def on_cpu(monkeypatch, compile_for_cpu):
         (1, 2, 15, 15, "any", 5),
         (132, 1, 70, 24, "reversal", 16),
         (132, 1, 49, 24, "spatial", 16),
+        (0.1, 2, 36, 40, "temporal", 16),
         (0.1, 2, 33, 40, "reversal", 16),
     ],
 )
@@ -186,7 +192,7 @@ def test_kernels_on_the_cpu_in_float16_with_float32_parameters(on_cpu, order):
 )
 def test_chunks_take_turns_in_the_backward_pass(on_cpu, monkeypatch, multiprocessors, tokens, order, dtype):
     on_cpu(multiprocessors)
-    monkeypatch.setattr(selective_scan_cuda, "_TURN_TOKENS", tokens)
+    monkeypatch.setattr(selective_scan_cuda, "TURN_TOKENS", tokens)
     tensors, grad = make_inputs(3, 70, 40, dtype)
     assert_close_to_reference(tensors, grad, make_order(order, 70), TOLERANCE[dtype])
 
@@ -217,7 +223,7 @@ def test_the_operator_is_a_good_citizen(on_cpu):
     on_cpu(1)
     tensors, _ = make_inputs(1, 18, 24, torch.float32)
     for out_proj_weight in (None, torch.randn(12, 24, requires_grad=True)):
-        arguments = (*(t.requires_grad_() for t in tensors), out_proj_weight, None, True)
+        arguments = (*(t.requires_grad_() for t in tensors), out_proj_weight, None, [0, 1, -1], True)
         torch.library.opcheck(torch.ops.videomamba.bidirectional_scan_cuda.default, arguments)
 
 
@@ -229,15 +235,50 @@ def test_a_parameter_of_another_shape_is_refused(on_cpu):
         selective_scan_cuda.bidirectional_selective_scan(*tensors)
 
 
-def test_a_sequence_beyond_32_bit_offsets_is_refused(on_cpu):
+def test_a_sequence_beyond_32_bit_offsets_takes_wider_ones():
+    """Which are the same kernels with an option: at a small size, and asked for by the size."""
+    shapes = [(2, 24, 4), (2, 24), (2, 24, 6), (2, 24), (2, 24, 16), (2, 24)]
+    parameters = tuple((torch.Size(shape), torch.float32, torch.device("cpu")) for shape in shapes)
+
+    def is_wide(length):
+        shape = torch.Size((1, length, 48))
+        plan = selective_scan_cuda.ScanPlan(
+            torch.device("cpu"), 132, 32768, torch.float32, shape, True, False, False, parameters
+        )
+        return plan.options["WIDE"]
+
+    most = 2**32 // (48 * 4) + 1  # rows of 24 channels and their gates
+    assert (is_wide(most - 1), is_wide(most)) == (0, 1)
+
+
+@pytest.mark.parametrize("order", ["reversal", "spatial"])
+def test_wide_offsets(on_cpu, monkeypatch, order):
     on_cpu(1)
-    tensors, _ = make_inputs(1, 18, 24, torch.float32)
-    most = 2**32 // (48 * 4)  # rows of 24 channels and their gates
-    scan = functools.partial(selective_scan_cuda._Scan, order=None)
-    parameters = (*tensors[1:3], *tensors[4:])
-    scan(tensors[0][:, :1].expand(1, most, 48), *parameters)
-    with pytest.raises(ValueError, match=r"22369622 tokens of 48 values in torch.float32 .* less than 4 GiB"):
-        scan(tensors[0][:, :1].expand(1, most + 1, 48), *parameters)
+    original = runtime.Launch.queue
+
+    def queue(launch, arguments, stream):
+        launch.options["WIDE"] = 1
+        original(launch, arguments, stream)
+
+    monkeypatch.setattr(runtime.Launch, "queue", queue)
+    tensors, grad = make_inputs(2, 21, 24, torch.bfloat16)
+    assert_close_to_reference(tensors, grad, make_order(order, 21), TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+def test_float32_in_the_precision_of_tf32_where_pytorch_allows_it(on_cpu, monkeypatch, multiprocessors):
+    on_cpu(multiprocessors)
+    tensors, _ = make_inputs(1, 70, 24, torch.float32)
+    expected = bidirectional_selective_scan_reference(*tensors)
+
+    def error():
+        with torch.no_grad():
+            found = selective_scan_cuda.bidirectional_selective_scan(*tensors)
+        return ((found - expected).norm() / expected.norm()).item()
+
+    assert error() < 1e-5
+    monkeypatch.setattr(selective_scan_cuda, "_tf32_is_allowed", lambda: True)
+    assert 1e-5 < error() < 1e-3
 
 
 def test_a_cpu_tensor_is_refused_by_name():
