@@ -1,7 +1,7 @@
 """
 OpenGVLab's VideoMamba checkpoints become ours, with the same logits.
 
-    python -m conversion.convert_opengvlab_to_videomamba \\
+    videomamba-convert opengvlab \\
         --checkpoint OpenGVLab/VideoMamba:videomamba_s16_k400_f16_res224.pth --output videomamba-small-k400
 """
 
@@ -10,7 +10,10 @@ import re
 
 import torch
 
-from conversion.checkpoints import (
+from modeling_videomamba import VideoMambaConfig
+from modeling_videomamba.modeling_videomamba import interpolate_positions
+
+from .checkpoints import (
     CheckpointError,
     Remap,
     add_arguments,
@@ -24,8 +27,6 @@ from conversion.checkpoints import (
     run,
     wide,
 )
-from modeling_videomamba import VideoMambaConfig
-from modeling_videomamba.modeling_videomamba import interpolate_positions
 
 
 # What serves training alone: heads of masked pre-training and of self-distillation.
@@ -101,7 +102,7 @@ def convert(options):
     sizes = read_sizes(checkpoint)
     if checkpoint.model_name.startswith("vim_") or "midclstok" in checkpoint.origin:
         # Its tensors have the names and shapes of OpenGVLab's image classifiers, but another meaning.
-        raise CheckpointError(f"{checkpoint.origin} is a Vision Mamba. Use conversion.convert_vim_to_videomamba.")
+        raise CheckpointError(f"{checkpoint.origin} is a Vision Mamba. Use `videomamba-convert vim`.")
 
     tensors, grid = checkpoint.tensors, sizes.pop("grid")
     patches, temporal = tensors["patch_embed.proj.weight"], tensors.get("temporal_pos_embedding")
@@ -144,7 +145,7 @@ def convert(options):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        prog="python -m conversion.convert_opengvlab_to_videomamba",
+        prog="videomamba-convert opengvlab",
         description="Convert one of OpenGVLab's VideoMamba checkpoints, with the same logits. Sizes, frames, "
         "resolution and labels are read from it; a file of masked pre-training becomes a backbone.",
     )

@@ -1,7 +1,7 @@
 """
 Vision Mamba's image classifiers (hustvl/Vim) become VideoMamba, to start video training from (paper, 4.1 and 4.2).
 
-    python -m conversion.convert_vim_to_videomamba \\
+    videomamba-convert vim \\
         --checkpoint hustvl/Vim-small-midclstok:vim_s_midclstok_80p5acc.pth --num-labels 400 --output videomamba-small
 
 With `--num-frames 1 --keep-head` it stays the image classifier that it is, with the same logits.
@@ -9,7 +9,9 @@ With `--num-frames 1 --keep-head` it stays the image classifier that it is, with
 
 import argparse
 
-from conversion.checkpoints import (
+from modeling_videomamba import VideoMambaConfig
+
+from .checkpoints import (
     CheckpointError,
     Remap,
     add_arguments,
@@ -19,7 +21,7 @@ from conversion.checkpoints import (
     read_sizes,
     run,
 )
-from conversion.inflate_image_model import (
+from .inflate_image_model import (
     FRAME_STRIDE,
     add_inflation_arguments,
     choose_head,
@@ -27,7 +29,6 @@ from conversion.inflate_image_model import (
     inflation_settings,
     position_embedding_type,
 )
-from modeling_videomamba import VideoMambaConfig
 
 
 def convert_state_dict(state_dict, config, source_grid, position_init="expand", head="drop"):
@@ -63,7 +64,7 @@ def refuse_variants(checkpoint, sizes):
     name, patch = checkpoint.model_name, checkpoint.tensors["patch_embed.proj.weight"]
     if "temporal_pos_embedding" in checkpoint.tensors or patch.ndim == 5 or name.startswith("videomamba"):
         raise CheckpointError(
-            f"{checkpoint.origin} is one of OpenGVLab's VideoMamba. Use conversion.convert_opengvlab_to_videomamba."
+            f"{checkpoint.origin} is one of OpenGVLab's VideoMamba. Use `videomamba-convert opengvlab`."
         )
     # A stride of 8 leaves no trace in the shapes but a larger grid: 27 × 27 patches of 16 pixels in 224.
     image_size, patch_size = getattr(checkpoint.args, "input_size", None), sizes["patch_size"]
@@ -112,7 +113,7 @@ def convert(options):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        prog="python -m conversion.convert_vim_to_videomamba",
+        prog="videomamba-convert vim",
         description="Convert a Vision Mamba image classifier into a VideoMamba to start video training from. "
         "Sizes are read from the checkpoint. Without --num-labels, --labels or --keep-head the result is a backbone.",
     )

@@ -1,10 +1,10 @@
 """
 An image VideoMamba, distilled, trained or converted, becomes a video one to start training from (paper, 4.1 and 4.2).
 
-    python -m conversion.inflate_image_model \\
+    videomamba-convert image \\
         --checkpoint you/videomamba-imagenet --num-frames 16 --num-labels 400 --output videomamba-k400-start
 
-Vision Mamba's own files go through the same functions: see conversion.convert_vim_to_videomamba.
+Vision Mamba's own files go through the same functions: see `videomamba-convert vim`.
 """
 
 import argparse
@@ -13,7 +13,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from conversion.checkpoints import (
+from modeling_videomamba import VideoMambaConfig
+from modeling_videomamba.modeling_videomamba import interpolate_positions
+
+from .checkpoints import (
     CheckpointError,
     Remap,
     add_arguments,
@@ -26,8 +29,6 @@ from conversion.checkpoints import (
     run,
     wide,
 )
-from modeling_videomamba import VideoMambaConfig
-from modeling_videomamba.modeling_videomamba import interpolate_positions
 
 
 POSITION_INITS = ("expand", "interpolate-spatial", "interpolate-embedding", "random", "sinusoidal", "none")
@@ -262,7 +263,7 @@ def load_image_model(source):
     if fields.get("model_type") != VideoMambaConfig.model_type:
         raise CheckpointError(
             f"{source} is a {fields.get('model_type')} model, expected VideoMamba. Vision Mamba's own files are for "
-            "conversion.convert_vim_to_videomamba."
+            "`videomamba-convert vim`."
         )
     config = VideoMambaConfig.from_dict(fields)
     if config.num_frames != 1:
@@ -315,7 +316,7 @@ def convert(options):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        prog="python -m conversion.inflate_image_model",
+        prog="videomamba-convert image",
         description="Make a VideoMamba for clips out of one for images. Without --num-labels, --labels or --keep-head "
         "the result is a backbone.",
     )

@@ -29,6 +29,8 @@ def main():
     parser.add_argument("--model", default=str(CAMERA_MOTION), help="a folder or a Hub repository")
     parser.add_argument("--top_k", type=int, default=3, help="labels to print for each video")
     args = parser.parse_args()
+    if args.model == str(CAMERA_MOTION) and not CAMERA_MOTION.is_dir():
+        parser.error("name a model with --model: an installed package brings none")
 
     classifier = pipeline("video-classification", model=args.model)
     with tempfile.TemporaryDirectory() as scratch:

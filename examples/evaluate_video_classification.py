@@ -49,7 +49,7 @@ class EvaluationArguments:
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read videos, for each process."})
     bf16: bool = field(default=False, metadata={"help": "Mixed precision with bfloat16."})
     use_cpu: bool = field(default=False, metadata={"help": "Leave the GPU alone."})
-    bootstrap_samples: int = field(default=2000, metadata={"help": "Draws for the 95 % intervals."})
+    bootstrap_samples: int = field(default=2000, metadata={"help": "Draws for the 95 %% intervals."})
 
 
 class ViewsTransform:

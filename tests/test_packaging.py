@@ -1,0 +1,105 @@
+"""What `pip install` puts where: the sdist, the wheel made of it, and its console commands."""
+
+import importlib
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import modeling_videomamba
+
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = "from setuptools import build_meta; import sys; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
+
+
+def build(what, source, output):
+    command = [sys.executable, "-c", BUILD, f"build_{what}", str(output)]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return output / done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The wheel that is built from the sdist, unpacked as pip does it. The checkout itself is not touched."""
+    folder = tmp_path_factory.mktemp("packaging")
+    ignore = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info")
+    shutil.copytree(ROOT, folder / "checkout", ignore=ignore)
+    with tarfile.open(build("sdist", folder / "checkout", folder)) as archive:
+        archive.extractall(folder / "unpacked", filter="data")
+    (source,) = (folder / "unpacked").iterdir()
+    assert {"csrc", "docs", "examples", "model_cards", "tests", "CHANGELOG.md"} <= {p.name for p in source.iterdir()}
+    with zipfile.ZipFile(build("wheel", source, folder)) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+def test_nothing_of_a_generic_name_is_installed(installed):
+    names = {path.name for path in installed.iterdir() if path.suffix != ".dist-info"}
+    assert names == {"modeling_videomamba", "videomamba_conversion", "videomamba_examples"}
+    for installed_name, folder in (
+        ("modeling_videomamba", "modeling_videomamba"),
+        ("videomamba_conversion", "conversion"),
+        ("videomamba_examples", "examples"),
+    ):
+        expected = {path.name for path in (ROOT / folder).glob("*.py")}
+        assert {path.name for path in (installed / installed_name).iterdir()} == expected
+
+
+def test_one_version():
+    changelog = re.search(r"^## ([\d.]+) ", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1]
+    citation = re.search(r"^version: (\S+)", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1]
+    assert modeling_videomamba.__version__ == changelog == citation
+
+
+@pytest.fixture
+def run(installed, tmp_path):
+    """Runs a console command of the wheel from an empty folder, where the checkout cannot be imported."""
+    (metadata,) = installed.glob("*.dist-info")
+    scripts = importlib.metadata.PathDistribution(metadata).entry_points
+
+    def run(name, *arguments):
+        (script,) = scripts.select(group="console_scripts", name=name)
+        code = f"import sys; sys.argv[0] = {name!r}; from {script.module} import {script.attr} as run; sys.exit(run())"
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
+        environment["VIDEOMAMBA_SCAN_BACKEND"] = "torch"  # numba would compile for this copy of the code
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250)
+
+    return run
+
+
+def test_classify(run):
+    model = ROOT / "model_cards" / "videomamba-tiny-camera-motion"
+    done = run("videomamba-classify", "--model", model, "--top_k", "1")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"pan-right.mp4 .*\n +\d+\.\d% +pan right$", done.stdout.strip()), done.stdout
+
+
+def test_evaluate(run, installed):
+    """It is a script that finds its siblings; so are the others."""
+    done = run("videomamba-evaluate", "--help")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: ") and "--num_crops" in done.stdout
+    commands = (installed / "videomamba_examples" / "__init__.py").read_text()
+    scripts = re.findall(r'_run\("(.+)"\)', commands)
+    assert len(scripts) >= 3 and all((installed / "videomamba_examples" / name).is_file() for name in scripts)
+
+
+def test_convert(run, installed, monkeypatch):
+    done = run("videomamba-convert")
+    assert done.returncode == 1 and "opengvlab" in done.stdout and "no family was named" in done.stderr
+    monkeypatch.syspath_prepend(installed)
+    command = importlib.import_module("videomamba_conversion.__main__")
+    for family in command.FAMILIES:
+        monkeypatch.setattr(sys, "argv", ["videomamba-convert", family, "--checkpoint", "none.pth", "--dry-run"])
+        with pytest.raises(SystemExit, match="^error: .*none.pth"):
+            command.main()
