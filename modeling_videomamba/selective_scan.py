@@ -33,6 +33,8 @@ import torch.nn.functional as F
 
 from .selective_scan_cuda import bidirectional_selective_scan as cuda_scan
 from .selective_scan_cuda import unusable_reason as cuda_unusable_reason
+from .selective_scan_export import bidirectional_selective_scan as export_scan
+from .selective_scan_export import unusable_reason as export_unusable_reason
 from .selective_scan_mamba_ssm import bidirectional_selective_scan as mamba_ssm_scan
 from .selective_scan_mamba_ssm import unusable_reason as mamba_ssm_unusable_reason
 from .selective_scan_numba import bidirectional_selective_scan as numba_scan
@@ -76,12 +78,14 @@ class ScanBackend(NamedTuple):
     fuses_out_proj: bool = False  # takes `out_proj_weight` too, and keeps less for the backward pass
 
 
-# Fastest first; the first usable one is taken. `sequential` runs only when it is named, since `torch` always can.
+# Fastest first; the first usable one is taken. Those after `torch`, which always can, run only when they are named;
+# `export` also while a model is exported.
 BACKENDS = {
     "cuda": ScanBackend(cuda_unusable_reason, cuda_scan, fuses_out_proj=True),
     "mamba_ssm": ScanBackend(mamba_ssm_unusable_reason, mamba_ssm_scan),
     "numba": ScanBackend(numba_unusable_reason, numba_scan),
     "torch": ScanBackend(torch_unusable_reason, torch_scan),
+    "export": ScanBackend(export_unusable_reason, export_scan),
     "sequential": ScanBackend(sequential_unusable_reason, sequential_scan),
 }
 
@@ -127,6 +131,8 @@ def select_scan_backend(device, dtype, name=None):
     """
     name = _forced_backend or os.environ.get(ENVIRONMENT_VARIABLE) or name
     if name is None:
+        if torch.compiler.is_exporting():
+            return "export"
         return next(b for b in BACKENDS if BACKENDS[b].unusable_reason(device, dtype) is None)
     if name in BACKENDS and BACKENDS[name].unusable_reason(device, dtype) is None:
         return name

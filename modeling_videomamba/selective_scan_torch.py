@@ -23,13 +23,16 @@ def unusable_reason(device, dtype):
 
 
 def bidirectional_selective_scan(
-    xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, order=None
+    xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, order=None, scan=None
 ):
-    """See `selective_scan.bidirectional_selective_scan`. Both directions run as one batch with a leading axis of 2."""
+    """
+    See `selective_scan.bidirectional_selective_scan`. Both directions run as one batch with a leading axis of 2.
+    `scan` takes the place of [`selective_scan`] if given.
+    """
     x, z = xz.chunk(2, dim=-1)
     u = F.silu(causal_convolution(in_order_of_visits(x, order), conv_weight, conv_bias))
     delta, B, C = selection(u, x_proj_weight, dt_proj_weight, dt_proj_bias)
-    y = selective_scan(u, delta, -torch.exp(A_log.float()), B, C)
+    y = (scan or selective_scan)(u, delta, -torch.exp(A_log.float()), B, C)
     y = y + u * D.to(u.dtype)[:, None, None]
     return (y[0] + at_own_tokens(y[1], order)) * (F.silu(z) / 2)
 

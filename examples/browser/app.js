@@ -1,0 +1,144 @@
+// A VideoMamba classifier in the browser: frames of a file or the camera to labels, with ONNX Runtime's WebAssembly.
+// Frames are sampled, resized and normalised as VideoMambaVideoProcessor does it.
+import { framesToPixelValues, sampleIndices, softmax } from "./preprocessing.js";
+
+const element = (id) => document.getElementById(id);
+const [fileInput, cameraButton, video] = ["file", "camera", "video"].map(element);
+const canvas = document.createElement("canvas");
+let classifier, cameraStream = null, turn = 0;
+
+function say(text, isError = false) {
+  element("status").textContent = text;
+  element("status").className = isError ? "error" : "";
+}
+
+async function load() {
+  const [config, settings] = await Promise.all(
+    ["config.json", "video_preprocessor_config.json"].map(async (name) => (await fetch(name)).json()));
+  ort.env.wasm.wasmPaths = new URL("ort/", location.href).href;
+  ort.env.wasm.numThreads = 1; // the loop over tokens is serial: more threads make it slower
+  const session = await ort.InferenceSession.create("model.onnx");
+  classifier = { labels: config.id2label, settings, session };
+  fileInput.disabled = cameraButton.disabled = false;
+  say("Ready.");
+}
+
+function grab() {
+  canvas.width = video.videoWidth;
+  canvas.height = video.videoHeight;
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  context.drawImage(video, 0, 0);
+  return context.getImageData(0, 0, canvas.width, canvas.height);
+}
+
+async function classify(frames) {
+  const { labels, settings, session } = classifier;
+  const pixelValues = framesToPixelValues(frames, settings);
+  const start = performance.now();
+  const { logits } = await session.run({
+    pixel_values: new ort.Tensor("float32", pixelValues.data, pixelValues.shape) });
+  const scores = softmax(logits.data);
+  const ranked = [...scores.keys()].sort((a, b) => scores[b] - scores[a]).slice(0, 5);
+  element("labels").replaceChildren(...ranked.map((i) => {
+    const row = document.createElement("tr");
+    for (const text of [labels[i], `${(100 * scores[i]).toFixed(1)} %`, ""]) row.insertCell().textContent = text;
+    const bar = document.createElement("div");
+    bar.className = "bar";
+    bar.style.width = `${100 * scores[i]}%`;
+    row.cells[2].append(bar);
+    return row;
+  }));
+  return performance.now() - start;
+}
+
+const event = (name) => new Promise((resolve, reject) => {
+  video.addEventListener(name, resolve, { once: true });
+  video.addEventListener("error", () => reject(new Error(
+    "This browser cannot play the file. Convert it to H.264 in MP4 or VP9 in WebM.")), { once: true });
+});
+
+// The browser does not tell the frame rate: play the beginning and look at when its frames are shown.
+async function frameInterval() {
+  const times = [];
+  const seen = new Promise((resolve) => {
+    const look = (_, { mediaTime }) => {
+      times.push(mediaTime);
+      times.length < 12 ? video.requestVideoFrameCallback(look) : resolve();
+    };
+    video.requestVideoFrameCallback(look);
+  });
+  const ended = new Promise((resolve) => video.addEventListener("ended", resolve, { once: true }));
+  await video.play();
+  await Promise.race([seen, ended]);
+  video.pause();
+  const steps = times.slice(1).map((time, i) => time - times[i]).filter((step) => step > 1e-4).sort((a, b) => a - b);
+  return steps.length ? steps[0] : 1 / 25; // the shortest: longer ones skipped a frame
+}
+
+async function classifyFile(file) {
+  const mine = ++turn;
+  stopCamera();
+  element("labels").replaceChildren();
+  say("Reading …");
+  const url = URL.createObjectURL(file);
+  try {
+    video.srcObject = null;
+    video.src = url;
+    await event("loadeddata");
+    const interval = await frameInterval();
+    const indices = sampleIndices(Math.max(1, Math.round(video.duration / interval)), classifier.settings);
+    const frames = [];
+    for (const index of indices) {
+      const time = Math.min((index + 0.5) * interval, video.duration);
+      if (video.currentTime !== time) {
+        const arrived = event("seeked");
+        video.currentTime = time;
+        await arrived;
+      }
+      if (mine !== turn) return;
+      frames.push(grab());
+    }
+    const took = await classify(frames);
+    say(`${frames.length} frames, ${Math.round(took)} ms`);
+  } catch (error) {
+    say(error.message, true);
+  } finally {
+    URL.revokeObjectURL(url);
+  }
+}
+
+function stopCamera() {
+  cameraStream?.getTracks().forEach((track) => track.stop());
+  cameraStream = null;
+  cameraButton.textContent = "Use the camera";
+}
+
+async function toggleCamera() {
+  const mine = ++turn;
+  if (cameraStream) return stopCamera();
+  try {
+    cameraStream = await navigator.mediaDevices.getUserMedia({ video: { width: 320 }, audio: false });
+  } catch (error) {
+    return say(`No camera: ${error.message}`, true);
+  }
+  cameraButton.textContent = "Stop";
+  video.srcObject = cameraStream;
+  await video.play();
+  const { num_frames: count, frame_stride: stride } = classifier.settings;
+  const frames = [];
+  let next = 0;
+  while (cameraStream && mine === turn) {
+    await new Promise((resolve) => video.requestVideoFrameCallback(resolve));
+    if (performance.now() < next) continue;
+    next = performance.now() + 1000 * (stride ?? 1) / 30 - 5; // as far apart as frames of a file with 30 a second
+    frames.push(grab());
+    if (frames.length < count) continue;
+    const took = await classify(frames);
+    say(`${(1000 / took).toFixed(1)} clips a second`);
+    frames.splice(0, count / 2);
+  }
+}
+
+fileInput.addEventListener("change", () => fileInput.files.length && classifyFile(fileInput.files[0]));
+cameraButton.addEventListener("click", toggleCamera);
+load().catch((error) => say(`The model could not be loaded: ${error.message}`, true));

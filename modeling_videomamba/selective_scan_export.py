@@ -1,0 +1,39 @@
+"""The scan while a model is exported: plain operators and one loop over the tokens, which ONNX calls `Scan`.
+
+No custom operator stands in the exported graph, so that ONNX Runtime, OpenVINO and other runtimes read it. Both
+directions are one loop whose body is six operators on a state of (2, B, N, E); it costs one node, whatever the length.
+Log-depth doubling, several tokens a turn and chunks of the length side by side were measured too: docs/deploy.md.
+"""
+
+from functools import partial
+
+import torch
+from torch._higher_order_ops.scan import scan_op
+
+from .selective_scan_torch import bidirectional_selective_scan as plain_bidirectional_selective_scan
+
+
+def unusable_reason(device, dtype):
+    """Why this backend cannot run on `device` with activations of `dtype`, or None: it always can."""
+    return None
+
+
+def selective_scan(u, delta, A, B, C):
+    """See `selective_scan_torch.selective_scan`, whose arguments these are."""
+    A = A.transpose(1, 2).contiguous()[:, None]  # (G, 1, N, E); the state that is passed on has its strides
+    # Tokens first, and the axis of states or channels that a step broadcasts over: the loop's body copies nothing.
+    tokens = [
+        t.float().permute(2, 0, 1, 3).contiguous().unsqueeze(axis)
+        for t, axis in ((delta, 3), (u.float() * delta, 3), (B, 4), (C, 3))
+    ]
+    start = delta.new_zeros(*delta.shape[:2], *A.shape[2:])
+    _, y = scan_op(_step, [start], tokens, (A,))
+    return y.squeeze(3).permute(1, 2, 0, 3).to(u.dtype)
+
+
+def _step(state, delta, input, B, C, A):
+    state = torch.exp(delta * A) * state + B * input
+    return [state.clone(), torch.matmul(C, state)]
+
+
+bidirectional_selective_scan = partial(plain_bidirectional_selective_scan, scan=selective_scan)
