@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Names what happens in a video with a classifier that examples/export_onnx.py wrote. Needs no PyTorch:
 
-    pip install onnxruntime av pillow numpy
-    python classify_onnx.py videomamba-onnx clip.mp4
+pip install onnxruntime av pillow numpy
+python classify_onnx.py videomamba-onnx clip.mp4
 """
 
 import json

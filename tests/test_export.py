@@ -1,0 +1,175 @@
+"""Exported models against the model itself: the backend of plain operators, ONNX, the scripts and the browser page."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import AutoVideoProcessor, pipeline
+
+from make_camera_motion_clips import write_demo_clip
+from modeling_videomamba import (
+    VideoMambaConfig,
+    VideoMambaForVideoClassification,
+    VideoMambaVideoProcessor,
+    use_scan_backend,
+)
+from modeling_videomamba.selective_scan import bidirectional_selective_scan
+from modeling_videomamba.selective_scan_reference import bidirectional_selective_scan_reference
+
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+EXAMPLES = REPOSITORY / "examples"
+CAMERA_MOTION = REPOSITORY / "model_cards" / "videomamba-tiny-camera-motion"
+
+
+def small_model(**options):
+    torch.manual_seed(0)
+    config = VideoMambaConfig(
+        hidden_size=32, state_size=4, num_hidden_layers=2, num_frames=4, image_size=32, num_labels=5, **options
+    )
+    model = VideoMambaForVideoClassification(config).eval()
+    for name, parameter in model.named_parameters():
+        if "position_embeddings" in name or "classifier" in name:
+            nn.init.normal_(parameter, std=0.5)  # so that every position and label shows in the logits
+    return model
+
+
+@pytest.mark.parametrize("reversed_tokens", [False, True])
+def test_backend_matches_the_float64_reference(reversed_tokens):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 11, 12), (2, 6, 4), (2, 6), (2, 2 + 10, 6), (2, 6, 2), (2, 6), (2, 6, 5), (2, 6)]
+    inputs = [torch.randn(shape, generator=generator) for shape in shapes]
+    order = None
+    if reversed_tokens:
+        model = small_model(backward_scan="temporal", class_token_position="middle")
+        order = model.videomamba.order_for(model.config.grid_size, "cpu")
+        inputs[0] = torch.randn(2, len(order.visits), 12, generator=generator)
+    expected = bidirectional_selective_scan_reference(*inputs, order=order, dtype=torch.float64)
+    found = bidirectional_selective_scan(*inputs, order=order, backend="export")
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_torch_export_holds_no_custom_operator():
+    model, clips = small_model(), torch.randn(2, 4, 3, 32, 32)
+    exported = torch.export.export(model, (clips,), dynamic_shapes=[{0: torch.export.Dim("batch")}])
+    targets = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+    assert "scan" in targets and not [target for target in targets if target.startswith("videomamba")]
+    clips = torch.randn(3, 4, 3, 32, 32)
+    torch.testing.assert_close(exported.module()(clips).logits, model(clips).logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("any_length", "options"),
+    [
+        pytest.param(False, {"class_token_position": "none"}, marks=pytest.mark.slow),
+        (True, {"backward_scan": "temporal", "class_token_position": "middle"}),
+    ],
+)
+def test_onnx_file_gives_the_logits_of_the_model(tmp_path, any_length, options):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs ONNX Runtime")
+    pytest.importorskip("onnxscript", reason="needs onnxscript, which torch.onnx exports with")
+    from export_onnx import export_onnx
+
+    model = small_model(**options)
+    path = tmp_path / "model.onnx"
+    export_onnx(model, path, any_length)
+    session = onnxruntime.InferenceSession(path)
+    for batch, frames in ((1, 4), (3, 4), (2, 8)) if any_length else ((1, 4), (3, 4)):
+        clips = torch.randn(batch, frames, 3, 32, 32)
+        (logits,) = session.run(["logits"], {"pixel_values": clips.numpy()})
+        with torch.no_grad():
+            expected = model(clips, interpolate_pos_encoding=any_length).logits
+        assert expected.std() > 0.1  # else a constant would do
+        np.testing.assert_allclose(logits, expected.numpy(), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_exporter_of_transformers(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs ONNX Runtime")
+    exporters = pytest.importorskip("transformers.exporters.exporter_onnx", reason="needs transformers' exporters")
+    model, clips = small_model(), torch.randn(2, 4, 3, 32, 32)
+    with torch.no_grad():  # with gradients, torch.onnx (2.14) fails at a loop over an axis of any size
+        exported = exporters.OnnxExporter().export(
+            model,
+            {"pixel_values": clips},
+            config=exporters.OnnxConfig(dynamic_shapes={"pixel_values": {0: torch.export.Dim.AUTO}}),
+        )
+    exported.save_pretrained(tmp_path)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    clips = torch.randn(3, 4, 3, 32, 32)
+    found = session.run(None, {"pixel_values": clips.numpy()})[0]
+    np.testing.assert_allclose(found, model(clips).logits.detach().numpy(), atol=1e-4)
+
+
+def test_forced_backend_is_kept_while_exporting():
+    model, clips = small_model(), torch.randn(2, 4, 3, 32, 32)
+    with use_scan_backend("torch"):
+        exported = torch.export.export(model, (clips,))
+    assert any("videomamba.selective_scan" in str(node.target) for node in exported.graph.nodes)
+
+
+def test_script_without_pytorch_prints_what_the_pipeline_says(tmp_path):
+    pytest.importorskip("onnxruntime", reason="needs ONNX Runtime")
+    pytest.importorskip("onnxscript", reason="needs onnxscript, which torch.onnx exports with")
+    model = small_model()
+    model.config.id2label = dict(enumerate(["run", "jump", "fall", "sit", "wave"]))
+    processor = VideoMambaVideoProcessor(
+        num_frames=4, frame_stride=3, size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}
+    )
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "checkpoint")
+    clip, exported = tmp_path / "pan-right.mp4", tmp_path / "onnx"
+    write_demo_clip(str(clip), motion="pan right")
+    subprocess.run([sys.executable, EXAMPLES / "export_onnx.py", tmp_path / "checkpoint", exported], check=True)
+    without_torch = (
+        "import runpy, sys\n"
+        "sys.modules['torch'] = sys.modules['transformers'] = None\n"
+        f"sys.argv = ['classify_onnx.py', {str(exported)!r}, {str(clip)!r}]\n"
+        f"runpy.run_path({str(EXAMPLES / 'classify_onnx.py')!r}, run_name='__main__')"
+    )
+    run = subprocess.run([sys.executable, "-c", without_torch], check=True, capture_output=True, text=True)
+    expected = pipeline("video-classification", model=str(tmp_path / "checkpoint"))(str(clip), top_k=3)
+    lines = [line.strip().split("%  ") for line in run.stdout.splitlines()]
+    assert [label for _, label in lines] == [answer["label"] for answer in expected]
+    for (score, _), answer in zip(lines, expected, strict=True):
+        assert float(score) / 100 == pytest.approx(answer["score"], abs=0.01)  # Pillow resizes, not torchvision
+
+
+def test_browser_preprocessing_is_that_of_the_processor(tmp_path):
+    if shutil.which("node") is None:
+        pytest.skip("needs Node.js")
+    frames = np.random.default_rng(0).integers(0, 256, (2, 90, 161, 3), dtype=np.uint8)
+    processor = AutoVideoProcessor.from_pretrained(CAMERA_MOTION)
+    expected = processor(list(frames), return_tensors="np")["pixel_values"]
+    frames.tofile(tmp_path / "frames")
+    module = (EXAMPLES / "browser" / "preprocessing.js").as_uri()
+    settings = json.loads((CAMERA_MOTION / "video_preprocessor_config.json").read_text())
+    script = f"""
+        import {{ readFileSync, writeFileSync }} from "node:fs";
+        import {{ framesToPixelValues, sampleIndices }} from "{module}";
+        const bytes = readFileSync("frames"), [height, width] = [90, 161], settings = {json.dumps(settings)};
+        const frames = [0, 1].map((t) => {{
+            const data = new Uint8Array(height * width * 4).fill(255);
+            for (let i = 0; i < height * width; i++)
+                for (let c = 0; c < 3; c++) data[4 * i + c] = bytes[(t * height * width + i) * 3 + c];
+            return {{ data, width, height }};
+        }});
+        writeFileSync("values", Buffer.from(framesToPixelValues(frames, settings).data.buffer));
+        console.log(JSON.stringify([120, 32, 31, 7, 1].map((total) => sampleIndices(total, settings))));
+    """
+    (tmp_path / "run.mjs").write_text(script)
+    run = subprocess.run(["node", "run.mjs"], cwd=tmp_path, check=True, capture_output=True, text=True)
+    found = np.fromfile(tmp_path / "values", dtype=np.float32).reshape(np.shape(expected))
+    one_step = 1 / 255 / min(processor.image_std)
+    assert np.abs(found - expected).max() <= 1.01 * one_step
+    assert np.abs(found - expected).mean() <= 0.05 * one_step
+    for total, indices in zip((120, 32, 31, 7, 1), json.loads(run.stdout), strict=True):
+        metadata = type("Metadata", (), {"total_num_frames": total, "fps": 25})
+        # JavaScript rounds halves up, NumPy to even: such a frame is as near.
+        assert np.abs(np.array(indices) - processor.sample_frames(metadata)).max() <= (0 if total >= 31 else 1)
