@@ -4,6 +4,9 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoVideoProcessor, pipeline
 
+from browser import open_browser, wait_for
 from make_camera_motion_clips import write_demo_clip
 from modeling_videomamba import (
     VideoMambaConfig,
@@ -38,6 +42,16 @@ def small_model(**options):
         if "position_embeddings" in name or "classifier" in name:
             nn.init.normal_(parameter, std=0.5)  # so that every position and label shows in the logits
     return model
+
+
+def save_small_checkpoint(folder):
+    model = small_model()
+    model.config.id2label = dict(enumerate(["run", "jump", "fall", "sit", "wave"]))
+    processor = VideoMambaVideoProcessor(
+        num_frames=4, frame_stride=3, size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}
+    )
+    for part in (model, processor):
+        part.save_pretrained(folder)
 
 
 @pytest.mark.parametrize("reversed_tokens", [False, True])
@@ -117,13 +131,7 @@ def test_forced_backend_is_kept_while_exporting():
 def test_script_without_pytorch_prints_what_the_pipeline_says(tmp_path):
     pytest.importorskip("onnxruntime", reason="needs ONNX Runtime")
     pytest.importorskip("onnxscript", reason="needs onnxscript, which torch.onnx exports with")
-    model = small_model()
-    model.config.id2label = dict(enumerate(["run", "jump", "fall", "sit", "wave"]))
-    processor = VideoMambaVideoProcessor(
-        num_frames=4, frame_stride=3, size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}
-    )
-    for part in (model, processor):
-        part.save_pretrained(tmp_path / "checkpoint")
+    save_small_checkpoint(tmp_path / "checkpoint")
     clip, exported = tmp_path / "pan-right.mp4", tmp_path / "onnx"
     write_demo_clip(str(clip), motion="pan right")
     subprocess.run([sys.executable, EXAMPLES / "export_onnx.py", tmp_path / "checkpoint", exported], check=True)
@@ -173,3 +181,53 @@ def test_browser_preprocessing_is_that_of_the_processor(tmp_path):
         metadata = type("Metadata", (), {"total_num_frames": total, "fps": 25})
         # JavaScript rounds halves up, NumPy to even: such a frame is as near.
         assert np.abs(np.array(indices) - processor.sample_frames(metadata)).max() <= (0 if total >= 31 else 1)
+
+
+@pytest.fixture
+def page(tmp_path):
+    """Address and checkpoint of the browser page with a small model, served from this machine."""
+    pytest.importorskip("onnxscript", reason="needs onnxscript, which torch.onnx exports with")
+    if shutil.which("npm") is None:
+        pytest.skip("needs npm, which fetches ONNX Runtime's files for the browser")
+    checkpoint, folder = tmp_path / "checkpoint", tmp_path / "page"
+    save_small_checkpoint(checkpoint)
+    subprocess.run([sys.executable, EXAMPLES / "browser" / "build.py", checkpoint, folder], check=True)
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/index.html", checkpoint
+    server.shutdown()
+
+
+@pytest.mark.slow
+def test_browser_page_says_what_the_pipeline_says(page, tmp_path):
+    address, checkpoint = page
+    clip, broken = tmp_path / "pan-right.mp4", tmp_path / "broken.mp4"
+    write_demo_clip(str(clip), motion="pan right")
+    broken.write_bytes(b"no video")
+    with open_browser(width=390, height=844) as browser:  # a phone
+
+        def wait_for_status(condition):
+            def status():
+                text = browser.find_element("id", "status").text
+                return text if condition(text) else None
+
+            return wait_for(status)
+
+        browser.get(address)
+        wait_for_status("Ready.".__eq__)
+        browser.find_element("id", "file").send_keys(str(clip))
+        assert wait_for_status(lambda text: text.endswith(" ms")).startswith("4 frames")
+        rows = [row.text.split(" ") for row in browser.find_elements("css selector", "#labels tr")]
+        expected = pipeline("video-classification", model=str(checkpoint))(str(clip), top_k=5)
+        assert [row[0] for row in rows] == [answer["label"] for answer in expected]
+        for row, answer in zip(rows, expected, strict=True):
+            assert float(row[1]) / 100 == pytest.approx(answer["score"], abs=0.02)  # colours converted by Chromium
+        assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+
+        browser.find_element("id", "file").send_keys(str(broken))
+        assert "cannot play the file" in wait_for_status(lambda text: text not in ("", "Reading …"))
+        assert browser.find_elements("css selector", "#labels tr") == []
+
+        browser.find_element("id", "camera").click()  # Chromium's own test picture
+        wait_for_status(lambda text: text.endswith("clips a second"))
