@@ -49,14 +49,56 @@ class EvaluationArguments:
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read videos, for each process."})
     bf16: bool = field(default=False, metadata={"help": "Mixed precision with bfloat16."})
     use_cpu: bool = field(default=False, metadata={"help": "Leave the GPU alone."})
+    frame_order: str = field(
+        default="sequential",
+        metadata={
+            "choices": ["sequential", "block-wise", "pairwise", "interleaved"],
+            "help": "Show the frames of each view in another order (paper, section 5.2).",
+        },
+    )
     bootstrap_samples: int = field(default=2000, metadata={"help": "Draws for the 95 %% intervals."})
+
+
+def frame_order(name, num_frames):
+    """
+    The orders of frames of section 5.2 and table 1, which the paper gives for 8 frames, for any even number of them.
+
+    - `"sequential"`: as they are;
+    - `"block-wise"`: 5 6 7 8 1 2 3 4, the second half before the first;
+    - `"pairwise"`: 1 2 7 8 5 6 3 4, the first pair, then the other pairs from the last to the second;
+    - `"interleaved"`: 1 8 2 7 3 6 4 5, from both ends to the middle.
+
+    Returns:
+        `list[int]`: frame numbers from 0.
+
+    Raises:
+        ValueError: for an odd number of frames, but in sequential order.
+    """
+    frames = list(range(num_frames))
+    if name == "sequential":
+        return frames
+    if num_frames % 2:
+        raise ValueError(
+            f"The {name} order is one of an even number of frames, but the model takes {num_frames}. Leave it out, or "
+            "take another model."
+        )
+    half = num_frames // 2
+    if name == "block-wise":
+        return frames[half:] + frames[:half]
+    pairs = [[2 * number, 2 * number + 1] for number in range(half)]
+    if name == "pairwise":
+        return sum([pairs[0], *reversed(pairs[1:])], [])
+    if name == "interleaved":
+        return sum([[number, num_frames - 1 - number] for number in range(half)], [])
+    raise ValueError(f"{name!r} is not an order of frames: sequential, block-wise, pairwise or interleaved.")
 
 
 class ViewsTransform:
     """Reads a video once and cuts its views out of it: float32 (views, T, C, H, W)."""
 
-    def __init__(self, reader, processor, num_clips, num_crops):
+    def __init__(self, reader, processor, num_clips, num_crops, order="sequential"):
         self.reader, self.processor, self.num_clips, self.num_crops = reader, processor, num_clips, num_crops
+        self.order = frame_order(order, reader.num_frames)
         self.size = (processor.crop_size["height"], processor.crop_size["width"])
         self.shortest_edge = processor.size.get("shortest_edge") or max(self.size)
 
@@ -84,7 +126,7 @@ class ViewsTransform:
             crops.append(v2.functional.crop(frames, round(top), round(left), height, width))
         views = torch.stack(crops).float() / 255
         views = v2.functional.normalize(views, self.processor.image_mean, self.processor.image_std)
-        return {"views": views.unflatten(1, (self.num_clips, -1)).flatten(0, 1), "labels": label}
+        return {"views": views.unflatten(1, (self.num_clips, -1)).flatten(0, 1)[:, self.order], "labels": label}
 
 
 def bootstrap(right, samples, seed=0):
@@ -115,7 +157,8 @@ def main():
     model.eval().to(process.device)
 
     # Each process takes every n-th clip: none twice, none left out, whatever the number of processes.
-    dataset = Clips(clips, ViewsTransform(reader, processor, args.num_clips, args.num_crops), failures)
+    transform = ViewsTransform(reader, processor, args.num_clips, args.num_crops, args.frame_order)
+    dataset = Clips(clips, transform, failures)
     own = range(process.process_index, len(clips), process.num_processes)
     loader = DataLoader(Subset(dataset, own), args.per_device_eval_batch_size, num_workers=args.dataloader_num_workers)
     scores, labels = [], []
@@ -144,7 +187,7 @@ def main():
     for name, hits in (("accuracy", right[:, 0]), ("top5_accuracy", right.any(-1))):
         results[f"{name}_low"], results[f"{name}_high"] = bootstrap(hits.astype(float), args.bootstrap_samples)
     results |= {"clips": int(counted.sum()), "skipped": int((~counted).sum())}
-    results |= {"views": f"{args.num_clips} x {args.num_crops}"}
+    results |= {"views": f"{args.num_clips} x {args.num_crops}", "frame_order": args.frame_order}
     clip_names = [clip_name(video) for video in clips["video"]]
     write_predictions(args.output_dir, clip_names, labels, scores, names)
     np.savez_compressed(f"{args.output_dir}/scores.npz", scores=scores, labels=labels)
