@@ -2,7 +2,7 @@
 # make test [ARGS="-k name"]   runs the tests; ARGS goes to pytest
 # make hub-repo CARD=videomamba-tiny-camera-motion OUTPUT=folder [REPO=you/name]
 #                              assembles a checkpoint's complete Hub repository, and pushes it to REPO
-# make lint                    checks style and format; needs no PyTorch
+# make lint                    checks style, format and types; needs no PyTorch
 # make kernel-report           prints registers, spills and shared memory of the GPU kernels
 # Each makes .venv on first use, with PYTHON=... if given, else the first Python >= 3.10 it finds.
 
@@ -26,6 +26,7 @@ test: .venv/test-installed
 lint: .venv/lint-installed
 	$(venv) -m ruff check .
 	$(venv) -m ruff format --check .
+	$(venv) -m mypy
 	.venv/bin/clang-format --dry-run -Werror csrc/*.cu csrc/*.cuh
 	$(venv) csrc/embed.py --check
 

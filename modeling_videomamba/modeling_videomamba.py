@@ -513,7 +513,7 @@ class VideoMambaPreTrainedModel(PreTrainedModel):
             bound = config.conv_kernel**-0.5
             init.uniform_(module.conv_weight, -bound, bound)
             init.uniform_(module.conv_bias, -bound, bound)
-            bound = config.time_step_rank**-0.5
+            bound = int(config.time_step_rank) ** -0.5
             init.uniform_(module.dt_proj_weight, -bound, bound)
             # The bias is the inverse of the softplus at the wanted step size.
             log_range = math.log(config.time_step_min), math.log(config.time_step_max)

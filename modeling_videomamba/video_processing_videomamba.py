@@ -109,8 +109,8 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
         if files is not None:
             # Each frame is resized as soon as it is decoded: of large ones, one is in memory at a time.
             transform = self._transform_of_frames(kwargs)
-            sample = None if do_sample_frames is False else sample
-            decoded = [decode_video(file, sample, decoder, transform) for file in files]
+            sample_file = None if do_sample_frames is False else sample
+            decoded = [decode_video(file, sample_file, decoder, transform) for file in files]
             frames, metadata = [frames for frames, _ in decoded], [about for _, about in decoded]
             kwargs.update(do_resize=False, do_center_crop=False)
         else:
