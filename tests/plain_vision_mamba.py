@@ -1,5 +1,5 @@
 """
-Vision Mamba and OpenGVLab's VideoMamba as plain as can be: the oracles of the conversion tests.
+Vision Mamba and OpenGVLab's VideoMamba as plain as can be: the references of the conversion tests.
 
 They read the published tensor names and use nothing of this package: one clip at a time, a sequential scan.
 """
