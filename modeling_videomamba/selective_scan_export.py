@@ -27,13 +27,14 @@ def selective_scan(u, delta, A, B, C):
         for t, axis in ((delta, 3), (u.float() * delta, 3), (B, 4), (C, 3))
     ]
     start = delta.new_zeros(*delta.shape[:2], *A.shape[2:])
-    _, y = scan_op(_step, [start], tokens, (A,))
+    # A is passed on beside the state: OpenVINO (2026.4) cannot read a loop whose body refers to a tensor outside it.
+    _, _, y = scan_op(_step, [start, A], tokens, ())
     return y.squeeze(3).permute(1, 2, 0, 3).to(u.dtype)
 
 
-def _step(state, delta, input, B, C, A):
+def _step(state, A, delta, input, B, C):
     state = torch.exp(delta * A) * state + B * input
-    return [state.clone(), torch.matmul(C, state)]
+    return [state.clone(), A.clone(), torch.matmul(C, state)]
 
 
 bidirectional_selective_scan = partial(plain_bidirectional_selective_scan, scan=selective_scan)
