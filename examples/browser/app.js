@@ -139,6 +139,10 @@ async function toggleCamera() {
   }
 }
 
-fileInput.addEventListener("change", () => fileInput.files.length && classifyFile(fileInput.files[0]));
+fileInput.addEventListener("change", () => {
+  const [file] = fileInput.files;
+  fileInput.value = ""; // so that the same file can be opened again
+  if (file) classifyFile(file);
+});
 cameraButton.addEventListener("click", toggleCamera);
 load().catch((error) => say(`The model could not be loaded: ${error.message}`, true));
