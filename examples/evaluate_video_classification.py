@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measures a video classifier as papers do: several views of each clip, and the mean of their scores.
+"""Multi-view evaluation of a video classifier, as in papers: the mean score of several views of each clip.
 
     python examples/evaluate_video_classification.py --model_name_or_path you/videomamba-k400 \
         --validation_dir clips/validation --num_clips 5 --num_crops 3 --output_dir results
@@ -27,7 +27,7 @@ from video_classification_data import (
     Clips,
     DataArguments,
     DecodeFailures,
-    clip_name,
+    Normalize,
     load_accuracy,
     load_clips,
     match_labels,
@@ -94,7 +94,7 @@ def frame_order(name, num_frames):
 
 
 class ViewsTransform:
-    """Reads a video once and cuts its views out of it: float32 (views, T, C, H, W)."""
+    """Reads a video once and cuts its views out of it: uint8 (views, T, C, H, W), which `Normalize` takes."""
 
     def __init__(self, reader, processor, num_clips, num_crops, order="sequential"):
         self.reader, self.processor, self.num_clips, self.num_crops = reader, processor, num_clips, num_crops
@@ -114,7 +114,8 @@ class ViewsTransform:
     def __call__(self, video, label):
         views = self.num_clips * self.num_crops
         if label == IGNORED:
-            return {"views": torch.zeros(views, self.reader.num_frames, 3, *self.size), "labels": label}
+            empty = torch.zeros(views, self.reader.num_frames, 3, *self.size, dtype=torch.uint8)
+            return {"views": empty, "labels": label}
         frames = v2.functional.resize(read_frames(self.reader, video, self.sample), self.shortest_edge, antialias=True)
         height, width = self.size
         spare = (max(0, frames.shape[-2] - height), max(0, frames.shape[-1] - width))
@@ -124,8 +125,7 @@ class ViewsTransform:
             top = spare[0] * (share if spare[0] > spare[1] else 0.5)
             left = spare[1] * (share if spare[1] >= spare[0] else 0.5)
             crops.append(v2.functional.crop(frames, round(top), round(left), height, width))
-        views = torch.stack(crops).float() / 255
-        views = v2.functional.normalize(views, self.processor.image_mean, self.processor.image_std)
+        views = torch.stack(crops)
         return {"views": views.unflatten(1, (self.num_clips, -1)).flatten(0, 1)[:, self.order], "labels": label}
 
 
@@ -137,6 +137,47 @@ def bootstrap(right, samples, seed=0):
 
 
 @torch.no_grad()
+def score(model, processor, dataset, args, process):
+    """The scores of the clips, the mean over their views, and their labels; None where another process has them."""
+    # Each process takes every n-th clip: none twice, none left out, whatever the number of processes.
+    own = range(process.process_index, len(dataset), process.num_processes)
+    on_gpu = process.device.type == "cuda"
+    loader = DataLoader(
+        Subset(dataset, own),
+        args.per_device_eval_batch_size,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=on_gpu,
+    )
+    key, normalize = processor.model_input_names[0], Normalize(processor, process.device)
+    scores, labels = [], []
+    for batch in tqdm(loader, desc="evaluation", disable=not process.is_main_process):
+        chunks = []
+        for views in batch["views"].flatten(0, 1).split(args.max_views_per_step):
+            with torch.autocast(process.device.type, torch.bfloat16, enabled=args.bf16):
+                logits = model(**{key: normalize(views.to(process.device, non_blocking=True))}).logits
+            chunks.append(logits.float().softmax(-1))
+        scores.append(torch.cat(chunks).unflatten(0, (len(batch["labels"]), -1)).mean(1).cpu())
+        labels += batch["labels"].tolist()
+    parts = list(zip(own, torch.cat(scores).numpy() if scores else [], labels, strict=True))
+    parts = sorted(gather_object(parts) if process.num_processes > 1 else parts, key=lambda part: part[0])
+    if not process.is_main_process:
+        return None, None
+    if [part[0] for part in parts] != list(range(len(dataset))):
+        raise RuntimeError(f"{len(parts)} results came back for {len(dataset)} clips.")
+    return np.stack([part[1] for part in parts]), np.array([part[2] for part in parts])
+
+
+def summarise(scores, labels, bootstrap_samples):
+    """Accuracies with their intervals, and how many clips were counted and skipped."""
+    counted = labels != IGNORED
+    results = load_accuracy().compute(predictions=scores, references=labels)
+    ranks = np.argsort(-scores[counted], axis=-1, kind="stable")[:, :5]
+    right = ranks == labels[counted, None]
+    for name, hits in (("accuracy", right[:, 0]), ("top5_accuracy", right.any(-1))):
+        results[f"{name}_low"], results[f"{name}_high"] = bootstrap(hits.astype(float), bootstrap_samples)
+    return results | {"clips": int(counted.sum()), "skipped": int((~counted).sum())}
+
+
 def main():
     model_args, data_args, args = parse_arguments(ModelArguments, DataArguments, EvaluationArguments)
     if model_args.model_name_or_path is None:
@@ -154,42 +195,15 @@ def main():
         splits, names = load_clips(data_args, ["validation"], 0, failures)
     model, names, reader, processor, _ = load_model(model_args, names, training=False)
     clips = match_labels(splits["validation"], names)
-    model.eval().to(process.device)
-
-    # Each process takes every n-th clip: none twice, none left out, whatever the number of processes.
     transform = ViewsTransform(reader, processor, args.num_clips, args.num_crops, args.frame_order)
     dataset = Clips(clips, transform, failures)
-    own = range(process.process_index, len(clips), process.num_processes)
-    loader = DataLoader(Subset(dataset, own), args.per_device_eval_batch_size, num_workers=args.dataloader_num_workers)
-    scores, labels = [], []
-    for batch in tqdm(loader, desc="evaluation", disable=not process.is_main_process):
-        views = batch["views"].flatten(0, 1)
-        chunks = []
-        for chunk in views.split(args.max_views_per_step):
-            with torch.autocast(process.device.type, torch.bfloat16, enabled=args.bf16):
-                logits = model(**{processor.model_input_names[0]: chunk.to(process.device)}).logits
-            chunks.append(logits.float().softmax(-1).cpu())
-        scores.append(torch.cat(chunks).unflatten(0, (len(batch["labels"]), -1)).mean(1))
-        labels += batch["labels"].tolist()
-    parts = list(zip(own, torch.cat(scores).numpy() if scores else [], labels, strict=True))
-    parts = sorted(gather_object(parts) if process.num_processes > 1 else parts, key=lambda part: part[0])
+    scores, labels = score(model.eval().to(process.device), processor, dataset, args, process)
     if not process.is_main_process:
         return
 
-    scores, labels = np.stack([part[1] for part in parts]), np.array([part[2] for part in parts])
-    if [part[0] for part in parts] != list(range(len(clips))):
-        raise RuntimeError(f"{len(parts)} results came back for {len(clips)} clips.")
-    counted = labels != IGNORED
-    results = load_accuracy().compute(predictions=scores, references=labels)
-    del results["accuracy_low"], results["accuracy_high"]
-    ranks = np.argsort(-scores[counted], axis=-1, kind="stable")[:, :5]
-    right = ranks == labels[counted, None]
-    for name, hits in (("accuracy", right[:, 0]), ("top5_accuracy", right.any(-1))):
-        results[f"{name}_low"], results[f"{name}_high"] = bootstrap(hits.astype(float), args.bootstrap_samples)
-    results |= {"clips": int(counted.sum()), "skipped": int((~counted).sum())}
+    results = summarise(scores, labels, args.bootstrap_samples)
     results |= {"views": f"{args.num_clips} x {args.num_crops}", "frame_order": args.frame_order}
-    clip_names = [clip_name(video) for video in clips["video"]]
-    write_predictions(args.output_dir, clip_names, labels, scores, names)
+    write_predictions(args.output_dir, dataset.names(len(scores)), labels, scores, names)
     np.savez_compressed(f"{args.output_dir}/scores.npz", scores=scores, labels=labels)
     write_json(f"{args.output_dir}/results.json", results)
     print(

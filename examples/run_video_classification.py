@@ -19,29 +19,26 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from video_classification_data import (
-    Clips,
-    ClipStream,
     DataArguments,
     DecodeFailures,
-    EvalTransform,
+    Normalize,
     Stopwatch,
-    TrainTransform,
-    clip_name,
     load_accuracy,
     load_clips,
     match_labels,
     parse_arguments,
-    parse_swaps,
+    transform_clips,
 )
 from video_classification_model import (
     ModelArguments,
+    add_adapters,
     draw_curve,
     finish_push,
     keep_checkpoint,
     load_model,
-    move_files,
     newest_checkpoint,
     parameter_groups,
+    save_for_users,
     start_push,
     without_fsdp,
     write_card,
@@ -54,6 +51,13 @@ class ClipTrainer(Trainer):
     """A `Trainer` whose checkpoints appear whole or not at all, and which tells whether reading clips keeps up."""
 
     part = None  # the folder for a checkpoint while it is written
+
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        return {**inputs, self.key: self.normalize(inputs[self.key])}
+
+    def floating_point_ops(self, inputs):
+        return 0  # the Trainer would count all weights in each step, to report a figure that is of tokens, not pixels
 
     def _get_output_dir(self, trial):
         return self.part or super()._get_output_dir(trial)
@@ -89,7 +93,7 @@ class ClipTrainer(Trainer):
         super().log({**logs, **self.stopwatch.read()} if "loss" in logs else logs, *args)
 
 
-class Follow(TrainerCallback):
+class EpochCallback(TrainerCallback):
     """Tells the clips which epoch it is, and leaves evaluations and checkpoints out of the speed."""
 
     def __init__(self, trainer):
@@ -105,13 +109,71 @@ class Follow(TrainerCallback):
     on_evaluate = on_save
 
 
-def main():
-    model_args, data_args, training_args = parse_arguments(ModelArguments, DataArguments, TrainingArguments)
-    wanted = ["train"] * training_args.do_train + ["validation"] * training_args.do_eval
-    if not wanted:
+def check(data_args, training_args):
+    """Refuses what cannot work, before anything is read or written."""
+    if not (training_args.do_train or training_args.do_eval):
         raise ValueError("Nothing to do: add --do_train, --do_eval or both.")
     if data_args.streaming and training_args.do_train and training_args.max_steps <= 0:
         raise ValueError("A streamed data set has no known length: say with --max_steps how long to train.")
+
+
+def make_trainer(model, processor, clips, training_args, layer_decay):
+    optimizer = None
+    if training_args.do_train:
+        groups = parameter_groups(model, training_args.learning_rate, training_args.weight_decay, layer_decay)
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(training_args, model)
+        optimizer = (kind, {**options, "params": groups})
+    metric = load_accuracy()
+    trainer = ClipTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=clips.get("train"),
+        eval_dataset=clips.get("validation"),
+        compute_metrics=lambda p: metric.compute(predictions=p.predictions, references=p.label_ids),
+        processing_class=processor,
+        optimizer_cls_and_kwargs=optimizer,
+    )
+    trainer.key, trainer.normalize = processor.model_input_names[0], Normalize(processor, training_args.device)
+    if training_args.do_train:
+        trainer.stopwatch = Stopwatch(clips["train"], training_args.dataloader_num_workers)
+        trainer.add_callback(EpochCallback(trainer))
+    return trainer
+
+
+def train(trainer, processors, checkpoint):
+    """Trains and writes the model."""
+    output_dir = trainer.args.output_dir
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    state_dict = None
+    if trainer.is_fsdp_enabled:  # the checkpoints may be in shards; this is for users
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        state_dict = trainer.accelerator.get_state_dict(trainer.model)
+    trainer.save_state()
+    trainer.log_metrics("train", metrics)
+    if trainer.is_world_process_zero():
+        save_for_users(trainer.accelerator.unwrap_model(trainer.model), processors, output_dir, state_dict)
+        write_results(output_dir, "train", metrics)
+        draw_curve(output_dir, trainer.state.log_history)
+
+
+def evaluate(trainer, clips, names):
+    """Measures and writes the accuracy and the predictions."""
+    output_dir = trainer.args.output_dir
+    result = trainer.predict(clips["validation"], metric_key_prefix="eval")
+    metrics = result.metrics | {"eval_samples": int((result.label_ids >= 0).sum())}
+    for view in {"mirrored", "reversed"} & set(clips):
+        metrics |= trainer.predict(clips[view], metric_key_prefix=f"eval_{view}").metrics
+    trainer.log_metrics("eval", metrics)
+    if trainer.is_world_process_zero():
+        write_results(output_dir, "eval", metrics)
+        scores = torch.from_numpy(np.asarray(result.predictions)).float().softmax(-1).numpy()
+        write_predictions(output_dir, clips["validation"].names(len(scores)), result.label_ids, scores, names)
+    return metrics
+
+
+def main():
+    model_args, data_args, training_args = parse_arguments(ModelArguments, DataArguments, TrainingArguments)
+    check(data_args, training_args)
     settings = {**vars(model_args), **vars(data_args), **training_args.to_dict()}
     output_dir, token = training_args.output_dir, training_args.hub_token
     # The Trainer would push in the background and write its own card; here it is one commit at the end.
@@ -120,73 +182,30 @@ def main():
     if push and training_args.process_index == 0:
         repo_id = start_push(repo_id, token, training_args.hub_private_repo, settings)
     training_args.remove_unused_columns = False  # the transforms name the columns
+    # The host need not wait for the GPU: neither for a copy of clips nor, at each step, to see if the loss is NaN.
+    training_args.accelerator_config.non_blocking = True
+    training_args.logging_nan_inf_filter = False
     set_seed(training_args.seed)
 
     failures = DecodeFailures(output_dir, data_args.max_decode_failures)
     checkpoint = training_args.resume_from_checkpoint
     if training_args.do_train and checkpoint is None:
         checkpoint = newest_checkpoint(output_dir)
+    wanted = ["train"] * training_args.do_train + ["validation"] * training_args.do_eval
     with training_args.main_process_first():  # it writes the caches that the others read
         if checkpoint is None and training_args.process_index == 0:
             failures.forget()
         splits, names = load_clips(data_args, wanted, training_args.seed, failures)
-    model, names, reader, processor, image_processor = load_model(model_args, names, training_args.do_train)
+    model, names, reader, *processors = load_model(model_args, names, training_args.do_train)
     splits = {split: match_labels(clips, names) for split, clips in splits.items()}
-    mirror, reversal = parse_swaps(data_args.mirror_swaps, names), parse_swaps(data_args.reversal_swaps, names)
-    make = ClipStream if data_args.streaming else Clips
-    train_clips = eval_clips = optimizer = None
+    clips = transform_clips(splits, names, data_args, reader, processors[0], failures, training_args.seed)
     if training_args.do_train:
-        vary = TrainTransform(reader, processor, data_args, mirror, reversal)
-        train_clips = make(splits["train"], vary, failures, training_args.seed, training=True)
-        groups = parameter_groups(
-            model, training_args.learning_rate, training_args.weight_decay, model_args.layer_decay
-        )
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(training_args, model)
-        optimizer = (kind, {**options, "params": groups})
-    if training_args.do_eval:
-        eval_clips = make(splits["validation"], EvalTransform(reader, processor), failures)
-    metric = load_accuracy()
+        model = add_adapters(model, model_args.lora_rank)
 
-    trainer = ClipTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_clips,
-        eval_dataset=eval_clips,
-        compute_metrics=lambda p: metric.compute(predictions=p.predictions, references=p.label_ids),
-        processing_class=processor,
-        optimizer_cls_and_kwargs=optimizer,
-    )
+    trainer = make_trainer(model, processors[0], clips, training_args, model_args.layer_decay)
     if training_args.do_train:
-        trainer.stopwatch = Stopwatch(train_clips, training_args.dataloader_num_workers)
-        trainer.add_callback(Follow(trainer))
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-        if trainer.is_fsdp_enabled:  # the checkpoints may be in shards; this is for users
-            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        trainer.save_model(f"{output_dir}/model.part")
-        trainer.save_state()
-        trainer.log_metrics("train", result.metrics)
-        if trainer.is_world_process_zero():
-            write_results(output_dir, "train", result.metrics)
-            move_files(f"{output_dir}/model.part", output_dir)
-            image_processor.save_pretrained(output_dir)
-            draw_curve(output_dir, trainer.state.log_history)
-    metrics = None
-    if training_args.do_eval:
-        result = trainer.predict(eval_clips, metric_key_prefix="eval")
-        metrics = result.metrics | {"eval_samples": int((result.label_ids >= 0).sum())}
-        for view, flip, swaps in (("mirrored", (-1,), mirror), ("reversed", (0,), reversal)):
-            if swaps is not None and swaps != list(range(len(names))):
-                turned = make(splits["validation"], EvalTransform(reader, processor, flip, swaps), failures)
-                metrics |= trainer.predict(turned, metric_key_prefix=f"eval_{view}").metrics
-        trainer.log_metrics("eval", metrics)
-        if trainer.is_world_process_zero():
-            write_results(output_dir, "eval", metrics)
-            scores = torch.from_numpy(np.asarray(result.predictions)).float().softmax(-1).numpy()
-            if data_args.streaming:
-                clip_names = [f"clip {number}" for number in range(len(scores))]
-            else:
-                clip_names = [clip_name(video) for video in splits["validation"]["video"]]
-            write_predictions(output_dir, clip_names, result.label_ids, scores, names)
+        train(trainer, processors, checkpoint)
+    metrics = evaluate(trainer, clips, names) if training_args.do_eval else None
     if training_args.do_train and trainer.is_world_process_zero():
         write_card(output_dir, repo_id if push else None, model_args, data_args, metrics, settings)
         if push:

@@ -19,37 +19,34 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 from transformers import get_scheduler
 
 from video_classification_data import (
-    Clips,
-    ClipStream,
     DataArguments,
     DecodeFailures,
-    EvalTransform,
+    Normalize,
     Stopwatch,
-    TrainTransform,
     load_accuracy,
     load_clips,
     match_labels,
     number_from,
     parse_arguments,
-    parse_swaps,
+    transform_clips,
 )
 from video_classification_model import (
     ModelArguments,
+    add_adapters,
     draw_curve,
     finish_push,
     keep_checkpoint,
     load_model,
-    move_files,
     newest_checkpoint,
     parameter_groups,
     read_json,
+    save_for_users,
     start_push,
-    without_fsdp,
     write_card,
     write_json,
     write_results,
@@ -74,6 +71,7 @@ class LoopArguments:
     max_grad_norm: float = field(default=1.0, metadata={"help": "Longer gradients are cut to this length."})
     bf16: bool = field(default=False, metadata={"help": "Mixed precision with bfloat16."})
     fp16: bool = field(default=False, metadata={"help": "Mixed precision with float16."})
+    torch_compile: bool = field(default=False, metadata={"help": "Compile the model: faster after a first minute."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Less memory for about a third more time."})
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read clips, for each process."})
     use_cpu: bool = field(default=False, metadata={"help": "Leave the GPU alone."})
@@ -102,22 +100,19 @@ def save_checkpoint(accelerator, args, state):
 
 
 def save_model(accelerator, model, processors, output_dir):
-    weights, part = accelerator.get_state_dict(model), f"{output_dir}/model.part"
+    weights = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
-        without_fsdp(accelerator.unwrap_model(model)).save_pretrained(part, state_dict=weights)
-        for processor in processors:
-            processor.save_pretrained(part)
-        move_files(part, output_dir)
+        save_for_users(accelerator.unwrap_model(model), processors, output_dir, weights)
     accelerator.wait_for_everyone()
 
 
 @torch.no_grad()
-def evaluate(accelerator, model, loader, key):
+def evaluate(accelerator, model, loader, key, normalize):
     model.eval()
     metric = load_accuracy()
     scores, labels = [], []
     for batch in tqdm(loader, desc="evaluation", disable=not accelerator.is_main_process, leave=False):
-        logits = model(**{key: batch[key]}).logits.float()
+        logits = model(**{key: normalize(batch[key])}).logits.float()
         logits, expected = accelerator.gather_for_metrics((logits, batch["labels"]))
         scores.append(logits.cpu())
         labels.append(expected.cpu())
@@ -126,12 +121,8 @@ def evaluate(accelerator, model, loader, key):
     return {f"eval_{name}": value for name, value in found.items()}
 
 
-def main():
-    model_args, data_args, args = parse_arguments(ModelArguments, DataArguments, LoopArguments)
-    if data_args.streaming and args.max_steps <= 0:
-        raise ValueError("A streamed data set has no known length: say with --max_steps how long to train.")
-    os.makedirs(args.output_dir, exist_ok=True)
-    accelerator = Accelerator(
+def make_accelerator(args):
+    return Accelerator(
         mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else None,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         cpu=args.use_cpu,
@@ -139,12 +130,53 @@ def main():
         project_dir=args.output_dir,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed, non_blocking=True),
     )
+
+
+def make_loaders(clips, args, pin_memory):
+    """The loaders of the training and of the validation clips; None where there are none."""
+    settings = {"num_workers": args.dataloader_num_workers, "pin_memory": pin_memory}
+    shuffle = None if isinstance(clips["train"], IterableDataset) else True
+    loader = DataLoader(clips["train"], args.per_device_train_batch_size, shuffle, **settings)
+    if "validation" not in clips:
+        return loader, None
+    return loader, DataLoader(clips["validation"], args.per_device_eval_batch_size, **settings)
+
+
+def count_steps(args, loader):
+    """Optimizer steps of the whole run, and those of the warm-up."""
+    total = args.max_steps
+    if total <= 0:
+        total = math.ceil(args.num_train_epochs * math.ceil(len(loader) / args.gradient_accumulation_steps))
+    return total, int(args.warmup_steps if args.warmup_steps >= 1 else math.ceil(total * args.warmup_steps))
+
+
+def report(accelerator, args, state, loss_sum, values, stopwatch, progress):
+    """Logs the mean loss since the last report, and the speed."""
+    mean = accelerator.reduce(loss_sum, "mean").item() / args.logging_steps
+    if not math.isfinite(mean):
+        raise FloatingPointError(f"The loss is {mean} at step {state['step']}: lower --learning_rate.")
+    loss_sum.zero_()
+    values["loss"] = mean
+    state["history"].append({"step": state["step"], **values})
+    speed = stopwatch.read()
+    accelerator.log({**values, **speed}, step=state["step"])
+    rate, waiting = speed["clips_per_second"], speed["waiting"]
+    progress.set_postfix_str(f"loss {mean:.4f}, {rate:.1f} clips/s, {waiting:.0%} waiting for clips")
+
+
+def main():
+    model_args, data_args, args = parse_arguments(ModelArguments, DataArguments, LoopArguments)
+    if data_args.streaming and args.max_steps <= 0:
+        raise ValueError("A streamed data set has no known length: say with --max_steps how long to train.")
+    os.makedirs(args.output_dir, exist_ok=True)
+    accelerator = make_accelerator(args)
     settings = {**vars(model_args), **vars(data_args), **vars(args), "hub_token": None}
     repo_id = args.hub_model_id or os.path.basename(os.path.abspath(args.output_dir))
     if args.push_to_hub and accelerator.is_main_process:
         repo_id = start_push(repo_id, args.hub_token, args.hub_private_repo, settings)
     set_seed(args.seed)
 
+    # Clips and model
     failures = DecodeFailures(args.output_dir, data_args.max_decode_failures)
     has_validation = bool(data_args.validation_dir or data_args.validation_list or data_args.dataset_name)
     checkpoint = newest_checkpoint(args.output_dir)
@@ -152,36 +184,24 @@ def main():
         if checkpoint is None and accelerator.is_main_process:
             failures.forget()
         splits, names = load_clips(data_args, ["train"] + ["validation"] * has_validation, args.seed, failures)
-    model, names, reader, processor, image_processor = load_model(model_args, names, training=True)
+    model, names, reader, *processors = load_model(model_args, names, training=True)
     splits = {split: match_labels(clips, names) for split, clips in splits.items()}
-    mirror, reversal = parse_swaps(data_args.mirror_swaps, names), parse_swaps(data_args.reversal_swaps, names)
-    key = processor.model_input_names[0]
+    clips = transform_clips(splits, names, data_args, reader, processors[0], failures, args.seed)
+    model = add_adapters(model, model_args.lora_rank)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    if args.torch_compile:
+        model.compile()
+    key, normalize = processors[0].model_input_names[0], Normalize(processors[0], accelerator.device)
 
-    make = ClipStream if data_args.streaming else Clips
-    vary = TrainTransform(reader, processor, data_args, mirror, reversal)
-    clips = make(splits["train"], vary, failures, args.seed, training=True)
-    loader = DataLoader(
-        clips,
-        batch_size=args.per_device_train_batch_size,
-        shuffle=None if data_args.streaming else True,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-    )
+    # What trains it
+    on_gpu = accelerator.device.type == "cuda"
     groups = parameter_groups(model, args.learning_rate, args.weight_decay, model_args.layer_decay)
-    model, optimizer, loader = accelerator.prepare(model, torch.optim.AdamW(groups), loader)
-    eval_loader = None
-    if has_validation:
-        eval_clips = make(splits["validation"], EvalTransform(reader, processor), failures)
-        eval_loader = accelerator.prepare(
-            DataLoader(eval_clips, args.per_device_eval_batch_size, num_workers=args.dataloader_num_workers)
-        )
-    total = args.max_steps
-    if total <= 0:
-        total = math.ceil(args.num_train_epochs * math.ceil(len(loader) / args.gradient_accumulation_steps))
-    warmup = args.warmup_steps if args.warmup_steps >= 1 else math.ceil(total * args.warmup_steps)
-    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, int(warmup), total)
+    optimizer = torch.optim.AdamW(groups, fused=on_gpu)
+    loader, eval_loader = make_loaders(clips, args, pin_memory=on_gpu)
+    model, optimizer, loader, eval_loader = accelerator.prepare(model, optimizer, loader, eval_loader)
+    total, warmup = count_steps(args, loader)
+    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, total)
     accelerator.register_for_checkpointing(scheduler)
 
     # All there is to know about the place in the run, but for weights and optimizer.
@@ -194,19 +214,19 @@ def main():
         accelerator.init_trackers("runs", {name: str(value) for name, value in settings.items()})
 
     loss_sum = torch.tensor(state["loss_sum"], device=accelerator.device)
-    stopwatch = Stopwatch(clips, args.dataloader_num_workers)
+    stopwatch = Stopwatch(clips["train"], args.dataloader_num_workers)
     progress = tqdm(total=total, initial=state["step"], disable=not accelerator.is_main_process)
     model.train()
     while state["step"] < total:
         batches = accelerator.skip_first_batches(loader, state["batch"]) if state["batch"] else loader
-        for epoch_aware in (clips, loader, batches):
+        for epoch_aware in (clips["train"], loader, batches):
             epoch_aware.set_epoch(state["epoch"])
         stopwatch.restart()
         for batch in stopwatch.watch(batches):
             # What is random in a step follows from its place in the run, so that a resumed one repeats it.
             torch.manual_seed(number_from(args.seed, state["epoch"], state["batch"], accelerator.process_index))
             with accelerator.accumulate(model):
-                logits = model(**{key: batch[key]}).logits.float()
+                logits = model(**{key: normalize(batch[key])}).logits.float()
                 loss = F.cross_entropy(logits, batch["labels"], label_smoothing=args.label_smoothing_factor)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
@@ -217,21 +237,12 @@ def main():
             state["batch"] += 1
             if not accelerator.sync_gradients:
                 continue
-            values = {"learning_rate": scheduler.get_last_lr()[-1]}
+            learning_rate = scheduler.get_last_lr()[-1]
             scheduler.step()
             state["step"] += 1
             progress.update()
             if state["step"] % args.logging_steps == 0:
-                mean = accelerator.reduce(loss_sum, "mean").item() / args.logging_steps
-                if not math.isfinite(mean):
-                    raise FloatingPointError(f"The loss is {mean} at step {state['step']}: lower --learning_rate.")
-                loss_sum.zero_()
-                values["loss"] = mean
-                state["history"].append({"step": state["step"], **values})
-                speed = stopwatch.read()
-                accelerator.log({**values, **speed}, step=state["step"])
-                rate, waiting = speed["clips_per_second"], speed["waiting"]
-                progress.set_postfix_str(f"loss {mean:.4f}, {rate:.1f} clips/s, {waiting:.0%} waiting for clips")
+                report(accelerator, args, state, loss_sum, {"learning_rate": learning_rate}, stopwatch, progress)
             if state["step"] == total:
                 break
             if state["step"] % args.save_steps == 0:
@@ -239,14 +250,15 @@ def main():
                 save_checkpoint(accelerator, args, state)
                 stopwatch.restart()
         state.update(epoch=state["epoch"] + 1, batch=0)
+        metrics = None
         if eval_loader is not None:
-            metrics = evaluate(accelerator, model, eval_loader, key)
+            metrics = evaluate(accelerator, model, eval_loader, key, normalize)
             state["history"].append({"step": state["step"], **metrics})
             accelerator.log(metrics, step=state["step"])
             accelerator.print(f"step {state['step']}: {metrics}")
-        if eval_loader is None or state["best"] is None or metrics["eval_accuracy"] > state["best"]["eval_accuracy"]:
-            save_model(accelerator, model, (processor, image_processor), args.output_dir)
-            state["best"] = metrics if eval_loader is not None else None
+        if metrics is None or state["best"] is None or metrics["eval_accuracy"] > state["best"]["eval_accuracy"]:
+            save_model(accelerator, model, processors, args.output_dir)
+            state["best"] = metrics
         state["loss_sum"] = accelerator.reduce(loss_sum, "mean").item()
         save_checkpoint(accelerator, args, state)
 

@@ -1,4 +1,4 @@
-"""Clips for the training and evaluation scripts: where they come from, how they are read, varied and scored."""
+"""Clips for the training and evaluation scripts: where they come from, how they are read, augmented and scored."""
 
 import argparse
 import contextlib
@@ -33,7 +33,7 @@ IGNORED = -100  # the label of a clip that could not be read; losses and metrics
 
 @dataclass
 class DataArguments:
-    """Which clips, and how they are varied in training."""
+    """Which clips, and how they are augmented in training."""
 
     train_dir: str | None = field(default=None, metadata={"help": "Folder of training clips, a sub-folder a label."})
     validation_dir: str | None = field(default=None, metadata={"help": "The same for validation."})
@@ -364,6 +364,10 @@ class Clips(ClipReader, torch.utils.data.Dataset):
                 return self.transform(None, IGNORED)
         raise RuntimeError(f"None of the {len(self)} clips can be read; they are named in {self.failures.path}.")
 
+    def names(self, count):
+        """What to call the first `count` clips in a table."""
+        return [clip_name(video) for video in self.clips["video"][:count]]
+
 
 class ClipStream(ClipReader, torch.utils.data.IterableDataset):
     """Clips of a streamed data set, in training in random order. One that cannot be read is left out."""
@@ -382,6 +386,10 @@ class ClipStream(ClipReader, torch.utils.data.IterableDataset):
             clip = self.read(row, index if worker is None else (worker.id, index))
             if clip is not None:
                 yield clip
+
+    def names(self, count):
+        """What to call the first `count` clips in a table."""
+        return [f"clip {number}" for number in range(count)]
 
 
 class Stopwatch:
@@ -419,7 +427,7 @@ class Stopwatch:
         if waiting > 0.3 and self.readings > 0 and not self.told and process.is_main_process:
             self.told = True
             logger.warning(
-                "%.0f%% of the time goes by waiting for clips. A core reads and varies %.1f of them a second; the "
+                "%.0f%% of the time goes by waiting for clips. A core reads and augments %.1f of them a second; the "
                 "model could take up to %.1f. Raise --dataloader_num_workers (it is %d, and this machine has %d "
                 "cores), or keep the decoded frames with --frame_cache.",
                 *(100 * waiting, read / max(seconds, 1e-9), self.seen / max(elapsed - self.waited, 1e-9)),
@@ -434,7 +442,7 @@ class Stopwatch:
 def seeded(*keys):
     """Random numbers that depend on `keys` alone; afterwards the generator goes on as if nothing had been drawn."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(number_from(*keys))
+        torch.default_generator.manual_seed(number_from(*keys))  # that of the CPU: a worker must not touch the GPU's
         yield
 
 
@@ -479,7 +487,7 @@ def read_frames_once(reader, video, folder, shortest_edge):
 
 
 class TrainTransform:
-    """Reads a clip and varies it, all its frames alike."""
+    """Reads a clip and augments it, all its frames alike: uint8 (T, C, H, W), for `Normalize` on the device."""
 
     def __init__(self, reader, processor, args, mirror_swaps, reversal_swaps):
         self.reader, self.cache, self.key = reader, args.frame_cache, processor.model_input_names[0]
@@ -489,14 +497,13 @@ class TrainTransform:
         steps = [
             v2.RandomResizedCrop(size, scale=(args.min_crop_area, 1), antialias=True),
             v2.ColorJitter(brightness=args.jitter, contrast=args.jitter),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(processor.image_mean, processor.image_std, inplace=True),
         ]
         if args.rand_augment:
             steps.insert(1, v2.RandAugment(num_ops=args.rand_augment, magnitude=args.rand_augment_magnitude))
         if args.random_erasing:
-            steps.append(v2.RandomErasing(p=args.random_erasing))
-        self.vary = v2.Compose(steps)
+            mean_colour = [round(255 * mean) for mean in processor.image_mean]
+            steps.append(v2.RandomErasing(p=args.random_erasing, value=mean_colour))
+        self.augment = v2.Compose(steps)
 
     def __call__(self, video, label):
         if self.cache is None:
@@ -507,11 +514,14 @@ class TrainTransform:
             frames, label = frames.flip(-1), self.mirror_swaps[label]
         if self.reversal_swaps is not None and torch.rand(()) < 0.5:
             frames, label = frames.flip(0), self.reversal_swaps[label]
-        return {self.key: self.vary(frames), "labels": label}
+        return {self.key: self.augment(frames), "labels": label}
 
 
 class EvalTransform:
-    """Reads a clip and prepares it as for users of the model; `flip` turns axes round: 0 is time, -1 is width."""
+    """
+    Reads a clip and prepares it as for users of the model, but for `Normalize`: uint8 (T, C, H, W). `flip` turns axes
+    round: 0 is time, -1 is width.
+    """
 
     def __init__(self, reader, processor, flip=(), swaps=None):
         self.reader, self.processor, self.key = reader, processor, processor.model_input_names[0]
@@ -524,7 +534,42 @@ class EvalTransform:
         else:
             frames = read_frames(self.reader, video).flip(self.flip)
             label = label if self.swaps is None else self.swaps[label]
-        return {self.key: self.processor(frames, return_tensors="pt")[self.key][0], "labels": label}
+        frames = self.processor(frames, return_tensors="pt", do_rescale=False, do_normalize=False)[self.key][0]
+        return {self.key: frames, "labels": label}
+
+
+class Normalize:
+    """
+    The last step of the processors, for frames that are on the model's device: uint8 in, float32 out. As bytes, clips
+    take a quarter of the memory and of the way there.
+    """
+
+    def __init__(self, processor, device):
+        kind = {"dtype": torch.float32, "device": device}
+        self.mean, self.std = (
+            255 * torch.tensor(values, **kind).view(3, 1, 1) for values in (processor.image_mean, processor.image_std)
+        )
+
+    def __call__(self, frames):
+        return frames.to(self.mean.dtype).sub_(self.mean).div_(self.std)
+
+
+def transform_clips(splits, names, args, reader, processor, failures, seed):
+    """
+    The clips of each split as a data set that reads them, and augments those for training, when they are asked for;
+    of the validation clips also "mirrored" and "reversed", where `args` says what these do to the labels.
+    """
+    mirror, reversal = parse_swaps(args.mirror_swaps, names), parse_swaps(args.reversal_swaps, names)
+    make, clips = ClipStream if args.streaming else Clips, {}
+    if "train" in splits:
+        augment = TrainTransform(reader, processor, args, mirror, reversal)
+        clips["train"] = make(splits["train"], augment, failures, seed, training=True)
+    if "validation" in splits:
+        clips["validation"] = make(splits["validation"], EvalTransform(reader, processor), failures)
+        for view, flip, swaps in (("mirrored", (-1,), mirror), ("reversed", (0,), reversal)):
+            if swaps is not None and swaps != list(range(len(names))):
+                clips[view] = make(splits["validation"], EvalTransform(reader, processor, flip, swaps), failures)
+    return clips
 
 
 def parse_swaps(text, names):

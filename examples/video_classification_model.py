@@ -1,5 +1,6 @@
 """What the training and evaluation scripts do with a model: make it, group its weights, keep it, describe it."""
 
+import copy
 import json
 import logging
 import os
@@ -29,7 +30,7 @@ from video_classification_data import first_line
 
 logger = logging.getLogger(__name__)
 
-SEAL = "complete.json"  # in a checkpoint: the sizes and checksums of its files, written when all else is
+MANIFEST = "complete.json"  # of a checkpoint: the sizes and checksums of its files, written when all else is
 
 
 @dataclass
@@ -71,6 +72,9 @@ class ModelArguments:
         metadata={
             "help": "Any other fields of the model's config: 'backward_scan=spatial,position_embedding_type=none'."
         },
+    )
+    lora_rank: int = field(
+        default=0, metadata={"help": "Train LoRA adapters of this rank on the projections, and the head; needs peft."}
     )
     layer_decay: float = field(
         default=1.0, metadata={"help": "Learning rate of each layer as a share of that of the next one."}
@@ -174,6 +178,41 @@ def _shorten(names):
     return f"{len(names)} labels {names[:5]}{' and so on' if len(names) > 5 else ''}"
 
 
+def add_adapters(model, rank):
+    """
+    The model, frozen but for its head, with LoRA adapters (`peft`) on the projections into and out of every mixer; as
+    it is if `rank` is 0.
+    """
+    if rank == 0:
+        return model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("--lora_rank needs peft: pip install peft") from error
+    targets = [name for name, module in model.named_modules() if name.endswith(("in_proj", "out_proj"))]
+    if not targets:
+        raise ValueError(f"--lora_rank: {type(model).__name__} has no layers called in_proj or out_proj to adapt.")
+    return get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, modules_to_save=["classifier"])
+    )
+
+
+def save_for_users(model, processors, folder, state_dict=None):
+    """
+    The complete model and its processors, as `from_pretrained` and `pipeline` take them: file by file under another
+    name first. LoRA adapters are merged into it, and kept in the sub-folder `adapter` as well.
+    """
+    part = f"{folder}/model.part"
+    shutil.rmtree(part, ignore_errors=True)
+    if hasattr(model, "peft_config"):
+        model.save_pretrained(f"{part}/adapter")
+        model, state_dict = copy.deepcopy(model).merge_and_unload(), None
+    without_fsdp(model).save_pretrained(part, state_dict=state_dict)
+    for processor in processors:
+        processor.save_pretrained(part)
+    move_files(part, folder)
+
+
 def parameter_groups(model, learning_rate, weight_decay, layer_decay):
     """
     Weights for an optimizer. A, D, biases, norms, position embeddings and the class token are not decayed; with
@@ -203,8 +242,8 @@ def keep_checkpoint(part, output_dir, step, limit, best=None):
 
     Of the others the oldest are discarded, until there are `limit` in all (if it is set); that of step `best` stays.
     """
-    paths = sorted(path for path in Path(part).rglob("*") if path.is_file() and path.name != SEAL)
-    write_json(f"{part}/{SEAL}", {str(path.relative_to(part)): _fingerprint(path) for path in paths})
+    paths = sorted(path for path in Path(part).rglob("*") if path.is_file() and path.name != MANIFEST)
+    write_json(f"{part}/{MANIFEST}", {str(path.relative_to(part)): _fingerprint(path) for path in paths})
     _discard(f"{output_dir}/checkpoint-{step}")  # a damaged one
     os.replace(part, f"{output_dir}/checkpoint-{step}")
     steps = _list_steps(output_dir)
@@ -218,7 +257,7 @@ def _list_steps(folder):
 
 
 def _discard(folder):
-    """Deletes a checkpoint, under another name, so that none is ever seen half deleted."""
+    """Deletes a folder, under another name, so that none is ever seen half deleted."""
     part = Path(folder).with_name("discarded.part")
     shutil.rmtree(part, ignore_errors=True)
     if os.path.exists(folder):
@@ -231,7 +270,7 @@ def newest_checkpoint(folder):
     for step in reversed(_list_steps(folder)):
         path = Path(folder, f"checkpoint-{step}")
         try:
-            files = read_json(path / SEAL)
+            files = read_json(path / MANIFEST)
             damaged = [name for name, fingerprint in files.items() if _fingerprint(path / name) != fingerprint]
         except (OSError, ValueError) as error:
             damaged = [str(error)]
@@ -254,8 +293,10 @@ def without_fsdp(model):
 
 
 def move_files(part, folder):
-    """Moves complete files to where they belong, each in one step."""
+    """Moves complete files and folders to where they belong, each in one step."""
     for name in os.listdir(part):
+        if os.path.isdir(f"{folder}/{name}"):
+            _discard(f"{folder}/{name}")
         os.replace(f"{part}/{name}", f"{folder}/{name}")
     os.rmdir(part)
 
@@ -366,6 +407,8 @@ def write_card(folder, repo_id, model_args, data_args, metrics, settings):
             f"The 95 % interval (Wilson's) of the accuracy is {low:.4f} to {high:.4f}.\n\n"
         )
     origin = f"fine-tuned from {hub_base or Path(base).name}" if base else "trained from scratch"
+    if model_args.lora_rank:
+        origin += f" (LoRA of rank {model_args.lora_rank}, merged; the adapter alone is in `adapter/`)"
     Path(folder, "README.md").write_text(
         f"---\n{card.to_yaml()}\n---\n\n# {title}\n\nA video classifier, {origin} on {clips}.\n\n```python\n"
         f'from transformers import pipeline\n\nclassifier = pipeline("video-classification", '

@@ -5,7 +5,7 @@ The scripts run in processes forked from a server that has imported them once, b
 
 import contextlib
 import csv
-import importlib
+import dataclasses
 import io
 import json
 import multiprocessing
@@ -25,7 +25,10 @@ import torch
 from accelerate import PartialState
 from datasets import IterableDataset
 from huggingface_hub import ModelCard
-from transformers import AutoModelForVideoClassification, AutoVideoProcessor, TrainingArguments
+from peft import PeftModel
+from safetensors.torch import load_file
+from torchvision.transforms import v2
+from transformers import AutoModelForVideoClassification, AutoVideoProcessor, TrainingArguments, get_scheduler
 
 import evaluate_video_classification as evaluation
 import run_video_classification_no_trainer as plain_loop
@@ -40,12 +43,14 @@ from modeling_videomamba import (
     video_decoding,
 )
 from modeling_videomamba.selective_scan import use_scan_backend
+from script_runner import run_script
 from video_files import write_moving_bars, write_video
 
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
+SCRIPTS = ["run_video_classification", "run_video_classification_no_trainer", "evaluate_video_classification"]
 NAMES = ["to the left", "to the right"]
 TINY = ["--hidden_size", 16, "--num_hidden_layers", 1, "--image_size", 32, "--num_frames", 4, "--frame_stride", 2]
 
@@ -81,17 +86,6 @@ def hub_environment(hub, home):
     }
 
 
-def run_script(name, arguments, log, environment):
-    """In a process of its own: the script as if called from the command line, what it prints in the file `log`."""
-    os.environ.update(environment)
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    torch.set_num_threads(1)
-    sys.argv = [name, *map(str, arguments)]
-    importlib.import_module(name).main()
-
-
 @pytest.fixture(scope="module")
 def scripts(hub, tmp_path_factory):
     """`start(name, arguments, environment)` starts a script and returns its process and the path of its log."""
@@ -99,7 +93,7 @@ def scripts(hub, tmp_path_factory):
     environment = hub_environment(hub, home)
     environment["PYTHONPATH"] = os.pathsep.join(str(EXAMPLES.parent / name) for name in ("examples", "", "tests"))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_finetuning", "run_video_classification", "torch.utils.tensorboard"])
+    context.set_forkserver_preload(["script_runner", *SCRIPTS, "torch.utils.tensorboard"])
     with pytest.MonkeyPatch.context() as patch:
         for key, value in environment.items():
             patch.setenv(key, value)
@@ -245,23 +239,24 @@ def test_augmentation_is_the_same_for_all_frames_and_repeats_with_the_seed(tmp_p
     """Of a still clip all frames stay alike; clips, epochs and seeds differ; the same three give the same clip."""
     processor, rows = tiny_processor(), [{"video": still_clip(tmp_path), "label": 0}] * 12
     args = data.DataArguments(rand_augment=2, rand_augment_magnitude=9, random_erasing=0.5, mirror_swaps="")
-    vary = data.TrainTransform(processor, processor, args, [0], None)
-    clips = data.Clips(rows, vary, None, seed=1, training=True)
+    augment = data.TrainTransform(processor, processor, args, [0], None)
+    clips = data.Clips(rows, augment, None, seed=1, training=True)
     state = torch.get_rng_state()
     seen = [clips[index]["pixel_values"] for index in range(12)]
     assert torch.equal(state, torch.get_rng_state()), "drawing must not disturb the other random numbers"
     for frames in seen:
         assert frames.shape == (4, 3, 32, 32) and torch.equal(frames, frames[:1].expand_as(frames))
     assert len({frames.sum().item() for frames in seen}) == 12
-    erased = [bool((frames[0] == 0).all(0).any()) for frames in seen]
+    mean_colour = torch.tensor([round(255 * mean) for mean in processor.image_mean]).view(3, 1, 1)
+    erased = [int((frames[0] == mean_colour).all(0).sum()) > 15 for frames in seen]
     assert any(erased) and not all(erased)
-    again = data.Clips(rows, vary, None, seed=1, training=True)
+    again = data.Clips(rows, augment, None, seed=1, training=True)
     assert torch.equal(again[5]["pixel_values"], seen[5])
     again.set_epoch(1)
     assert not torch.equal(again[5]["pixel_values"], seen[5])
 
 
-def test_workers_of_a_stream_vary_their_clips_differently():
+def test_workers_of_a_stream_augment_their_clips_differently():
     rows = IterableDataset.from_generator(
         lambda files: ({"video": None, "label": 0} for _ in files), gen_kwargs={"files": list(range(8))}
     )
@@ -323,35 +318,57 @@ def test_weight_decay_and_layer_decay_reach_the_right_weights():
     assert rates["videomamba.embeddings.cls_token"] == 0.125
 
 
-@pytest.mark.parametrize("name, epochs, mirror", [("k400", 30, ""), ("ssv2", 35, None), ("hmdb51", 50, "")])
-def test_recipes_hold_the_settings_of_the_paper(name, epochs, mirror, tmp_path, monkeypatch):
-    command = [
-        "script",
-        "--use_cpu",
-        "--output_dir",
-        str(tmp_path),
-        "--recipe",
-        str(EXAMPLES / f"recipes/{name}.args"),
-    ]
-    monkeypatch.setattr(sys, "argv", [*command, "--seed", "7"])
-    for arguments in (TrainingArguments, plain_loop.LoopArguments):
-        model, clips, loop = data.parse_arguments(models.ModelArguments, data.DataArguments, arguments)
-        assert loop.use_cpu and loop.seed == 7
-        assert (model.num_frames, model.frame_stride, model.image_size) == (16, 2, 224)
-        assert (loop.num_train_epochs, loop.learning_rate, loop.per_device_train_batch_size) == (epochs, 3e-4, 64)
-        assert loop.lr_scheduler_type == "cosine" and loop.warmup_steps * epochs == pytest.approx(1, abs=1e-3)
-        assert loop.label_smoothing_factor > 0 and clips.rand_augment > 0 and clips.random_erasing > 0
-        assert clips.mirror_swaps == mirror and clips.reversal_swaps is None
-    monkeypatch.setattr(sys, "argv", [*command[:-1], "no such recipe"])
+@pytest.mark.parametrize("name, mirrored", [("k400", True), ("ssv2", False), ("hmdb51", True)])
+def test_recipes_train_as_the_paper_says(name, mirrored, tmp_path, monkeypatch):
+    """One epoch of warm-up to 3e-4 and a cosine to zero, with either script; no mirrored clip of SSV2."""
+    command = ["script", "--use_cpu", "--output_dir", str(tmp_path), "--recipe"]
+    recipe = str(EXAMPLES / f"recipes/{name}.args")
+    monkeypatch.setattr(sys, "argv", [*command, recipe, "--seed", "7"])
+    for kind in (TrainingArguments, plain_loop.LoopArguments):
+        _, clips, loop = data.parse_arguments(models.ModelArguments, data.DataArguments, kind)
+        assert loop.seed == 7
+    steps_an_epoch = 5000
+    total, warmup = plain_loop.count_steps(loop, range(steps_an_epoch))
+    assert warmup == pytest.approx(steps_an_epoch, rel=2e-3)
+    optimizer = torch.optim.AdamW([torch.zeros(1)], loop.learning_rate)
+    rate = get_scheduler(loop.lr_scheduler_type, optimizer, warmup, total).lr_lambdas[0]
+    at = [loop.learning_rate * rate(step) for step in (warmup // 2, warmup, (warmup + total) // 2, total)]
+    assert at == pytest.approx([1.5e-4, 3e-4, 1.5e-4, 0], abs=1e-7)
+
+    reader = tiny_processor()
+    plain = dataclasses.replace(clips, rand_augment=0, random_erasing=0.0, min_crop_area=1.0)
+    splits = {"train": [{"video": {"path": write_video(tmp_path / "bar.mp4", 8), "bytes": None}, "label": 0}] * 40}
+    seen = data.transform_clips(splits, ["a", "b"], plain, reader, reader, None, 0)["train"]
+    clips = (seen[index]["pixel_values"].int() for index in range(40))
+    red_is_left = {bool(clip[0, 0, 4, 1] > clip[0, 0, 4, -2] + 60) for clip in clips}
+    assert red_is_left == ({True, False} if mirrored else {True})
+    monkeypatch.setattr(sys, "argv", [*command, "no such recipe"])
     with pytest.raises(FileNotFoundError, match="no such recipe"):
         data.parse_arguments(plain_loop.LoopArguments)
+
+
+def test_bytes_normalized_on_the_device_are_what_the_processor_gives(tmp_path):
+    """The path of the frames as uint8 against that of float32: the processor's for users, and torchvision's."""
+    processor, clip = tiny_processor(), still_clip(tmp_path)
+    normalize = data.Normalize(processor, "cpu")
+    frames = data.EvalTransform(processor, processor)(clip, 0)["pixel_values"]
+    assert frames.dtype == torch.uint8
+    expected = processor(clip["path"], return_tensors="pt").pixel_values[0]
+    torch.testing.assert_close(normalize(frames), expected, atol=1e-6, rtol=1e-6)
+    augment = data.TrainTransform(processor, processor, data.DataArguments(rand_augment=1), None, None)
+    frames = augment(clip, 0)["pixel_values"]
+    assert frames.dtype == torch.uint8
+    as_float = v2.Compose(
+        [v2.ToDtype(torch.float32, scale=True), v2.Normalize(processor.image_mean, processor.image_std)]
+    )
+    torch.testing.assert_close(normalize(frames), as_float(frames), atol=1e-6, rtol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
 
-VARIED = ["--rand_augment", 1, "--random_erasing", 0.5, "--mirror_swaps", "to the left:to the right"]
+AUGMENTED = ["--rand_augment", 1, "--random_erasing", 0.5, "--mirror_swaps", "to the left:to the right"]
 
 
 @pytest.mark.parametrize(
@@ -359,7 +376,7 @@ VARIED = ["--rand_augment", 1, "--random_erasing", 0.5, "--mirror_swaps", "to th
 )
 def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(folders, scripts, tmp_path, name, kills, steps):
     """The same losses to the bit, and never half a checkpoint; a damaged one is passed over."""
-    settings = [*VARIED, "--num_hidden_layers", 2, "--drop_path_rate", 0.5, "--per_device_train_batch_size", 2]
+    settings = [*AUGMENTED, "--num_hidden_layers", 2, "--drop_path_rate", 0.5, "--per_device_train_batch_size", 2]
     settings += ["--max_steps", steps, "--gradient_accumulation_steps", 2, "--save_steps", 1, "--save_total_limit", 3]
     settings += ["--do_train", "--report_to", "none"] if name == "run_video_classification" else []
     run(scripts, name, *training(folders, tmp_path / "whole", *settings))
@@ -379,7 +396,7 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(folders, scr
         process.join()
         assert process.exitcode == -signal.SIGKILL, log.read_text()
         found = checkpoints(output)
-        assert all((output / f"checkpoint-{step}" / models.SEAL).exists() for step in found)
+        assert all((output / f"checkpoint-{step}" / models.MANIFEST).exists() for step in found)
         assert models.newest_checkpoint(output) == str(output / f"checkpoint-{found[-1]}")
         if kill == 4:  # one byte in the middle of the newest one goes wrong
             damaged = output / f"checkpoint-{found[-1]}" / "optimizer.bin"
@@ -395,13 +412,50 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(folders, scr
     assert not list(output.glob("*.part"))
 
 
+@pytest.mark.parametrize("name", ["run_video_classification_no_trainer", "run_video_classification"])
+def test_lora_trains_adapters_that_load_and_merge(folders, hub, scripts, tmp_path, name):
+    """What is pushed are the merged model, and the adapter, which on the model that it started from does the same."""
+    config = VideoMambaConfig(hidden_size=16, num_hidden_layers=1, image_size=32, num_frames=4, scan_backend="torch")
+    config.id2label, config.label2id = dict(enumerate(NAMES)), {label: i for i, label in enumerate(NAMES)}
+    start, repository = tmp_path / "start", f"you/lora-{name}"
+    torch.manual_seed(0)
+    for part in (VideoMambaForVideoClassification(config), tiny_processor(), VideoMambaImageProcessor()):
+        part.save_pretrained(start)
+    command = training(folders, tmp_path / "out", "--lora_rank", 2, "--model_name_or_path", start, "--max_steps", 4)
+    command += ["--learning_rate", 1e-2, "--save_steps", 2, "--report_to", "none", "--push_to_hub"]
+    command += ["--hub_model_id", repository, *(["--do_train", "--do_eval"] if name[-1] == "n" else [])]
+    run(scripts, name, *command)
+    expected = losses(tmp_path / "out")
+    assert len(expected) == 4
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    run(scripts, name, *command)
+    assert losses(tmp_path / "out") == expected, "resumed from the adapters in the middle"
+
+    files = {file: content for file, content in hub.files[repository].items() if not file.endswith((".png", ".csv"))}
+    for file, content in files.items():
+        touch(tmp_path / "pushed" / file)
+        (tmp_path / "pushed" / file).write_bytes(content)
+    merged = AutoModelForVideoClassification.from_pretrained(tmp_path / "pushed").eval()
+    before = AutoModelForVideoClassification.from_pretrained(start).eval()
+    changed = {k for k, w in before.state_dict().items() if not torch.equal(w, merged.state_dict()[k])}
+    mixer = "videomamba.layers.0.mixer"
+    assert changed == {f"{mixer}.in_proj.weight", f"{mixer}.out_proj.weight", "classifier.weight", "classifier.bias"}
+    adapted = PeftModel.from_pretrained(before, tmp_path / "pushed" / "adapter").eval()
+    clips = torch.randn(2, 4, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(pixel_values=clips).logits, merged(clips).logits, atol=1e-5, rtol=1e-5)
+    weight = f"{mixer}.in_proj.weight"
+    delta = merged.state_dict()[weight] - load_file(start / "model.safetensors")[weight]
+    assert torch.linalg.matrix_rank(delta, rtol=1e-3) == 2
+
+
 def checkpoints(folder):
     return sorted(int(path.name[11:]) for path in folder.glob("checkpoint-*"))
 
 
 def test_two_processes_train_and_evaluate_as_one(folders, scripts, tmp_path):
     """The same clips to a step, half in each process: the same losses but for rounding, with both scripts."""
-    settings = [*VARIED, "--num_train_epochs", 2, "--max_grad_norm", 0.1, "--label_smoothing_factor", 0.1]
+    settings = [*AUGMENTED, "--num_train_epochs", 2, "--max_grad_norm", 0.1, "--label_smoothing_factor", 0.1]
     for name in ("run_video_classification_no_trainer", "run_video_classification"):
         more = settings
         if name == "run_video_classification":
@@ -411,8 +465,8 @@ def test_two_processes_train_and_evaluate_as_one(folders, scripts, tmp_path):
         run_twice(scripts, name, *training(folders, two, *more, "--per_device_train_batch_size", 2))
         assert len(losses(one)) == 4 and len(set(losses(one).values())) == 4
         assert losses(two) == pytest.approx(losses(one), abs=2e-6)
-    sealed = json.loads((two / "checkpoint-4" / models.SEAL).read_text())
-    assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(sealed) and not list(two.glob("*.part"))
+    manifest = json.loads((two / "checkpoint-4" / models.MANIFEST).read_text())
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(manifest) and not list(two.glob("*.part"))
 
     # Three clips for two processes: one of them gets a clip more, and none is counted twice.
     few = tmp_path / "few" / "validation"
@@ -429,12 +483,12 @@ def test_two_processes_train_and_evaluate_as_one(folders, scripts, tmp_path):
 
 
 def test_a_damaged_checkpoint_of_the_trainer_is_passed_over(folders, scripts, tmp_path):
-    settings = [*VARIED, "--do_train", "--max_steps", 6, "--save_steps", 2, "--report_to", "none"]
+    settings = [*AUGMENTED, "--do_train", "--max_steps", 6, "--save_steps", 2, "--report_to", "none"]
     name, output = "run_video_classification", tmp_path / "out"
     command = training(folders, output, *settings, "--per_device_train_batch_size", 4)
     run(scripts, name, *command)
     expected, weights = losses(output), (output / "model.safetensors").read_bytes()
-    (output / "checkpoint-6" / models.SEAL).unlink()  # as if killed while it was written
+    (output / "checkpoint-6" / models.MANIFEST).unlink()  # as if killed while it was written
     scheduler = output / "checkpoint-4" / "scheduler.pt"
     scheduler.write_bytes(scheduler.read_bytes()[:-100])
     (output / "model.safetensors").unlink()
@@ -520,8 +574,8 @@ def test_views_lie_where_papers_put_them(tmp_path):
     processor = tiny_processor()
     path = write_video(tmp_path / "numbered.mp4", 30, size=(64, 96), options={"crf": "0"}, pix_fmt="yuv444p")
     video = {"path": path, "bytes": None}
-    views = evaluation.ViewsTransform(processor, processor, 2, 3)
-    found = views(video, 1)["views"]
+    views, normalize = evaluation.ViewsTransform(processor, processor, 2, 3), data.Normalize(processor, "cpu")
+    found = normalize(views(video, 1)["views"])
     assert found.shape == (6, 4, 3, 32, 32)
     frames, _ = processor.fetch_videos(path)
     shrunk = torch.nn.functional.interpolate(
@@ -535,7 +589,7 @@ def test_views_lie_where_papers_put_them(tmp_path):
     ]
     torch.testing.assert_close(found, torch.stack(expected), atol=0.02, rtol=0)  # rounded to whole numbers, or not
 
-    one = evaluation.ViewsTransform(processor, processor, 1, 1)(video, 0)["views"]
+    one = normalize(evaluation.ViewsTransform(processor, processor, 1, 1)(video, 0)["views"])
     torch.testing.assert_close(one, processor(path, return_tensors="pt")["pixel_values"], atol=1e-5, rtol=0)
 
 
@@ -560,14 +614,15 @@ def test_scores_are_the_mean_over_views(folders, tmp_path, monkeypatch):
     assert results["clips"] == 4 and results["skipped"] == 1 and "1 could not be read" in printed.getvalue()
 
     processor = AutoVideoProcessor.from_pretrained(tmp_path / "model")
-    transform = evaluation.ViewsTransform(processor, processor, 2, 2)
+    transform, normalize = evaluation.ViewsTransform(processor, processor, 2, 2), data.Normalize(processor, "cpu")
     saved = np.load(tmp_path / "out" / "scores.npz")
     with open(tmp_path / "out" / "predictions.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     right = []
     for row, scores in zip(rows, saved["scores"][saved["labels"] >= 0], strict=True):
         with torch.no_grad():
-            views = [model(view[None]).logits.softmax(-1)[0] for view in transform(row_clip(row), 0)["views"]]
+            views = normalize(transform(row_clip(row), 0)["views"])
+            views = [model(view[None]).logits.softmax(-1)[0] for view in views]
         expected = torch.stack(views).mean(0)
         np.testing.assert_allclose(scores, expected, atol=1e-5)
         assert row["label"] == Path(row["clip"]).parent.name and row["predicted"] == NAMES[expected.argmax()]
@@ -624,7 +679,7 @@ def test_trains_on_a_data_set_of_the_hub_and_pushes_what_others_can_load(folders
     run(scripts, "run_video_classification", *settings, *trainer, "--output_dir", tmp_path / "trained")
     plain = ["--hub_model_id", "you/plain", "--streaming"]
     run(scripts, "run_video_classification_no_trainer", *settings, *plain, "--output_dir", tmp_path / "plain")
-    assert hub.created == {"you/trained": True, "you/plain": False}
+    assert hub.created["you/trained"] and not hub.created["you/plain"], "private, or not"
 
     wanted = {"README.md", "config.json", "model.safetensors", "training_args.json", "training_curve.png"}
     wanted |= {"video_preprocessor_config.json", "preprocessor_config.json", "modeling_videomamba.py"}
@@ -664,7 +719,7 @@ def test_trains_on_a_data_set_of_the_hub_and_pushes_what_others_can_load(folders
 
 def test_the_trainer_streams_and_resumes(folders, scripts, tmp_path):
     """The clips of a stream come in the same order again; each of its validation clips is counted once."""
-    clips = ["--dataset_name", folders, "--streaming", "--use_cpu", *TINY, *VARIED, "--report_to", "none"]
+    clips = ["--dataset_name", folders, "--streaming", "--use_cpu", *TINY, *AUGMENTED, "--report_to", "none"]
     clips += ["--do_train", "--do_eval", "--max_steps", 4, "--save_steps", 2, "--logging_steps", 1]
     command = [*clips, "--per_device_train_batch_size", 3, "--output_dir", tmp_path]
     run(scripts, "run_video_classification", *command)

@@ -223,7 +223,7 @@ class FakeProcessor:
         time, column = torch.meshgrid(torch.arange(4), torch.arange(8), indexing="ij")
         return (10 * time + column)[:, None, :, None].expand(4, 8, 8, 3).to(torch.uint8), self
 
-    def __call__(self, frames, return_tensors):
+    def __call__(self, frames, return_tensors, do_rescale, do_normalize):
         return {"pixel_values": frames[None]}
 
 
@@ -240,11 +240,11 @@ def test_turned_views_take_the_swapped_labels(flip):
 
 def test_training_clips_turn_together_with_their_labels():
     arguments = data.DataArguments(min_crop_area=1.0, jitter=0.0)
-    vary = data.TrainTransform(FakeProcessor(), FakeProcessor(), arguments, [1, 0], [0, 1])
-    vary.vary = torch.nn.Identity()
+    augment = data.TrainTransform(FakeProcessor(), FakeProcessor(), arguments, [1, 0], [0, 1])
+    augment.augment = torch.nn.Identity()
     seen = set()
     for _ in range(64):
-        out = vary({"path": None, "bytes": b"a clip"}, 0)
+        out = augment({"path": None, "bytes": b"a clip"}, 0)
         frames = out["pixel_values"]
         mirrored, backwards = bool(frames[0, 0, 0, 0] % 10 == 7), bool(frames[0, 0, 0, 0] >= 30)
         assert out["labels"] == int(mirrored)

@@ -533,8 +533,9 @@ def test_training_reaches_the_loss_of_the_pure_pytorch_backend(checkpointing):
 
     reference = losses("torch", autocast=False)
     assert reference[-1] < 0.5 * reference[0]
-    assert losses("cuda", autocast=False) == pytest.approx(reference, rel=0.02, abs=0.01)
-    assert losses("cuda", autocast=True) == pytest.approx(reference, rel=0.2, abs=0.1)
+    # Measured on an H100, width 32, three draws of clips: 2e-7 in float32, 0.4 % under autocast with either backend.
+    assert losses("cuda", autocast=False) == pytest.approx(reference, rel=1e-4, abs=1e-5)
+    assert losses("cuda", autocast=True) == pytest.approx(reference, rel=0.02, abs=0.005)
 
 
 @gpu

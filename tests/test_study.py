@@ -65,7 +65,7 @@ def test_an_evaluation_shows_the_frames_in_their_order(monkeypatch):
 
     for name, pattern in PATTERNS.items():
         transform = evaluation.ViewsTransform(processor, processor, 2, 1, name)
-        light = transform(None, 0)["views"].mean((2, 3, 4))
+        light = transform(None, 0)["views"].float().mean((2, 3, 4))
         assert light.shape == (2, 8)
         for view in light:
             assert view.argsort().argsort().tolist() == [place - 1 for place in pattern]
