@@ -274,7 +274,11 @@ def _no_video(source: str | bytes, name: str, error) -> ValueError:
 
 def _check_frame_size(height: int, width: int, name: str) -> None:
     if height < 1 or width < 1:
-        raise ValueError(f"{name} says that its frames have {width} x {height} pixels. Encode it anew.")
+        # FFmpeg says so, too, of a frame that is larger than the limit.
+        raise ValueError(
+            f"{name} has frames without pixels, or of more than {VIDEO_MAX_FRAME_PIXELS} pixels. Encode it anew, or "
+            "raise VIDEO_MAX_FRAME_PIXELS (an environment variable)."
+        )
     if height * width > VIDEO_MAX_FRAME_PIXELS:
         raise ValueError(
             f"{name} has frames of {width} x {height} pixels, more than {VIDEO_MAX_FRAME_PIXELS} in all. "
@@ -377,6 +381,9 @@ def _read_pyav(source, name, sample, transform):
             if complete:
                 break
             with open_pyav(source, name) as (container, stream):
+                # With a thread a frame, FFmpeg marks good frames of H.264 as damaged where frames follow on fields,
+                # and what it makes of damaged files differs from run to run.
+                stream.thread_type = "SLICE"
                 complete, total = _decode_from_start(container, stream, times, clip, to_rgb)
             if total == 0:
                 raise _no_video(source, name, "none of its frames can be decoded")

@@ -1,0 +1,175 @@
+"""Every kind of odd or damaged file, each in a process of its own: the right frames or an error, in bounded memory."""
+
+import multiprocessing
+import os
+import re
+import resource
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from modeling_videomamba import VideoMambaVideoProcessor
+from modeling_videomamba.video_decoding import decode_video
+from odd_videos import ALL, KINDS, SLOW, WHOLE
+from video_files import read_numbers
+
+
+pytestmark = pytest.mark.skipif(
+    "fork" not in multiprocessing.get_all_start_methods(), reason="this system cannot fork"
+)
+MEMORY, SECONDS = 3 << 30, 20
+
+
+def in_child(function, *args):
+    """What `function(*args)` returns or raises in a process of its own, which may take 3 GB and 20 s."""
+    here, there = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(target=_report, args=(there, function, *args))
+    child.start()
+    there.close()
+    try:
+        if not here.poll(SECONDS):
+            raise AssertionError(f"no answer after {SECONDS} s")
+        return here.recv()
+    except EOFError:
+        child.join(SECONDS)
+        raise AssertionError(f"the process ended with {child.exitcode}") from None
+    finally:
+        child.kill()
+        child.join()
+
+
+def _report(pipe, function, *args):
+    with open("/proc/self/statm") as file:
+        size = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+    try:
+        pipe.send(function(*args))
+    except Exception as error:
+        pipe.send((type(error).__name__, str(error)))
+
+
+def write_and_decode(path, write, decoder):
+    """The numbers of all frames; of those that the three ways of sampling take; and which they should be."""
+    write(path)
+    frames, metadata = decode_video(str(path), decoder=decoder)
+    assert len(frames) == metadata.total_num_frames == len(metadata.frames_indices)
+    numbers = read_numbers(frames) if frames.shape[2] >= 32 else [0] * len(frames)
+    some, wanted = [], []
+    for choose in (
+        lambda n: n // 2 + np.arange(max(1, min(5, n // 4))),
+        lambda n: np.array([n - 1]),
+        lambda n: [0, n // 3],
+    ):
+        frames, metadata = decode_video(
+            str(path), lambda metadata, choose=choose: choose(metadata.total_num_frames), decoder
+        )
+        some += read_numbers(frames) if frames.shape[2] >= 32 else [0] * len(frames)
+        wanted += [numbers[i] if i < len(numbers) else None for i in metadata.frames_indices]
+    processed = VideoMambaVideoProcessor(decoder=decoder)(str(path), return_tensors="pt").pixel_values
+    assert processed.shape == (1, 16, 3, 224, 224)
+    return numbers, some, wanted
+
+
+def check(name, tmp_path, decoder="pyav"):
+    write, expected = KINDS[name]
+    path = tmp_path / name
+    result = in_child(write_and_decode, path, write, decoder)
+    if isinstance(expected, list):
+        numbers, some, wanted = result if len(result) == 3 else (result, None, None)
+        assert numbers == expected and some == wanted, result
+    elif len(result) == 3:
+        assert expected == WHOLE, result
+        # Where a part is missing, packets may be counted in one call and frames in another: each frame is a whole one.
+        assert set(result[0]) | set(result[1]) <= set(ALL)
+    else:
+        kind, message = result
+        assert kind == "ValueError" and str(path) in message, result
+        assert expected == WHOLE or re.search(expected, message), result
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in KINDS])
+def test_kind(name, tmp_path):
+    check(name, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decoder", ["torchcodec", "decord"])
+@pytest.mark.parametrize("name", KINDS)
+def test_kind_with_another_decoder(name, tmp_path, decoder):
+    pytest.importorskip(decoder)
+    check(name, tmp_path, decoder)
+
+
+def mutate(data: bytes, rng) -> bytes:
+    """Flips, overwrites, cuts out or cuts off some bytes."""
+    data = bytearray(data)
+    # Half of the damage hits the first kilobyte, where most of what is not pixels stands.
+    place = int(rng.integers(min(1024, len(data)) if rng.random() < 0.5 else len(data)))
+    match rng.integers(4):
+        case 0:
+            for _ in range(rng.integers(1, 20)):
+                data[min(len(data) - 1, place + int(rng.integers(200)))] ^= 1 << rng.integers(8)
+        case 1:
+            data[place : place + 8] = rng.choice([b"\xff" * 4, bytes(4), b"\x7f\xff\xff\xff", rng.bytes(4)])
+        case 2:
+            del data[place : place + int(rng.integers(1, 500))]
+        case 3:
+            del data[place + 1 :]
+    return bytes(data)
+
+
+def decode_mutated(path, data):
+    path.write_bytes(data)
+    frames, _ = decode_video(str(path), lambda metadata: np.linspace(0, metadata.total_num_frames - 1, 5).astype(int))
+    return "frames", str(frames.shape)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_fuzz(tmp_path):
+    """FUZZ_SECONDS=3600 runs it for an hour; FUZZ_SEED=n begins with another file."""
+    names = [
+        "h264.mov",
+        "hevc.mkv",
+        "vp9.mp4",
+        "vp8.webm",
+        "mpeg4.mp4",
+        "mpeg2.ts",
+        "mpeg1.mpg",
+        "flv1.flv",
+        "wmv2.wmv",
+    ]
+    names += [
+        "msmpeg4v3.avi",
+        "fields_mixed.ts",
+        "apng.apng",
+        "sixty_animation.gif",
+        "qtrle.mov",
+        "raw.m2v",
+        "av1.webm",
+    ]
+    originals = {}
+    for name in names:
+        in_child(KINDS[name][0], tmp_path / name)
+        originals[name] = (tmp_path / name).read_bytes()
+    end, seed, found = (
+        time.monotonic() + float(os.environ.get("FUZZ_SECONDS", 60)),
+        int(os.environ.get("FUZZ_SEED", 0)),
+        {},
+    )
+    counts = Counter()
+    while time.monotonic() < end:
+        rng, seed = np.random.default_rng(seed), seed + 1
+        name = names[rng.integers(len(names))]
+        path = tmp_path / f"damaged_{name}"
+        try:
+            kind, message = in_child(decode_mutated, path, mutate(originals[name], rng))
+        except AssertionError as error:
+            kind, message = "AssertionError", str(error)
+        counts[kind] += 1
+        if kind != "frames" and (kind != "ValueError" or str(path) not in message):
+            found[f"{name}, seed {seed - 1}"] = f"{kind}: {message}"
+    print(f"{sum(counts.values())} files: {dict(counts)}")
+    assert not found, found
