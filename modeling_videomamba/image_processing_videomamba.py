@@ -226,6 +226,8 @@ def split_videos(videos) -> list:
     if isinstance(videos, PIL.Image.Image):
         return [[videos]]
     if isinstance(videos, np.ndarray | torch.Tensor):
+        if videos.ndim == 5 and len(videos) == 0:
+            raise ValueError(f"`videos` is empty: its shape is {tuple(videos.shape)}. Give at least one video.")
         if videos.ndim == 5:
             return list(videos)
         if videos.ndim == 4:
@@ -334,6 +336,10 @@ def _as_tensor(frame, name, do_convert_rgb, input_data_format) -> torch.Tensor:
             raise ValueError(f"{name} has type {frame.dtype}, but pixels must be numbers: uint8 or float32, say.")
         # torch takes neither read-only arrays (without a warning) nor negative strides, as those of a flipped array.
         frame = torch.from_numpy(np.require(frame, requirements=["C", "W"]))
+    if frame.dtype == torch.bool or frame.is_complex():
+        raise ValueError(f"{name} has type {frame.dtype}, but pixels must be numbers: uint8 or float32, say.")
+    if 0 in frame.shape:
+        raise ValueError(f"{name} has no pixels: its shape is {tuple(frame.shape)}.")
     if frame.ndim == 2:
         frame, input_data_format = frame[None], ChannelDimension.FIRST
     if input_data_format is None:

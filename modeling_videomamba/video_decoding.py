@@ -222,8 +222,26 @@ def _endless(url: str) -> ConnectionError:
     )
 
 
+class _QuietSeek:
+    """A seek to where no file can be, which damaged files ask for, fails without an exception: PyAV would print it."""
+
+    def seek(self, offset, whence=0):
+        try:
+            return super().seek(offset, whence)
+        except (OSError, ValueError):
+            return -1
+
+
+class _File(_QuietSeek, io.FileIO):
+    pass
+
+
+class _Bytes(_QuietSeek, io.BytesIO):
+    pass
+
+
 def _as_file(source: str | bytes):
-    return io.BytesIO(source) if isinstance(source, bytes) else io.FileIO(source)
+    return _Bytes(source) if isinstance(source, bytes) else _File(source)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -458,7 +476,7 @@ def _index_packets(container, stream, name) -> tuple[int, list[int] | None, list
     """
     times, keys = [], []
     begins_frame = _frame_counter(stream)
-    progress = _Progress(f"{name} has no index of its frames and is read through to count them")
+    progress = _Progress(f"{name} is read through to count its frames")
     try:
         for packet in container.demux(stream):
             progress.step(f"{len(times)} frames")

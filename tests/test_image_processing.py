@@ -78,6 +78,57 @@ def test_forms_of_input(processor, form):
     torch.testing.assert_close(pixel_values, expected, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("resample", range(4))
+@pytest.mark.parametrize("size", [(10, 1000), (1000, 10), (30, 3001), (400, 7001), (1, 300), (3, 401)])
+def test_long_frames_are_cut_before_they_grow(size, resample):
+    """To rounding, the pixels of the whole frame resized and then cropped."""
+    frame = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    pixels = torch.from_numpy(frame).permute(2, 0, 1)
+    processor = VideoMambaImageProcessor(
+        size={"shortest_edge": 64}, crop_size=48, do_normalize=False, do_rescale=False
+    )
+    whole = processor.resize(pixels, processor.size, resample)
+    expected = processor.center_crop(whole, processor.crop_size)
+    got = processor([frame], resample=resample, input_data_format="channels_last", return_tensors="pt").pixel_values[
+        0, 0
+    ]
+    assert (got.int() - expected.int()).abs().max() <= 2 and (got.int() - expected.int()).abs().float().mean() < 0.05
+
+
+def test_longest_frames_take_little_memory(monkeypatch):
+    resized = []
+    original = VideoMambaImageProcessor.resize
+
+    def resize(self, image, *args, **kwargs):
+        resized.append(original(self, image, *args, **kwargs))
+        return resized[-1]
+
+    monkeypatch.setattr(VideoMambaImageProcessor, "resize", resize)
+    frame = np.zeros((2, 65535, 3), np.uint8)
+    assert VideoMambaImageProcessor()([frame]).pixel_values[0].shape == (1, 3, 224, 224)
+    assert resized[0].shape[-1] < 4000  # and not 7 million
+    with pytest.raises(ValueError, match="65535 x 2 pixels would be resized to a longer edge of 7339920"):
+        VideoMambaImageProcessor(do_center_crop=False)([frame])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"crop_size": 0}, "`crop_size` has height 0"),
+        ({"crop_size": {"height": -5, "width": 8}}, "`crop_size` has height -5"),
+        ({"size": {"shortest_edge": -1}}, "`size` has shortest_edge -1"),
+        ({"size": {"height": 10**9, "width": 8}}, "`size` has height 1000000000"),
+        ({"resample": 99}, "resampl|99"),
+    ],
+)
+@pytest.mark.parametrize("processor", [VideoMambaImageProcessor, VideoMambaVideoProcessor])
+def test_bad_sizes(processor, options, message):
+    with pytest.raises(ValueError, match=message):
+        processor(**options)
+    with pytest.raises((ValueError, TypeError), match=message):
+        processor()(numbered_frames(2), **options)
+
+
 def test_batch_of_videos_of_different_sizes():
     pixel_values = VideoMambaImageProcessor()(
         [numbered_frames(3), numbered_frames(3, 80, 50)], return_tensors="pt"
@@ -122,6 +173,11 @@ BAD_FRAMES = {
     "five channels": ([[np.zeros((5, 48, 64), np.uint8)]], r"videos\[0\]\[0\] has shape \(5, 48, 64\)"),
     "float RGBA": ([np.zeros((48, 64, 4), np.float32)], r"4 channels of torch.float32"),
     "no numbers": ([np.zeros((48, 64, 3), bool)], r"type bool"),
+    "complex numbers": (torch.zeros(2, 3, 48, 64, dtype=torch.complex64), r"type torch.complex64"),
+    "a bool tensor": ([torch.zeros(3, 48, 64, dtype=torch.bool)], r"type torch.bool"),
+    "no pixels": (np.zeros((2, 0, 0, 3), np.uint8), r"videos\[0\] has no pixels"),
+    "no height": ([np.zeros((0, 64, 3), np.uint8)], r"videos\[0\]\[0\] has no pixels"),
+    "an empty batch": (np.zeros((0, 2, 48, 64, 3), np.uint8), r"`videos` is empty"),
     "one axis": (np.zeros(48, np.uint8), r"array of shape \(48,\)"),
     "six axes": (np.zeros((1, 1, 1, 4, 4, 3), np.uint8), r"array of shape \(1, 1, 1, 4, 4, 3\)"),
     "nothing": ([], r"`videos` is empty"),

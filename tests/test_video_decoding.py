@@ -1,12 +1,16 @@
 """Decoding: the frames of real and odd files with each decoder, downloads, and what is said of files that are none."""
 
+import asyncio
 import gc
 import http.server
+import itertools
 import multiprocessing
 import os
+import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -270,6 +274,8 @@ def test_paths_that_are_no_file(tmp_path):
     if os.path.exists("/dev/zero"):
         with pytest.raises(ValueError, match="device"):
             fetch("/dev/zero")
+        with open("/dev/zero", "rb") as file, pytest.raises(ValueError, match="/dev/zero is a device"):
+            fetch(file)
     (tmp_path / "notes.txt").write_text("text")
     with open(tmp_path / "notes.txt") as file, pytest.raises(ValueError, match="text mode"):
         fetch(file)
@@ -298,6 +304,105 @@ def test_bytes_with_every_decoder(video, decoder):
     assert read_numbers(frames) == [3, 9, 33] and metadata.video_backend == decoder
 
 
+# --- limits, errors, processes ----
+
+
+def test_limits(video, monkeypatch):
+    path = video("h264.mp4")
+    monkeypatch.setattr(video_decoding, "VIDEO_MAX_CLIP_BYTES", 3 * 64 * 96 * 8)
+    assert len(fetch(path, range(8))[0]) == 8
+    with pytest.raises(
+        ValueError, match="9 frames of .*h264.mp4 take 165888 bytes, more than 147456.*raise VIDEO_MAX_"
+    ):
+        fetch(path, range(9))
+    monkeypatch.setattr(video_decoding, "VIDEO_MAX_FRAME_PIXELS", 64 * 96 - 1)
+    with pytest.raises(ValueError, match="h264.mp4 has frames .*6143.*raise VIDEO_MAX_FRAME_PIXELS"):
+        fetch(path)
+
+
+@pytest.mark.slow
+def test_limits_of_the_environment():
+    code = (
+        "from modeling_videomamba import video_decoding as v; print(v.VIDEO_MAX_FRAME_PIXELS, v.VIDEO_MAX_CLIP_BYTES)"
+    )
+    environment = {**os.environ, "VIDEO_MAX_FRAME_PIXELS": "12", "VIDEO_MAX_CLIP_BYTES": "34"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["12", "34"]
+
+
+def test_frames_are_transformed_one_by_one(video):
+    seen = []
+
+    def halve(frame):
+        seen.append(tuple(frame.shape))
+        return frame[:, ::2, ::2]
+
+    frames, metadata = decode_video(video("h264.mp4"), lambda metadata: [30, 30, 4], transform=halve)
+    assert frames.shape == (3, 3, 32, 48) and seen == [(3, 64, 96)] * 2
+    assert read_numbers(frames.permute(0, 2, 3, 1)) == [30, 30, 4]
+    assert (metadata.height, metadata.width) == (64, 96)
+
+
+def test_an_error_that_is_kept_keeps_no_decoder(tmp_path, video):
+    errors = []
+    for keep in (0.3, 0.6):
+        path = truncate(video("h264.mp4"), tmp_path / "cut.mp4", keep)
+        with pytest.raises(ValueError) as caught:
+            fetch(path)
+        errors.append(caught.value)
+    for size in ((64, 96), (48, 80)):
+        write_video(tmp_path / f"{size[0]}.ts", 20, size=size)
+    with pytest.raises(ValueError, match="changes its frame size") as caught:
+        fetch((tmp_path / "64.ts").read_bytes() + (tmp_path / "48.ts").read_bytes())
+    errors.append(caught.value)
+    kept = [type(thing).__name__ for thing in gc.get_objects() if str(type(thing)).startswith("<class 'av.")]
+    assert not {"VideoCodecContext", "InputContainer", "VideoReformatter"} & set(kept)
+
+
+def test_what_takes_long_is_said(video, monkeypatch):
+    said, clock = [], itertools.count(step=3)
+    monkeypatch.setattr(video_decoding.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(video_decoding.logger, "warning", said.append)
+    fetch(video("h264.mp4"), [0])
+    assert 5 < len(said) < 60  # at most one in ten seconds, for 60 packets of three
+    assert "h264.mp4 is read through to count its frames: " in said[0] and "Ctrl-C" in said[0]
+
+
+def read_many(path, times):
+    for _ in range(times):
+        frames, _ = decode_video(path, lambda metadata: np.arange(5, 17, 4))
+        assert read_numbers(frames) == [5, 9, 13]
+
+
+@pytest.mark.parametrize("times", [10, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_processes(video, method, times):
+    """Decoded before, and in the child; from several threads at once, while other threads fork."""
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"this system cannot {method}")
+    context, path = multiprocessing.get_context(method), video("h264.mp4")
+    read_many(path, 2)
+    rounds, each = (1, times) if method == "spawn" else (times, 2)
+    threads = [threading.Thread(target=read_many, args=(path, times)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(rounds):
+        child = context.Process(target=read_many, args=(path, each))
+        child.start()
+        child.join(60)
+        child.kill()
+        child.join()
+        assert child.exitcode == 0
+    for thread in threads:
+        thread.join()
+
+
+@pytest.mark.parametrize("times", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_threads(video, times):
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: read_many(video("h264.mp4"), times), range(4)))
+
+
 # --- downloads ------------------------------------------------------------------------------------------------------
 
 
@@ -311,6 +416,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.path == "/moved.mp4":
             self.send_response(302)
             self.send_header("Location", "/clip.mp4")
+            self.end_headers()
+            return
+        if self.path.startswith("/drip"):
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n" + (b"" if self.path == "/drip_headers" else b"\r\n"))
+            try:
+                for _ in range(100):
+                    self.wfile.write(b"X-More: 1\r\n" if self.path == "/drip_headers" else b"x")
+                    time.sleep(0.1)
+            except OSError:
+                pass
+            return
+        if self.path in ("/gzip", "/long"):
+            self.send_response(200)
+            self.send_header(
+                *{"/gzip": ("Content-Encoding", "gzip"), "/long": ("Content-Length", "9" * 12)}[self.path]
+            )
             self.end_headers()
             return
         body = self.files.get(self.path)
@@ -368,6 +489,31 @@ def test_urls_that_never_end(server, monkeypatch):
     monkeypatch.setattr(video_decoding, "VIDEO_MAX_DOWNLOAD_BYTES", 1 << 18)
     with pytest.raises(ConnectionError, match="/endless did not end within 262144 bytes"):
         fetch(server + "/endless")
+
+
+@pytest.mark.parametrize("path", ["/drip", "/drip_headers"])
+def test_the_deadline_holds_byte_by_byte(server, monkeypatch, path):
+    monkeypatch.setattr(video_decoding, "VIDEO_MAX_DOWNLOAD_SECONDS", 0.5)
+    start = time.monotonic()
+    with pytest.raises(ConnectionError, match=f"{path} did not end within .* 0.5 seconds"):
+        fetch(server + path)
+    assert time.monotonic() - start < 5  # the server would go on for ten
+
+
+def test_what_is_compressed_or_too_long_is_not_downloaded(server):
+    with pytest.raises(ConnectionError, match="content encoding 'gzip'.*Download and unpack it yourself"):
+        fetch(server + "/gzip")
+    with pytest.raises(ConnectionError, match="/long did not end within 2147483648 bytes"):
+        fetch(server + "/long")
+
+
+def test_urls_within_a_running_event_loop(server, video):
+    """As in a notebook."""
+
+    async def run():
+        return fetch(server + "/clip.mp4", [3])[0]
+
+    np.testing.assert_array_equal(asyncio.run(run()), fetch(video("h264.mp4"), [3])[0])
 
 
 def test_nothing_else_is_opened(server, tmp_path, video):

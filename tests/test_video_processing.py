@@ -9,12 +9,14 @@ import av
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoVideoProcessor, VideoMAEImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.video_utils import VideoMetadata
 
 from modeling_videomamba import VideoMambaVideoProcessor
-from video_files import numbered_frames, read_numbers
+from modeling_videomamba.video_decoding import decode_video
+from video_files import numbered_frames, read_numbers, write_video
 
 
 @pytest.mark.parametrize(
@@ -67,12 +69,25 @@ def test_sampling_errors(options, message):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("num_frames", 0), ("num_frames", -1), ("frame_stride", 0), ("decoder", "ffmpeg")]
+    ("option", "value"),
+    [
+        ("num_frames", 0),
+        ("num_frames", -1),
+        ("num_frames", "16"),
+        ("num_frames", True),
+        ("frame_stride", 0),
+        ("frame_stride", "2"),
+        ("fps", 0),
+        ("fps", -1),
+        ("fps", float("inf")),
+        ("fps", float("nan")),
+        ("decoder", "ffmpeg"),
+    ],
 )
 def test_bad_options(option, value):
     with pytest.raises(ValueError, match=option):
         VideoMambaVideoProcessor(**{option: value})
-    with pytest.raises(ValueError, match=option):
+    with pytest.raises((ValueError, StrictDataclassError), match=option):
         VideoMambaVideoProcessor()(numbered_frames(2), **{option: value})
 
 
@@ -163,3 +178,28 @@ def test_the_configuration_files_are_plain(tmp_path):
     assert saved["num_frames"] == 16 and saved["frame_stride"] == 2
     assert saved["size"] == {"shortest_edge": 224} and saved["crop_size"] == {"height": 224, "width": 224}
     assert saved["image_mean"] == list(IMAGENET_DEFAULT_MEAN) and saved["image_std"] == list(IMAGENET_DEFAULT_STD)
+
+
+@pytest.mark.parametrize("options", [{"num_frames": 10**9}, {"fps": 1e9}])
+def test_more_frames_than_memory_holds(options):
+    with pytest.raises(ValueError, match="frames were to be sampled, more than 65536"):
+        VideoMambaVideoProcessor().sample_frames(VideoMetadata(total_num_frames=60, fps=25.0), **options)
+
+
+@pytest.mark.parametrize("name", ["slow.mp4", "slow.mkv"])
+def test_frames_a_second_are_those_of_the_times(tmp_path, name):
+    """Forty frames, one every 100 s: in 4,000 s, one frame every 400 s is ten."""
+    path = write_video(tmp_path / name, 40, pts=[100_000 * i for i in range(40)], b_frames=0)
+    output = VideoMambaVideoProcessor(fps=1 / 400)(path, return_metadata=True)
+    assert len(output["video_metadata"][0].frames_indices) == 10
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_device(video, device):
+    """Resized and normalised on a device: the same pixels, to rounding."""
+    frames, _ = decode_video(video("h264.mp4"), lambda metadata: np.arange(14, 46, 2))
+    expected = VideoMambaVideoProcessor()(frames, return_tensors="pt").pixel_values
+    for videos in (video("h264.mp4"), frames):
+        pixel_values = VideoMambaVideoProcessor()(videos, device=device, return_tensors="pt").pixel_values
+        assert pixel_values.device.type == device
+        assert (pixel_values.cpu() - expected).abs().max() < (1e-5 if device == "cpu" else 0.05)
