@@ -721,9 +721,11 @@ def _visits(order, length):
 
 def _shared_arguments(conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, visits):
     """What the kernels take, of the parameters: (weight, bias, visits) of `_convolve`, (A, ..., visits) of `_scan`."""
-    weight, A = conv_weight.float().transpose(1, 2).contiguous(), -LOG2E * A_log.float().exp().transpose(1, 2)
-    convolution = weight, conv_bias.float().contiguous(), visits
-    return convolution, (A.contiguous(), D.float().contiguous(), dt_proj_bias.float().contiguous(), visits)
+    def copy(parameter):  # a NumPy view would lock a parameter's own memory, which FSDP frees and fills
+        return parameter.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+    A = copy(-LOG2E * A_log.float().exp().transpose(1, 2))
+    return (copy(conv_weight.transpose(1, 2)), copy(conv_bias), visits), (A, copy(D), copy(dt_proj_bias), visits)
 
 
 def _project(xz, convolution, x_proj_weight, dt_proj_weight, u, delta):

@@ -2,6 +2,14 @@
 
 They are taken from the source distribution of the installed transformers (see transformers_sources.py). What is here
 is only what each model of transformers has to give them: small instances, inputs and expected shapes.
+
+Of the mixins that the distribution holds, these are left out:
+  - `test_fsdp_mixin`, `test_tensor_parallel_mixin` and `test_expert_parallel_mixin` need a module that the distribution
+    leaves out (`distributed_testing_utils`), make language models, and run for a list of model types alone. Fully
+    sharded training is tested in test_modeling_sharded.py; there is no plan for tensor parallelism, and no expert.
+  - `test_memory_cleanup_mixin` holds no test: it frees what integration tests of checkpoints on the Hub leave behind.
+  - `test_backbone_common` and `test_decision_head_common` are for classes that VideoMamba does not have, all others for
+    text and sound.
 """
 
 import fnmatch
@@ -111,12 +119,13 @@ class ImageClassificationPipelineTests:
 
 
 try:
-    modeling_common, configuration_common, image_common, video_common, pipeline_common = load(
+    modeling_common, configuration_common, image_common, video_common, pipeline_common, training_common = load(
         "test_modeling_common",
         "test_configuration_common",
         "test_image_processing_common",
         "test_video_processing_common",
         "test_pipeline_mixin",
+        "test_training_mixin",
         pipelines={
             "ImageClassificationPipelineTests": ImageClassificationPipelineTests,
             "VideoClassificationPipelineTests": VideoClassificationPipelineTests,
@@ -239,6 +248,30 @@ class VideoMambaImageModelTest(VideoMambaModelTest):
     all_model_classes = (VideoMambaForImageClassification,)
     pipeline_model_mapping = {"image-classification": VideoMambaForImageClassification}
     model_tester_class = VideoMambaImageModelTester
+
+
+class VideoMambaTextlessTester(VideoMambaModelTester):
+    def get_config(self):
+        config = super().get_config()
+        config.vocab_size = None  # the training mixin reads it
+        return config
+
+
+class VideoMambaTrainingTest(training_common.TrainingTesterMixin, unittest.TestCase):
+    """A tiny model learns one batch by heart."""
+
+    model_tester = VideoMambaTextlessTester()
+    all_model_classes = (VideoMambaForVideoClassification,)
+    training_overfit_steps = 60
+    training_overfit_learning_rate = 3e-3
+
+    # The mixin makes batches of text alone, and lets no other modality pass.
+    def _get_model_modality(self):
+        return "text"
+
+    def _create_text_training_batch(self, batch_size, **kwargs):
+        _, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        return {"pixel_values": inputs["pixel_values"][:batch_size], "labels": torch.arange(batch_size)}
 
 
 class ProcessorTester:
