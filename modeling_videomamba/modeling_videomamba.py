@@ -420,7 +420,7 @@ class VideoMambaPreTrainedModel(PreTrainedModel):
                     f"The weight {name!r} of {pretrained_model_name_or_path!r} holds NaN or infinite numbers: was its "
                     "training diverged? Load an earlier checkpoint."
                 )
-        if wanted:
+        if any(getattr(model.config, name) != size for name, size in wanted.items()):
             model.resize_position_embeddings(**wanted)
         return loaded
 

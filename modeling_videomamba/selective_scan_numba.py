@@ -721,6 +721,7 @@ def _visits(order, length):
 
 def _shared_arguments(conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, visits):
     """What the kernels take, of the parameters: (weight, bias, visits) of `_convolve`, (A, ..., visits) of `_scan`."""
+
     def copy(parameter):  # a NumPy view would lock a parameter's own memory, which FSDP frees and fills
         return parameter.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 

@@ -4,12 +4,12 @@ They are taken from the source distribution of the installed transformers (see t
 is only what each model of transformers has to give them: small instances, inputs and expected shapes.
 
 Of the mixins that the distribution holds, these are left out:
-  - `test_fsdp_mixin`, `test_tensor_parallel_mixin` and `test_expert_parallel_mixin` need a module that the distribution
-    leaves out (`distributed_testing_utils`), make language models, and run for a list of model types alone. Fully
-    sharded training is tested in test_modeling_sharded.py; there is no plan for tensor parallelism, and no expert.
+  - `test_fsdp_mixin`, `test_tensor_parallel_mixin` and `test_expert_parallel_mixin` need a module that it leaves out
+    (`distributed_testing_utils`), make language models, and run for a list of model types alone. Sharded training is
+    tested in test_modeling_sharded.py; there is no plan for tensor parallelism, and there are no experts.
   - `test_memory_cleanup_mixin` holds no test: it frees what integration tests of checkpoints on the Hub leave behind.
-  - `test_backbone_common` and `test_decision_head_common` are for classes that VideoMamba does not have, all others for
-    text and sound.
+  - `test_backbone_common` and `test_decision_head_common` are for classes that VideoMamba does not have, all others
+    for text and sound.
 """
 
 import fnmatch
