@@ -275,7 +275,7 @@ def _walk_back(steps, size, size_u, BC, A, h, decay, d_y, adjoint, d_size, d_siz
     """
     From the last step to the first, through what `_walk_again` kept; `grad` is the gradient of a step's new state.
 
-    Updates `adjoint`, which a step hands to the one before it; adds to d_size (by way of the decay alone), d_size_u
+    Updates `adjoint`, which a step passes to the one before it; adds to d_size (by way of the decay alone), d_size_u
     and d_A; sets d_BC.
     """
     _hot()

@@ -203,7 +203,7 @@ def _scan_backward_op(
     # All states of a tile are alive at once here, so it is smaller than the forward's.
     tiles = _tiles(count, channels, states * 4, u.device)
     for g in range(groups):
-        # The adjoint of the state runs the other way: λ_k = exp(Δ_{k+1} A) λ_{k+1} + C_k ∂y_k. What is handed from a
+        # The adjoint of the state runs the other way: λ_k = exp(Δ_{k+1} A) λ_{k+1} + C_k ∂y_k. What is passed from a
         # chunk to the one before it is exp(Δ_first A) λ_first; `passed` holds what each chunk receives.
         passed = torch.zeros_like(starts[g])
         if length > CHUNK:

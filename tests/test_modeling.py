@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForVideoClassification, BitsAndBytesConfig
+from transformers import AutoModelForVideoClassification, BitsAndBytesConfig, TorchAoConfig
 
 from modeling_videomamba import (
     VideoMambaConfig,
@@ -603,3 +603,22 @@ def test_adapters_on_quantised_weights(bits, tmp_path):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.filterwarnings("ignore")
+def test_quantised_weights_are_not_taken_raw(device, tmp_path):
+    """torchao keeps `nn.Linear` and swaps its weight; with gradients on, a fused scan would take that weight."""
+    torchao = pytest.importorskip("torchao.quantization", reason="needs torchao, for weights in 8 bits")
+    original = tiny_model()
+    original.save_pretrained(tmp_path)
+    quantization = TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    model = VideoMambaForVideoClassification.from_pretrained(tmp_path, quantization_config=quantization).to(device)
+    out_proj = model.videomamba.layers[0].mixer.out_proj
+    assert type(out_proj) is nn.Linear and type(out_proj.weight) is not nn.Parameter
+    assert type(model.classifier.weight) is nn.Parameter
+    pixels = clip().to(device).requires_grad_()
+    logits = model(pixels).logits
+    torch.testing.assert_close(logits.cpu(), original(clip()).logits, atol=0.02, rtol=0.05)
+    logits.sum().backward()
+    assert pixels.grad.abs().sum() > 0
