@@ -363,6 +363,7 @@ def draw_timeline(path, film, segments):
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         print(f"{path.name} needs matplotlib: pip install 'videomamba-transformers[tools]'.")
         return
@@ -390,6 +391,7 @@ def draw_timeline(path, film, segments):
     if len(cuts) <= 300:
         axes.vlines(cuts, -0.5, len(labels) - 0.5, color="black", linewidth=0.4, alpha=0.5)
     axes.set(xlim=(0, end), ylim=(len(labels) - 0.5, -0.5), yticks=range(len(labels)), yticklabels=labels)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=10, steps=[1, 3, 6, 10]))
     axes.xaxis.set_major_formatter(lambda value, _: clock(value)[:8].removeprefix("00:"))
     axes.set_title(f"{Path(film).name}: {len(cuts) + 1} shots", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
