@@ -1,11 +1,13 @@
 """examples/tag_video.py: what the windows see, cuts, going on after a kill, what is written, a live source."""
 
+import collections
 import csv
 import functools
 import http.server
 import json
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -303,3 +305,31 @@ def test_live_source(tmp_path, monkeypatch, capsys):
     lines = [line for line in lines if "latency" in line and line.endswith(" 0 frames dropped")]
     assert 1 <= len(lines) <= 8
     assert summary.startswith(f"{len(lines)} lines, median latency")
+
+
+def test_live_skips_while_it_is_late_and_forgives_a_pause(monkeypatch):
+    """A camera with 25 frames a second. Decoding takes too long for a while; later the camera stands still for 3 s."""
+    clock, skips = [0.0], []
+    monkeypatch.setattr(tag_video.time, "monotonic", lambda: clock[0])
+    live = tag_video.Live.__new__(tag_video.Live)
+    live.rate, live.received, live.lag, live.ended = 25.0, 0, 0.0, False
+    live.stream = SimpleNamespace(codec_context=SimpleNamespace(skip_frame="DEFAULT"))
+    live.lock, live.frames = threading.Lock(), collections.deque(maxlen=31)
+
+    def camera(_):
+        shown = 0.0
+        for number in range(700):
+            skipping = live.stream.codec_context.skip_frame == "NONKEY"
+            shown += 1.0 if skipping else 0.04  # a key frame a second
+            pause = 3.0 if shown > 40 else 0.0
+            cost = 0.1 if 200 <= number < 240 else 0.01  # seconds to decode a frame
+            clock[0] = max(clock[0] + cost, shown + pause)
+            yield SimpleNamespace(time=shown)
+            skips.append(live.stream.codec_context.skip_frame == "NONKEY")
+
+    live.container = SimpleNamespace(decode=camera)
+    live.read()
+    late = [number for number, skipped in enumerate(skips) if skipped]
+    assert 205 < late[0] < 215 and skips[late[0] + 2] is False  # caught up with the next key frame or two
+    assert live.received > 700 and not any(skips[-60:])  # the pause was forgiven
+    assert len(live.frames) == 31 and live.lag < 0.5
