@@ -32,7 +32,8 @@ DEV void store_few(io_t *to, const float from[CV]) {
 }
 // The token that direction `dir` meets at a place, if it exists.
 DEV int token_at(const Args &p, int dir, int place) {
-    return ORDERED && dir && place >= 0 && place < p.L ? visited(p, place) : place;
+    // Looked up: all threads of a block want the same, and to work it out takes as long as the convolution.
+    return ORDERED && dir && place >= 0 && place < p.L ? (int)p.order[place] : place;
 }
 struct Taps {
     float weight[WALKED][K][CV], bias[WALKED][CV];

@@ -303,8 +303,8 @@ extern "C" __global__ void pass_states(const Args p) {
     int b = blockIdx.y, dir = blockIdx.z;
     int lane = i / 4 % 32, e = i % 4, nt = i / 128 % NT;
     int channel = i / (128 * NT) * 16 + lane / 4 * 2 + (e >> 1), n = nt * 8 + 2 * (lane % 4) + (e & 1);
-    if (channel >= CHANNELS || n >= N) return;
-    float a = -expf(parameter(p.a_log, ((size_t)dir * CHANNELS + channel) * N + n)) * LOG2E, h = 0.f;
+    const bool exists = channel < CHANNELS && n < N;  // others become zero
+    float a = exists ? -expf(parameter(p.a_log, ((size_t)dir * CHANNELS + channel) * N + n)) * LOG2E : 0.f, h = 0.f;
     bool down = (dir && !ORDERED) != (p.mode == 1);
     float *states = (p.mode ? p.adjoint : p.states) + (size_t)(dir * p.B + b) * p.chunks * per + i;
     const float *sums = p.sums + (size_t)(dir * p.B + b) * p.chunks * CHANNELS + channel;
@@ -312,7 +312,8 @@ extern "C" __global__ void pass_states(const Args p) {
     for (int k = 0; k < p.chunks; k++) {
         int chunk = down ? p.chunks - 1 - k : k;
         float end = 0.f, factor = 0.f;
-        if (k + 1 < p.chunks) end = states[(size_t)chunk * per], factor = exp2f(a * sums[(size_t)chunk * CHANNELS]);
+        if (exists && k + 1 < p.chunks)
+            end = states[(size_t)chunk * per], factor = exp2f(a * sums[(size_t)chunk * CHANNELS]);
         states[(size_t)chunk * per] = h;
         h = fmaf(h, factor, end);
     }

@@ -21,6 +21,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_videomamba import VideoMambaConfig, count_parameters_and_macs, height_and_width, tubelet_grid
+from .rms_norm_cuda import can_fuse_rms_norm, fused_rms_norm
 from .selective_scan import ScanOrder, bidirectional_selective_scan
 from .selective_scan_torch import at_own_tokens, causal_convolution, in_order_of_visits, selection, selective_scan
 
@@ -262,6 +263,8 @@ class VideoMambaRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states):
+        if can_fuse_rms_norm(hidden_states, self.weight):
+            return fused_rms_norm(hidden_states, self.weight, self.eps)
         normed = F.rms_norm(hidden_states.float(), self.weight.shape, self.weight.float(), self.eps)
         return normed.to(self.weight.dtype)
 

@@ -131,7 +131,8 @@ def select_scan_backend(device, dtype, name=None):
     """
     name = _forced_backend or os.environ.get(ENVIRONMENT_VARIABLE) or name
     if name is None:
-        if torch.compiler.is_exporting():
+        # Dynamo of PyTorch 2.11 takes any compilation for an export.
+        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
             return "export"
         return next(b for b in BACKENDS if BACKENDS[b].unusable_reason(device, dtype) is None)
     if name in BACKENDS and BACKENDS[name].unusable_reason(device, dtype) is None:

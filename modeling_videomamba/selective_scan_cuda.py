@@ -23,9 +23,8 @@ import functools
 import math
 
 import torch
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .selective_scan_cuda_runtime import KernelArguments, Launch, driver, nvrtc, source_constant
+from .selective_scan_cuda_runtime import KernelArguments, Launch, driver, nobody_looks_on, nvrtc, source_constant
 
 
 TILE, RUN = source_constant("TILE"), source_constant("RUN")
@@ -360,7 +359,9 @@ class _Call:
         self.stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         common = plan.parameter_dtype
         # The kernels run after this call returns; the allocator keeps what is freed for the same stream.
-        self.parameters = [p.to(common).contiguous() for p in parameters]
+        self.parameters = [
+            p if p.dtype == common and p.is_contiguous() else p.to(common).contiguous() for p in parameters
+        ]
         pointers = {n: p.data_ptr() for n, p in zip(PARAMETER_NAMES, self.parameters, strict=True)}
         self.arguments = KernelArguments(B=plan.B, L=plan.L, xz=start, **pointers)
         if visits is not None:
@@ -448,7 +449,7 @@ def _forward(xz, conv_w, conv_b, x_proj_weight, dt_w, dt_b, A_log, D, visits, st
     call.run(scan)
     if plan.ordered:
         call.run(plan.gate)
-    return out, proj, states if for_backward and states is not None else call.new(0)
+    return out, proj, states if for_backward else None
 
 
 def _check_memory(plan):
@@ -486,7 +487,7 @@ def _scan_op(
         out, proj, states = _forward(xz, *parameters, visits, structure, for_backward)
         if out_proj_weight is not None:
             out = torch.nn.functional.linear(out, out_proj_weight)
-    return out, proj, states
+    return out, proj, xz.new_empty(0, dtype=torch.float32) if states is None else states
 
 
 @_scan_op.register_fake
@@ -612,15 +613,6 @@ def _backward(ctx, dout, dproj, dstates):
 _scan_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _nobody_looks_on(xz, parameters):
-    """Whether neither autograd nor a tracer need see the operator, so that the kernels may be launched at once."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(xz) is not torch.Tensor:
-        return False
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (xz, *parameters)):
-        return False
-    return not is_in_torch_dispatch_mode()
-
-
 def bidirectional_selective_scan(
     xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, order=None, out_proj_weight=None
 ):
@@ -631,7 +623,7 @@ def bidirectional_selective_scan(
         x_proj_weight = x_proj_weight.to(xz.dtype)
     parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
     visits, structure = (None, [0, 1, -1]) if order is None else (order.visits, _structure(order))
-    if out_proj_weight is None and _nobody_looks_on(xz, parameters):
+    if out_proj_weight is None and nobody_looks_on((xz, *parameters)):
         with _on(xz) if _must_switch(xz) else contextlib.nullcontext():
             return _forward(xz.contiguous(), *parameters, visits, structure, False)[0]
     if out_proj_weight is not None:

@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .selective_scan_cuda_source import SOURCES
 
@@ -25,6 +26,7 @@ KERNEL_FILES = {
     **dict.fromkeys(("gate", "gate_backward", "ungate"), "scan.cu"),
     **dict.fromkeys(("conv", "conv_backward"), "convolution.cu"),
     "backward": "scan_backward.cu",
+    "rms_norm": "norm.cu",
 }
 
 
@@ -212,7 +214,7 @@ class Launch:
         Queue the kernel.
 
         Args:
-            arguments (`KernelArguments`): pointers and sizes; the launch's own numbers are written into them. CUDA
+            arguments (`ctypes.Structure`): pointers and sizes; the launch's own numbers are written into them. CUDA
                 copies them before this returns, so they serve the next launch of the same thread.
             stream (`int`): handle of a CUDA stream of the current GPU.
         """
@@ -226,6 +228,15 @@ class Launch:
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         status = _launch_kernel()(self.function, *self.grid, self.threads, 1, 1, self.shared, stream, parameters, None)
         _check(status, f"launching the kernel {self.name} on a grid of {self.grid}")
+
+
+def nobody_looks_on(tensors):
+    """Whether neither autograd nor a tracer need see an operator, so that its kernels may be launched at once."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(tensors[0]) is not torch.Tensor:
+        return False
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return False
+    return not is_in_torch_dispatch_mode()
 
 
 @functools.cache

@@ -34,7 +34,8 @@ DEV void store_few(io_t *to, const float from[CV]) {
 }
 // The token that direction `dir` meets at a place, if it exists.
 DEV int token_at(const Args &p, int dir, int place) {
-    return ORDERED && dir && place >= 0 && place < p.L ? visited(p, place) : place;
+    // Looked up: all threads of a block want the same, and to work it out takes as long as the convolution.
+    return ORDERED && dir && place >= 0 && place < p.L ? (int)p.order[place] : place;
 }
 struct Taps {
     float weight[WALKED][K][CV], bias[WALKED][CV];
@@ -204,6 +205,48 @@ extern "C" __global__ void __launch_bounds__(CONV_THREADS, IO ? 10 : 7) conv_bac
     }
 }
 #endif
+""",
+    "norm.cu": r"""// RMSNorm of the float32 residual stream, out in the type of the weights: one launch instead of three. A warp takes a
+// row of CHANNELS values, a multiple of four, and keeps it in registers.
+#include "primitives.cuh"
+
+#define NORM_ROUNDS ((CHANNELS + 127) / 128)  // of four values a lane
+
+// `NormArguments` in rms_norm_cuda.py; a test compares the two.
+struct NormArgs {
+    const float *x;
+    const void *weight;
+    io_t *out;
+    long long rows;
+    float eps;
+};
+
+extern "C" __global__ void rms_norm(const NormArgs p) {
+    const int lane = threadIdx.x & 31;
+    const long long row = (long long)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    if (row >= p.rows) return;
+    const float *x = p.x + row * CHANNELS;
+    float v[NORM_ROUNDS][4], sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < NORM_ROUNDS; i++) {
+        const int at = i * 128 + lane * 4;
+        if (CHANNELS % 128 && at >= CHANNELS) break;
+        load_vector<4>(v[i], x + at);
+#pragma unroll
+        for (int e = 0; e < 4; e++) sum = fmaf(v[i][e], v[i][e], sum);
+    }
+#pragma unroll
+    for (int mask = 16; mask; mask /= 2) sum += exchange(sum, mask);
+    const float scale = rsqrtf(sum / CHANNELS + p.eps);
+#pragma unroll
+    for (int i = 0; i < NORM_ROUNDS; i++) {
+        const int at = i * 128 + lane * 4;
+        if (CHANNELS % 128 && at >= CHANNELS) break;
+#pragma unroll
+        for (int e = 0; e < 4; e++) v[i][e] *= scale * parameter(p.weight, at + e);
+        store4(p.out + row * CHANNELS + at, v[i], 4);
+    }
+}
 """,
     "primitives.cuh": r"""// What all kernels share: the options they are compiled for, their arguments, single instructions, typed loads and
 // stores, the softplus and its kin.
@@ -847,8 +890,8 @@ extern "C" __global__ void pass_states(const Args p) {
     int b = blockIdx.y, dir = blockIdx.z;
     int lane = i / 4 % 32, e = i % 4, nt = i / 128 % NT;
     int channel = i / (128 * NT) * 16 + lane / 4 * 2 + (e >> 1), n = nt * 8 + 2 * (lane % 4) + (e & 1);
-    if (channel >= CHANNELS || n >= N) return;
-    float a = -expf(parameter(p.a_log, ((size_t)dir * CHANNELS + channel) * N + n)) * LOG2E, h = 0.f;
+    const bool exists = channel < CHANNELS && n < N;  // others become zero
+    float a = exists ? -expf(parameter(p.a_log, ((size_t)dir * CHANNELS + channel) * N + n)) * LOG2E : 0.f, h = 0.f;
     bool down = (dir && !ORDERED) != (p.mode == 1);
     float *states = (p.mode ? p.adjoint : p.states) + (size_t)(dir * p.B + b) * p.chunks * per + i;
     const float *sums = p.sums + (size_t)(dir * p.B + b) * p.chunks * CHANNELS + channel;
@@ -856,7 +899,8 @@ extern "C" __global__ void pass_states(const Args p) {
     for (int k = 0; k < p.chunks; k++) {
         int chunk = down ? p.chunks - 1 - k : k;
         float end = 0.f, factor = 0.f;
-        if (k + 1 < p.chunks) end = states[(size_t)chunk * per], factor = exp2f(a * sums[(size_t)chunk * CHANNELS]);
+        if (exists && k + 1 < p.chunks)
+            end = states[(size_t)chunk * per], factor = exp2f(a * sums[(size_t)chunk * CHANNELS]);
         states[(size_t)chunk * per] = h;
         h = fmaf(h, factor, end);
     }

@@ -64,6 +64,7 @@ static int uniform(int v) { return (int)broadcast((float)v, 0); }
 static void keep_in_register(int &) {}
 static float flush(float x) { return std::fabs(x) < 1.17549435e-38f ? 0.f : x; }
 static float ex2(float x) { return flush(std::exp2(x)); }
+static float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 static float rcp(float x) { return 1.f / x; }
 static float half_to_float(uint16_t v) { _Float16 h; memcpy(&h, &v, 2); return (float)h; }
 static uint16_t float_to_half(float v) { _Float16 h = (_Float16)v; uint16_t u; memcpy(&u, &h, 2); return u; }

@@ -1,7 +1,8 @@
 """The GPU backend of the scan against the float64 reference: its kernels on the CPU, compiled as C++; and on a GPU.
 
 On the CPU a thread of the kernels is a coroutine (`cuda_on_cpu.h`), and the tensor cores are loops: the arithmetic,
-the indexing and the barriers are the GPU's, at small sizes. Shared memory is poisoned with NaN before each block.
+the indexing and the barriers are the GPU's, at small sizes. Shared memory is poisoned with NaN before each block, work
+space too.
 """
 
 import ctypes
@@ -12,7 +13,9 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ import torch
 from modeling_videomamba import (
     VideoMambaConfig,
     VideoMambaForVideoClassification,
+    rms_norm_cuda,
     selective_scan_cuda,
     use_scan_backend,
 )
@@ -122,13 +126,18 @@ def on_cpu(monkeypatch, compile_for_cpu):
     def queue(launch, arguments, stream):
         assert launch.shared <= 227 * 1024, "more shared memory than a Hopper GPU has"
         options = ((f"{launch.name.upper()}_KERNEL", 1), *launch.options.items())
-        start = f"""extern "C" void launch(const Args *args, int x, int y, int z, int threads) {{
+        struct = "NormArgs" if launch.name == "rms_norm" else "Args"
+        start = f"""extern "C" void launch(const {struct} *args, int x, int y, int z, int threads) {{
             run_on_cpu([=] {{ {launch.name}(*args); }}, x, y, z, threads);
         }}"""
         library = compile_for_cpu(runtime.KERNEL_FILES[launch.name], options, start)
         library.launch(ctypes.byref(arguments), *launch.grid, launch.threads)
 
+    def new(call, *shape, dtype=torch.float32):
+        return torch.full(shape, float("nan"), dtype=dtype)
+
     monkeypatch.setattr(runtime.Launch, "queue", queue)
+    monkeypatch.setattr(selective_scan_cuda._Call, "new", new)
 
     def plan_for(multiprocessors):
         monkeypatch.setattr(selective_scan_cuda, "_multiprocessors", lambda device: multiprocessors)
@@ -281,6 +290,29 @@ def test_float32_in_the_precision_of_tf32_where_pytorch_allows_it(on_cpu, monkey
     assert 1e-5 < error() < 1e-3
 
 
+def test_too_little_memory_is_said_before_it_is_spent(monkeypatch):
+    plan = SimpleNamespace(B=1, L=401_409, E=768, R=24, N=16, dtype=torch.bfloat16, device=torch.device("cuda", 0))
+    gib = {"free": 1}
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gib["free"] * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2**29)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**29)
+    with pytest.raises(torch.OutOfMemoryError, match=r"1 x 401409 tokens .* needs 1.8 GiB .* 1.0 GiB are free"):
+        selective_scan_cuda._check_memory(plan)
+    gib["free"] = 2
+    selective_scan_cuda._check_memory(plan)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rms_norm_on_the_cpu(on_cpu, dtype):
+    x = 3 * torch.randn(3, 3, 36, generator=torch.Generator().manual_seed(0))
+    weight = torch.linspace(-1, 2, 36).to(dtype)
+    found = rms_norm_cuda.fused_rms_norm(x, weight, 1e-5)
+    expected = torch.nn.functional.rms_norm(x.double(), (36,), weight.double(), 1e-5)
+    assert found.dtype == dtype
+    assert (found.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+
+
 def test_a_cpu_tensor_is_refused_by_name():
     with pytest.raises(ValueError, match="cuda: it needs an NVIDIA GPU"):
         select_scan_backend(torch.device("cpu"), torch.float32, "cuda")
@@ -366,16 +398,20 @@ def test_the_package_carries_the_files_of_csrc():
     assert result.returncode == 0, result.stderr
 
 
-def test_arguments_are_laid_out_as_the_kernels_read_them(compile_for_cpu):
-    fields = [name for name, _ in runtime.KernelArguments._fields_]
-    offsets = ", ".join(f"offsetof(Args, {name})" for name in fields)
+@pytest.mark.parametrize(
+    "file, struct, arguments",
+    [("primitives.cuh", "Args", runtime.KernelArguments), ("norm.cu", "NormArgs", rms_norm_cuda.NormArguments)],
+)
+def test_arguments_are_laid_out_as_the_kernels_read_them(compile_for_cpu, file, struct, arguments):
+    fields = [name for name, _ in arguments._fields_]
+    offsets = ", ".join(f"offsetof({struct}, {name})" for name in fields)
     more = f"""#include <cstddef>
-    extern "C" const size_t size = sizeof(Args);
+    extern "C" const size_t size = sizeof({struct});
     extern "C" const size_t offsets[] = {{{offsets}}};"""
-    library = compile_for_cpu("primitives.cuh", (), more)
-    assert ctypes.c_size_t.in_dll(library, "size").value == ctypes.sizeof(runtime.KernelArguments)
+    library = compile_for_cpu(file, (), more)
+    assert ctypes.c_size_t.in_dll(library, "size").value == ctypes.sizeof(arguments)
     found = (ctypes.c_size_t * len(fields)).in_dll(library, "offsets")
-    assert list(found) == [getattr(runtime.KernelArguments, name).offset for name in fields]
+    assert list(found) == [getattr(arguments, name).offset for name in fields]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -444,12 +480,81 @@ def test_a_very_long_sequence(dtype, tolerance):
 
 
 @gpu
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
+def test_the_tokens_of_4096_frames(dtype, tolerance):
+    """Forward; plain PyTorch in float32 takes the place of the reference, which would take minutes."""
+    tensors, _ = make_inputs(1, 401_409, 64, dtype, shift=-4.0, device="cuda")
+    with torch.no_grad():
+        found = selective_scan_cuda.bidirectional_selective_scan(*tensors)
+        expected = BACKENDS["torch"][1](*(t.float() for t in tensors))
+    assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+@gpu
+def test_a_sequence_of_more_than_4_gib():
+    """Steps so large that the first and the last tokens know only those near them, which the reference takes alone."""
+    tensors, _ = make_inputs(1, 8, 768, torch.bfloat16, rank=24, shift=3.0, device="cuda")
+    length, window, near = 1_410_000, 1000, 500
+    xz = torch.empty(1, length, 1536, dtype=torch.bfloat16, device="cuda").normal_()
+    assert xz.nbytes > 2**32
+    with torch.no_grad():
+        found = selective_scan_cuda.bidirectional_selective_scan(xz, *tensors[1:])
+        first = bidirectional_selective_scan_reference(xz[:, :window], *tensors[1:])[:, :near]
+        last = bidirectional_selective_scan_reference(xz[:, -window:], *tensors[1:])[:, -near:]
+    for f, e in ((found[:, :near], first), (found[:, -near:], last)):
+        assert (f - e).norm() <= TOLERANCE[torch.bfloat16] * e.norm()
+
+
+@gpu
+@pytest.mark.parametrize("order", ["reversal", "spatial"])
+def test_threads_and_streams_do_not_disturb_each_other(order):
+    """Plans are shared, arguments and work space are not."""
+    order = make_order(order, 2016, "cuda")
+    calls = [make_inputs(1, 2016, 64, torch.bfloat16, device="cuda", seed=seed)[0] for seed in range(4)]
+    expected = []
+    with torch.no_grad():
+        for tensors in calls:
+            expected.append(selective_scan_cuda.bidirectional_selective_scan(*tensors, order=order))
+    torch.cuda.synchronize()
+    wrong = []
+
+    def work(tensors, expected):
+        with torch.cuda.stream(torch.cuda.Stream()), torch.no_grad():
+            for _ in range(100):
+                found = selective_scan_cuda.bidirectional_selective_scan(*tensors, order=order)
+            torch.cuda.current_stream().synchronize()
+            wrong.append(not torch.equal(found, expected))
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(calls, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == [False] * 4
+
+
+@gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("order", ["spatial", "temporal", "any"])
+@pytest.mark.parametrize("size", [384, 192, 36])
+def test_rms_norm(size, dtype):
+    x, weight = 3 * torch.randn(5, 77, size, device="cuda"), torch.linspace(-1, 2, size, device="cuda").to(dtype)
+    with torch.no_grad():
+        assert rms_norm_cuda.can_fuse_rms_norm(x, weight)
+        found = rms_norm_cuda.fused_rms_norm(x, weight, 1e-5)
+    expected = torch.nn.functional.rms_norm(x.double(), (size,), weight.double(), 1e-5)
+    assert found.dtype == dtype
+    assert (found - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "order, length", [("spatial", 140), ("spatial", 141), ("temporal", 140), ("temporal", 141), ("any", 140)]
+)
 @pytest.mark.parametrize("batch", [1, 70])
-def test_orders(order, batch, dtype):
-    tensors, grad = make_inputs(batch, 140, 48, dtype, device="cuda")
-    assert_close_to_reference(tensors, grad, make_order(order, 140, "cuda"), TOLERANCE[dtype])
+def test_orders(order, length, batch, dtype):
+    tensors, grad = make_inputs(batch, length, 48, dtype, device="cuda")
+    assert_close_to_reference(tensors, grad, make_order(order, length, "cuda"), TOLERANCE[dtype])
 
 
 @gpu
@@ -472,9 +577,9 @@ def test_strided_inputs():
 
 
 @gpu
-@pytest.mark.parametrize("batch", [1, 16])
-def test_every_element_is_written_and_runs_agree(batch):
-    tensors, grad = make_inputs(batch, 1569, 192, torch.bfloat16, device="cuda")
+@pytest.mark.parametrize("batch, channels", [(1, 192), (16, 192), (1, 200), (16, 200)])
+def test_every_element_is_written_and_runs_agree(batch, channels):
+    tensors, grad = make_inputs(batch, 1569, channels, torch.bfloat16, device="cuda")
     results = []
     for _ in range(2):
         # What the caching allocator hands out next is full of NaN.
