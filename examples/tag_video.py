@@ -200,7 +200,12 @@ class Tagger:
     def __init__(self, model, device, rate, window=None, step=1.0):
         self.model = AutoModelForVideoClassification.from_pretrained(model).to(device).eval()
         self.processor = AutoVideoProcessor.from_pretrained(model)
-        self.device, self.rate = device, float(rate)
+        self.device = device
+        self.set_window(rate, window, step)
+
+    def set_window(self, rate, window=None, step=1.0):
+        """From frames a second, and window and step in seconds."""
+        self.rate = float(rate)
         frames, stride = self.processor.num_frames, self.processor.frame_stride
         # A model that samples from whole clips has no length of its own: the clips of Kinetics have ten seconds.
         window = window or (10 if stride is None else ((frames - 1) * stride + 1) / self.rate)
@@ -363,6 +368,7 @@ def draw_timeline(path, film, segments):
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         print(f"{path.name} needs matplotlib: pip install 'videomamba-transformers[tools]'.")
         return
@@ -390,6 +396,7 @@ def draw_timeline(path, film, segments):
     if len(cuts) <= 300:
         axes.vlines(cuts, -0.5, len(labels) - 0.5, color="black", linewidth=0.4, alpha=0.5)
     axes.set(xlim=(0, end), ylim=(len(labels) - 0.5, -0.5), yticks=range(len(labels)), yticklabels=labels)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=10, steps=[1, 3, 6, 10]))
     axes.xaxis.set_major_formatter(lambda value, _: clock(value)[:8].removeprefix("00:"))
     axes.set_title(f"{Path(film).name}: {len(cuts) + 1} shots", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
@@ -513,26 +520,35 @@ class Live:
         self.container = av.open(*camera(source)) if source.isdigit() else av.open(source, timeout=10)
         self.stream = self.container.streams.video[0]
         self.rate = float(frame_rate(self.stream))
-        self.frames, self.lock = collections.deque(), threading.Lock()
-        self.received, self.lag, self.ended, self.error = 0, 0.0, False, None
+        self.lock, self.received, self.lag, self.ended, self.error = threading.Lock(), 0, 0.0, False, None
+
+    def start(self, length):
+        """Begins to read, and keeps the last `length` frames."""
+        self.frames = collections.deque(maxlen=length)
         threading.Thread(target=self.read, daemon=True).start()
 
-    def keep(self, length):
-        self.frames = collections.deque(self.frames, maxlen=length)
-
     def read(self):
-        offset = None  # of the clock against the source's time stamps, as small as it was seen
+        before = offset = None
         try:
             for frame in self.container.decode(self.stream):
-                now = time.monotonic()
+                now, came = time.monotonic(), 1
                 if frame.time is not None:
+                    # The clock against the source's time stamps: what it is at best is no lag. A lag that stays while
+                    # only key frames are decoded is the source's own, which stood still for a while: it is forgiven.
                     delay = now - frame.time
-                    offset = delay if offset is None else min(offset, delay)
-                    self.lag = delay - offset
-                skip = "NONKEY" if self.lag > self.BEHIND else "DEFAULT"
-                self.stream.codec_context.skip_frame = skip
+                    if before is not None:
+                        forgiven = 0.5 * (now - before[0]) if self.lag > self.BEHIND else 0
+                        offset = min(delay, offset + forgiven)
+                        came = max(1, round((frame.time - before[1]) * self.rate))
+                    else:
+                        offset = delay
+                    before, self.lag = (now, frame.time), delay - offset
+                is_late = self.lag > self.BEHIND
+                self.stream.codec_context.skip_frame = "NONKEY" if is_late else "DEFAULT"
                 with self.lock:
-                    self.received += 1
+                    if is_late:
+                        self.frames.clear()
+                    self.received += came
                     self.frames.append((now, frame))
         except av.FFmpegError as error:
             self.error = error
@@ -549,12 +565,15 @@ def camera(number):
 
 def tag_live(args, device):
     """Prints a line every `--step` seconds: time of day, label, score, latency, frames dropped."""
+    tagger = Tagger(args.model, device, 25)  # first, because a camera does not wait; and its kernels are compiled now
+    some = np.zeros((tagger.processor.num_frames, 64, 64, 3), np.uint8)
+    tagger.classify([tagger.prepare(some)])
     try:
         live = Live(args.live)
     except (OSError, IndexError) as error:
         sys.exit(f"{args.live} cannot be opened as a live source: {error}. Give the number of a camera or an address.")
-    tagger = Tagger(args.model, device, live.rate, args.window, args.step)
-    live.keep(tagger.length)
+    tagger.set_window(live.rate, args.window, args.step)
+    live.start(tagger.length)
     taken, dropped, latencies = 0, 0, []
     try:
         next_time = time.monotonic()

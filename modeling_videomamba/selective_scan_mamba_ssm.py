@@ -3,25 +3,42 @@ The scan with the public CUDA kernels, mamba-ssm's `selective_scan_fn` and causa
 
 It is there to compare with, and for GPUs that the `cuda` backend does not know. The kernels want channels first and
 know one direction: what that costs (transposes, flips, two launches of everything) other Vision-Mamba codes pay too.
+
+Without these packages, built kernels can come from the Kernel Hub through the package `kernels`: set the environment
+variable `VIDEOMAMBA_HUB_KERNELS` to a repository, `kernels-community/mamba-ssm`, or to a folder with one.
 """
+
+import os
+from pathlib import Path
 
 import torch
 
 
-try:
-    from causal_conv1d import causal_conv1d_fn
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+HUB_KERNELS = "VIDEOMAMBA_HUB_KERNELS"
+HUB_VERSION = 5  # of kernels-community/mamba-ssm, which transformers takes too
 
+causal_conv1d_fn = selective_scan_fn = None
+try:
+    if source := os.environ.get(HUB_KERNELS):
+        from kernels import get_kernel, get_local_kernel
+
+        module = get_local_kernel(Path(source)) if os.path.isdir(source) else get_kernel(source, version=HUB_VERSION)
+        causal_conv1d_fn, selective_scan_fn = module.causal_conv1d_fn, module.selective_scan_fn
+    else:
+        from causal_conv1d import causal_conv1d_fn
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     _import_error = None
 except Exception as error:  # a build against another PyTorch fails with an OSError, a lack of it with an ImportError
-    causal_conv1d_fn = selective_scan_fn = None
     _import_error = f"{type(error).__name__}: {error}"
 
 
 def unusable_reason(device, dtype):
     """Why this backend cannot run on `device` with activations of `dtype`, or None."""
     if _import_error is not None:
-        return f"it needs the packages mamba-ssm and causal-conv1d ({_import_error})"
+        return (
+            f"it needs the packages mamba-ssm and causal-conv1d, or {HUB_KERNELS}=kernels-community/mamba-ssm and the "
+            f"package kernels ({_import_error})"
+        )
     if device.type != "cuda":
         return f"it needs an NVIDIA GPU, and the tensors are on {device}"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):

@@ -609,6 +609,7 @@ def test_adapters_on_quantised_weights(bits, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_quantised_weights_are_not_taken_raw(device, tmp_path):
     """torchao keeps `nn.Linear` and swaps its weight; with gradients on, a fused scan would take that weight."""
+    # Not among the extras: with it, every import of transformers prints warnings (torchao 0.18, PyTorch 2.14).
     torchao = pytest.importorskip("torchao.quantization", reason="needs torchao, for weights in 8 bits")
     original = tiny_model()
     original.save_pretrained(tmp_path)

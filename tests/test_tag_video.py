@@ -1,10 +1,13 @@
 """examples/tag_video.py: what the windows see, cuts, going on after a kill, what is written, a live source."""
 
+import collections
 import csv
+import functools
 import http.server
 import json
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from PIL import Image
 from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
 import modeling_videomamba  # noqa: F401
+from browser import open_browser, wait_for
 from make_camera_motion_clips import draw_scenery
 from modeling_videomamba.video_decoding import decode_video
 from video_files import numbered_frame, read_number, write_video
@@ -177,9 +181,9 @@ WINDOWS = [
     Window(1, 4.5, 3725.5, {"b & <c>": 0.6}),
 ]
 SEGMENTS = [
-    Segment(0.0, 2.5, 0, "a", pytest.approx(0.6)),
+    Segment(0.0, 2.5, 0, "a", 0.6),
     Segment(2.5, 4.0, 0, "b & <c>", 0.9),
-    Segment(4.0, 3725.5, 1, "b & <c>", pytest.approx(0.7)),
+    Segment(4.0, 3725.5, 1, "b & <c>", 0.7),
 ]
 
 
@@ -197,6 +201,28 @@ def test_segments_and_tables(tmp_path):
         "WEBVTT\n\n1\n00:00:00.000 --> 00:00:02.500\na\n\n"
         "2\n00:00:02.500 --> 00:00:04.000\nb &amp; &lt;c&gt;\n\n3\n00:00:04.000 --> 01:02:05.500\nb &amp; &lt;c&gt;\n"
     )
+
+
+def test_a_player_shows_the_chapters(tmp_path):
+    """Chromium, as the player, reads the chapters of a film on a page."""
+    tag_video.write_tables(tmp_path, "film.mp4", "model", SEGMENTS, WINDOWS)
+    write_video(tmp_path / "film.mp4", 10)
+    (tmp_path / "index.html").write_text(
+        '<video src="film.mp4"><track default kind="chapters" src="chapters.vtt"></video>'
+    )
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    handler.log_message = lambda *arguments: None
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with open_browser() as browser:
+        browser.get(f"http://127.0.0.1:{server.server_port}/")
+        browser.execute_script("document.querySelector('video').textTracks[0].mode = 'hidden'")
+        cues = "return [...document.querySelector('video').textTracks[0].cues ?? []].map(c => [c.startTime, c.text])"
+        found = wait_for(lambda: browser.execute_script(cues))
+        shown = "return document.querySelector('video').textTracks[0].cues[1].getCueAsHTML().textContent"
+        assert browser.execute_script(shown) == "b & <c>"
+    server.shutdown()
+    assert [start for start, _ in found] == [0, 2.5, 4]
 
 
 def test_command_overlay_and_timeline(tmp_path, monkeypatch, capsys):
@@ -279,3 +305,31 @@ def test_live_source(tmp_path, monkeypatch, capsys):
     lines = [line for line in lines if "latency" in line and line.endswith(" 0 frames dropped")]
     assert 1 <= len(lines) <= 8
     assert summary.startswith(f"{len(lines)} lines, median latency")
+
+
+def test_live_skips_while_it_is_late_and_forgives_a_pause(monkeypatch):
+    """A camera with 25 frames a second. Decoding takes too long for a while; later the camera stands still for 3 s."""
+    clock, skips = [0.0], []
+    monkeypatch.setattr(tag_video.time, "monotonic", lambda: clock[0])
+    live = tag_video.Live.__new__(tag_video.Live)
+    live.rate, live.received, live.lag, live.ended = 25.0, 0, 0.0, False
+    live.stream = SimpleNamespace(codec_context=SimpleNamespace(skip_frame="DEFAULT"))
+    live.lock, live.frames = threading.Lock(), collections.deque(maxlen=31)
+
+    def camera(_):
+        shown = 0.0
+        for number in range(700):
+            skipping = live.stream.codec_context.skip_frame == "NONKEY"
+            shown += 1.0 if skipping else 0.04  # a key frame a second
+            pause = 3.0 if shown > 40 else 0.0
+            cost = 0.1 if 200 <= number < 240 else 0.01  # seconds to decode a frame
+            clock[0] = max(clock[0] + cost, shown + pause)
+            yield SimpleNamespace(time=shown)
+            skips.append(live.stream.codec_context.skip_frame == "NONKEY")
+
+    live.container = SimpleNamespace(decode=camera)
+    live.read()
+    late = [number for number, skipped in enumerate(skips) if skipped]
+    assert 205 < late[0] < 215 and skips[late[0] + 2] is False  # caught up with the next key frame or two
+    assert live.received > 700 and not any(skips[-60:])  # the pause was forgiven
+    assert len(live.frames) == 31 and live.lag < 0.5

@@ -17,6 +17,7 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -326,6 +327,7 @@ def main():
         named = [str(folder) for folder in folders if folder.is_dir()][:1]
     if not named:
         sys.exit("Name a checkpoint: a Hub repository or a folder.")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # as Ctrl-C does: the folder below is removed
     with tempfile.TemporaryDirectory(prefix="videomamba-page-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         launch({Path(name).name: Checkpoint(name) for name in named})

@@ -1,0 +1,73 @@
+"""The image example and the split of a folder of pictures, on tiny pictures that colour alone tells apart."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import AutoModelForImageClassification, pipeline
+
+import run_image_classification
+import split_imagefolder
+from modeling_videomamba import VideoMambaForImageClassification
+
+
+COLORS = {"red": (200, 40, 40), "green": (40, 200, 40)}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, color in COLORS.items():
+        (tmp_path / "all" / name).mkdir(parents=True)
+        for i in range(12):
+            pixels = np.clip(np.array(color) + rng.normal(0, 30, (30 + i, 40, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "all" / name / f"{i}.png")
+    return tmp_path / "all"
+
+
+def run(monkeypatch, module, *options):
+    monkeypatch.setattr("sys.argv", [module.__name__, *map(str, options)])
+    module.main()
+
+
+def test_split_is_fixed_and_shrinks(folder, tmp_path, monkeypatch, capsys):
+    for output in ("first", "second"):
+        run(monkeypatch, split_imagefolder, folder, tmp_path / output, "--train_per_class", 8, "--shortest_edge", 20)
+    assert "2 classes, 16 training and 8 others" in capsys.readouterr().out
+    names = [
+        sorted(str(p.relative_to(tmp_path / o)) for p in (tmp_path / o).rglob("*.jpg")) for o in ("first", "second")
+    ]
+    assert names[0] == names[1] and len(names[0]) == 24
+    parts = [{p.stem for p in (tmp_path / "first" / split / "red").iterdir()} for split in ("train", "validation")]
+    assert len(parts[0]) == 8 and len(parts[1]) == 4 and not parts[0] & parts[1]
+    assert Image.open(tmp_path / "first" / names[0][0]).size[1] == 20
+    for options, expected in (
+        ((folder, tmp_path / "first"), "is there already"),
+        ((folder / "red", tmp_path / "none"), "has no sub-folders"),
+        ((folder, tmp_path / "few", "--train_per_class", 12), "has 12 pictures, more than 12 wanted"),
+    ):
+        with pytest.raises(SystemExit, match=expected):
+            run(monkeypatch, split_imagefolder, *options)
+
+
+def test_trains_a_classifier_that_the_pipeline_loads(folder, tmp_path, monkeypatch):
+    data, output = tmp_path / "data", tmp_path / "out"
+    run(monkeypatch, split_imagefolder, folder, data, "--train_per_class", 8)
+    options = ["--dataset", data, "--output_dir", output, "--config_overrides"]
+    options += ["hidden_size=16,num_hidden_layers=1,image_size=32,patch_size=16", "--disable_tqdm", "true"]
+    options += ["--per_device_train_batch_size", 4, "--learning_rate", 1e-2, "--save_total_limit", 1]
+    run(monkeypatch, run_image_classification, *options, "--num_train_epochs", 8)
+    results = json.loads((output / "eval_results.json").read_text())
+    assert results["eval_accuracy"] == 1.0
+    assert type(AutoModelForImageClassification.from_pretrained(output)) is VideoMambaForImageClassification
+    pictures = [Image.new("RGB", (50, 40), color) for color in COLORS.values()]
+    answers = pipeline("image-classification", model=str(output))(pictures)
+    assert [answer[0]["label"] for answer in answers] == list(COLORS)
+
+    # Another start: the new labels get a new classifier.
+    (data / "train" / "red").rename(data / "train" / "rouge")
+    with pytest.raises(ValueError, match="labels in one of train/ and validation/ alone: \\['red', 'rouge'\\]"):
+        run(monkeypatch, run_image_classification, *options[:4], "--model_name_or_path", output)
+    with pytest.raises(ValueError, match="There is no folder"):
+        run(monkeypatch, run_image_classification, "--dataset", data / "train", "--output_dir", tmp_path / "x")
