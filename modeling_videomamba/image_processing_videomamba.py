@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-MAX_SIZE = 2**14  # of an edge of what a processor returns, in pixels
+MAX_SIZE = 2**12  # of an edge of what a processor returns, in pixels
 
 
 class VideoMambaImageProcessorKwargs(ImagesKwargs, total=False):

@@ -1,10 +1,14 @@
 """`pipeline("video-classification")` on real files, from a local folder."""
 
 import http.server
+import json
 import os
 import re
+import shutil
+import sys
 import threading
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +21,7 @@ from modeling_videomamba import (
     VideoMambaModel,
     VideoMambaVideoProcessor,
 )
+from modeling_videomamba.video_decoding import decode_video
 from video_files import write_video
 
 
@@ -116,3 +121,69 @@ def test_nothing_is_printed_that_needs_an_explanation(repository, clips, capfd, 
     pipeline("video-classification", model=str(repository))(clips[0])
     printed = "".join(capfd.readouterr()) + caplog.text
     assert not UNWANTED.search(printed), printed
+
+
+def test_lists_and_generators_in_batches(classify, clips):
+    expected = [as_dict(classify(clip, top_k=6)) for clip in clips * 2]
+    for inputs in (clips * 2, (clip for clip in clips * 2)):
+        found = list(classify(inputs, top_k=6, batch_size=3, num_workers=1))
+        assert len(found) == 4
+        for result, scores in zip(found, expected, strict=True):
+            assert as_dict(result) == pytest.approx(scores, abs=1e-6)
+
+
+def test_frames_and_bytes(classify, clips):
+    frames, _ = decode_video(clips[0])
+    expected = classify(clips[0])
+    data = Path(clips[0]).read_bytes()
+    for video in (frames, torch.from_numpy(frames), data, Path(clips[0])):
+        assert classify(video) == expected
+    assert classify([data, frames]) == [expected, expected]
+
+
+def test_the_documented_way_past_bad_clips(classify, clips, tmp_path):
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    page = (Path(__file__).parents[1] / "docs" / "limits.md").read_text()
+    code = next(code for code in re.findall("```python\n(.*?)```", page, re.DOTALL) if "classify_each" in code)
+    names = {}
+    exec(code, names)
+    results = list(
+        names["classify_each"](classify, [clips[0], str(tmp_path / "bad.mp4"), "nowhere.mp4", clips[1]], top_k=1)
+    )
+    assert results[0] == classify(clips[0], top_k=1) and results[3] == classify(clips[1], top_k=1)
+    assert type(results[1]) is ValueError and type(results[2]) is FileNotFoundError
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_frames": "16"}, {"num_frames": 0}, {"frame_stride": "2"}, {"decoder": "ffmpeg"}, None]
+)
+def test_bad_video_configuration_stops_the_pipeline(repository, tmp_path, change, caplog, monkeypatch):
+    """It would go on with the image processor otherwise, and give other scores."""
+    folder = tmp_path / "bad"
+    shutil.copytree(repository, folder)
+    file = folder / "video_preprocessor_config.json"
+    file.write_text("" if change is None else json.dumps({**json.loads(file.read_text()), **change}))
+    said = []
+    monkeypatch.setattr(sys.modules[VideoMambaImageProcessor.__module__].logger, "error", said.append)
+    with pytest.raises(ValueError, match="requires either a video processor or an image processor"):
+        pipeline("video-classification", model=str(folder))
+    assert len(said) == 1 and (next(iter(change)) if change else "not a valid JSON") in said[0]
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_weights_cannot_run_code(repository, tmp_path):
+    folder = tmp_path / "malicious"
+    shutil.copytree(repository, folder)
+    (folder / "model.safetensors").unlink()
+    trap = Malicious()
+    trap.folder = str(tmp_path / "trap")
+    torch.save({"classifier.weight": trap}, folder / "pytorch_model.bin")
+    with pytest.raises(Exception, match="[Ww]eights.only|Unsupported|safetensors"):
+        AutoModel.from_pretrained(folder)
+    assert not (tmp_path / "trap").exists()
+    torch.load(folder / "pytorch_model.bin", weights_only=False)  # the trap works
+    assert (tmp_path / "trap").exists()
