@@ -7,6 +7,7 @@ import sys
 FAMILIES = {
     "vim": ("convert_vim_to_videomamba", "Vision Mamba's image classifiers"),
     "opengvlab": ("convert_opengvlab_to_videomamba", "OpenGVLab's VideoMamba classifiers and backbones"),
+    "published": ("published_checkpoints", "a published file of either, with its authors' figures in the card"),
     "image": ("inflate_image_model", "an image VideoMamba, to be inflated to a video one"),
 }
 

@@ -106,6 +106,12 @@ class ViewsTransform:
         """Frame indices (num_clips · T,). A video shorter than a part is spread over it, as the reader does."""
         total, (frames, stride) = metadata.total_num_frames, (self.reader.num_frames, self.reader.frame_stride)
         span = (frames - 1) * stride + 1 if stride is not None else total
+        if self.num_clips > 1 and stride is None:
+            # Each clip spreads over the whole video and begins a little later: OpenGVLab's test of sparse sampling.
+            step = (total - 1) / frames
+            shifts = (step / (self.num_clips + 1) * np.arange(1, self.num_clips + 1)).astype(int)
+            starts = np.round(step * np.arange(frames)).astype(int)
+            return np.minimum(shifts[:, None] + starts, total - 1).ravel()
         if self.num_clips == 1 or span >= total:
             return np.tile(self.reader.sample_frames(metadata), self.num_clips)
         starts = np.linspace(0, total - span, self.num_clips).round().astype(int)

@@ -49,12 +49,16 @@ class DataArguments:
     train_list: str | None = field(
         default=None,
         metadata={
-            "help": "Instead of folders: an annotation file of Kinetics (CSV) or Something-Something V2 (JSON), "
-            "HMDB51's folder of split files, or a CSV file with the columns video and label."
+            "help": "Instead of folders: an annotation file of Kinetics (CSV), Something-Something V2 or COIN (JSON), "
+            "HMDB51's folder of split files, OpenGVLab's lists of Breakfast, COIN and LVU, or a CSV file with the "
+            "columns video and label."
         },
     )
     validation_list: str | None = field(default=None, metadata={"help": "The same for validation."})
     video_root: str | None = field(default=None, metadata={"help": "The folder that holds the clips of the lists."})
+    label_list: str | None = field(
+        default=None, metadata={"help": "Names of the labels, a line each, for lists that hold their numbers."}
+    )
     hmdb51_split: int = field(default=1, metadata={"help": "Which of HMDB51's three splits: 1, 2 or 3."})
     video_column: str = field(default="video", metadata={"help": "Column of the data set that holds the videos."})
     label_column: str = field(default="label", metadata={"help": "Column of the data set that holds the labels."})
@@ -143,7 +147,7 @@ def load_clips(args, wanted, seed, failures):
                     f"The {split} clips are needed: name them with --{split}_{'list' if lists else 'dir'}."
                 )
             if lists:
-                clips = read_list(source, args.video_root, split, args.hmdb51_split, failures)
+                clips = read_list(source, args.video_root, split, args.hmdb51_split, failures, args.label_list)
             else:
                 clips = _load_folder(source)
         columns = [args.video_column, args.label_column] if not lists else ["video", "label"]
@@ -221,7 +225,7 @@ def match_labels(clips, names):
     return clips.map(lambda label: {"label": new[label]}, input_columns="label", features=features)
 
 
-def read_list(source, video_root, split, hmdb51_split, failures):
+def read_list(source, video_root, split, hmdb51_split, failures, label_list=None):
     """
     Clips as the authors of a data set list them. `source` is one of
 
@@ -229,6 +233,9 @@ def read_list(source, video_root, split, hmdb51_split, failures):
       `<youtube_id>_<time_start>_<time_end>.<suffix>`, times in seconds with six digits;
     - Something-Something V2: a JSON list of `{"id": ..., "template": ...}`, of clips `<id>.<suffix>`; the label is the
       template without its brackets;
+    - COIN: its JSON file, of clips `<id>.<suffix>`; testing is for validation;
+    - OpenGVLab's lists of Breakfast, COIN and LVU: lines `<path>,<number>` or `<path> <number> <seconds>` without a
+      header; the number becomes its name in `label_list`, a file with a name a line, or stays a number;
     - HMDB51: a folder of files `<label>_test_split<n>.txt` with lines `<clip> <0, 1 or 2>`: 1 is for training, 2 for
       testing;
     - any other CSV file with `video` (a path below `video_root`) and `label`.
@@ -247,8 +254,12 @@ def read_list(source, video_root, split, hmdb51_split, failures):
         expected = f"files <label>_test_split{hmdb51_split}.txt"
     elif source.endswith(".json"):
         rows = json.loads(Path(source).read_text())
-        entries = [(str(row["id"]), re.sub(r"[\[\]]", "", row["template"])) for row in rows if "template" in row]
-        expected = "a list of objects with 'id' and 'template'"
+        if isinstance(rows, dict) and isinstance(rows.get("database"), dict):
+            subset = {"train": "training", "validation": "testing"}[split]
+            entries = [(name, row["class"]) for name, row in rows["database"].items() if row["subset"] == subset]
+            rows = []
+        entries += [(str(row["id"]), re.sub(r"[\[\]]", "", row["template"])) for row in rows if "template" in row]
+        expected = "a list of objects with 'id' and 'template', or COIN's 'database'"
     else:
         with open(source, newline="") as file:
             rows = list(csv.DictReader(file))
@@ -258,7 +269,9 @@ def read_list(source, video_root, split, hmdb51_split, failures):
                 entries.append((f"{row['youtube_id']}_{start:06d}_{end:06d}", row["label"]))
         elif rows and {"video", "label"} <= set(rows[0]):
             entries = [(row["video"], row["label"]) for row in rows]
-        expected = "columns label, youtube_id, time_start, time_end, or video, label"
+        else:
+            entries = _numbered_entries(source, label_list)
+        expected = "columns label, youtube_id, time_start, time_end, or video, label, or lines `path,number`"
     if not entries:
         raise ValueError(f"{source} lists no {split} clips: {expected} were expected.")
     found = {}
@@ -276,6 +289,22 @@ def read_list(source, video_root, split, hmdb51_split, failures):
         "label": [label for _, label in entries],
     }
     return Dataset.from_dict(columns, Features(video=Video(decode=False), label=ClassLabel(names=names)))
+
+
+def _numbered_entries(source, label_list):
+    """(path, label) of lines `<path>,<number>` or `<path> <number> <seconds>`; nothing if a line is another."""
+    lines = [line.strip() for line in Path(source).read_text().splitlines() if line.strip()]
+    found = [re.fullmatch(r"(.+?)(?:\s*,\s*|\s+)(\d+)(?:[\s,]+[\d.]+)?", line) for line in lines]
+    if not all(found):
+        return []
+    numbers = [int(line[2]) for line in found]
+    width = len(str(max(numbers, default=0)))
+    names = [f"{number:0{width}d}" for number in range(max(numbers, default=-1) + 1)]  # in the order of the numbers
+    if label_list is not None:
+        names = Path(label_list).read_text(encoding="utf-8").rstrip().split("\n")
+        if max(numbers, default=0) >= len(names):
+            raise ValueError(f"{label_list} names {len(names)} labels, but {source} has a label {max(numbers)}.")
+    return [(line[1], names[number].strip()) for line, number in zip(found, numbers, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

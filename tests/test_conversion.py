@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -24,7 +25,13 @@ from transformers import (
     pipeline,
 )
 
-from conversion import checkpoints, convert_opengvlab_to_videomamba, convert_vim_to_videomamba, inflate_image_model
+from conversion import (
+    checkpoints,
+    convert_opengvlab_to_videomamba,
+    convert_vim_to_videomamba,
+    inflate_image_model,
+    published_checkpoints,
+)
 from conversion.convert_opengvlab_to_videomamba import join_positions
 from conversion.inflate_image_model import inflate_patches, initialize_positions
 from hub_server import HubServer
@@ -35,6 +42,7 @@ from modeling_videomamba import (
     VideoMambaModel,
 )
 from plain_vision_mamba import opengvlab_videomamba, random_weights, vision_mamba
+from video_files import write_video
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -754,3 +762,75 @@ def test_source_in_memory_is_not_changed(opengvlab):
     with torch.device("meta"):
         wanted = VideoMambaForVideoClassification(config).state_dict()
     assert {name: tensor.shape for name, tensor in remap.target.items()} == {k: v.shape for k, v in wanted.items()}
+
+
+# ---- the published files ----
+
+
+def test_the_page_holds_the_table_of_published_files(capsys):
+    with pytest.raises(SystemExit) as stop:
+        published_checkpoints.main(["--list"])
+    assert stop.value.code == 0
+    table = capsys.readouterr().out
+    assert table.strip() in (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    assert table.count("\n| `videomamba_") == 58 and table.count("\n| `vim_") == 3
+    row = published_checkpoints.PUBLISHED["videomamba_m16_k400_mask_ft_f64_res224to384.pth"]
+    assert (row.hidden_size, row.num_frames, row.image_size, row.accuracy) == (576, 64, 384, 85.0)
+    assert row.name == "videomamba-middle-k400-mask-f64-384"
+    assert published_checkpoints.PUBLISHED["vim_s_midclstok_80p5acc.pth"].source == (
+        "hustvl/Vim-small-midclstok:vim_s_midclstok_80p5acc.pth"
+    )
+    names = [row.name for row in published_checkpoints.PUBLISHED.values()]
+    assert len(names) == len(set(names))
+
+
+def test_kinetics_classifier_on_my_clip_in_three_commands(hub, tmp_path, monkeypatch, capsys):
+    """As docs/checkpoints.md has it, with a smaller file of that format, of one layer and random weights."""
+    name = "videomamba_t16_k400_f8_res224.pth"
+    weights = random_weights("opengvlab", hidden_size=192, depth=1, frames=8, labels=400)
+    torch.save({"model": weights}, tmp_path / name)
+    hub.files["OpenGVLab/VideoMamba"] = {name: (tmp_path / name).read_bytes()}
+    output = tmp_path / "videomamba-k400"
+    options = ["--checkpoint", f"OpenGVLab/VideoMamba:{name}", "--output", str(output)]
+    done = run_command("published_checkpoints", hub, tmp_path, *options, "--push-to-hub", "you/videomamba-k400")
+    assert done.returncode == 0, done.stderr
+    card = ModelCard(hub.files["you/videomamba-k400"]["README.md"].decode())
+    result = card.data.eval_results[0]
+    assert (result.metric_value, result.dataset_name) == (76.9, "Kinetics-400") and not result.verified
+    assert "authors' own" in result.metric_name and "8 frames × 3 crops × 4 clips" in result.metric_name
+    assert result.source_url.endswith("video_sm/MODEL_ZOO.md") and result.source_url in card.text
+    assert "--num_crops 3 --num_clips 4" in card.text and "nobody has measured" in card.text
+
+    clip = write_video(tmp_path / "clip.mp4", frames=20)
+    monkeypatch.setattr("sys.argv", ["classify_video.py", clip, "--model", str(output)])
+    runpy.run_path(str(ROOT / "examples" / "classify_video.py"), run_name="__main__")
+    labels = set(VideoMambaConfig.from_pretrained(output).id2label.values())
+    answers = [line.split("%  ")[1] for line in capsys.readouterr().out.splitlines() if "%  " in line]
+    assert len(answers) == 3 and set(answers) <= labels and "zumba" in labels
+
+
+def test_wrong_and_renamed_published_files(tmp_path):
+    def refused(name, weights, *options):
+        torch.save({"model": weights}, tmp_path / name)
+        return refusal(published_checkpoints, tmp_path / name, tmp_path / "out", *options)
+
+    video = random_weights("opengvlab", labels=174, frames=16, hidden_size=192, depth=1)
+    error = refused("videomamba_t16_ssv2_f16.pth", video)
+    assert "none of the published files" in error and "videomamba_t16_ssv2_f16_res224.pth" in error
+    assert "174 labels of Something-Something V2" in refused("videomamba_t16_ssv2_f16_res224.pth", video)
+    labels = tmp_path / "labels.json"
+    labels.write_text(json.dumps({f"template {i}": str(i) for i in range(174)}))
+    options = ["--labels", str(labels)]
+    assert "num_frames 16 (not 8)" in refused("videomamba_t16_ssv2_f8_res224.pth", video, *options)
+    assert "hidden_size 192 (not 384)" in refused("videomamba_s16_ssv2_f16_res224.pth", video, *options)
+    assert "num_labels 174 (not 10)" in refused("videomamba_t16_breakfast_f32_res224.pth", video, *options)
+    labels.write_text('["walk", "run"]')
+    assert "has 2 labels, the classifier has 174" in refused("videomamba_t16_ssv2_f16_res224.pth", video, *options)
+    vim = random_weights("vim", labels=1000, hidden_size=192, depth=1)
+    assert "num_labels 7" in refused("vim_t_midclstok_76p1acc.pth", random_weights("vim", 192, 1, labels=7))
+    assert "is one of OpenGVLab" in refused("vim_s_midclstok_80p5acc.pth", video)
+    torch.save({"model": vim}, tmp_path / "vim_t_midclstok_76p1acc.pth")
+    folder = convert(published_checkpoints, tmp_path / "vim_t_midclstok_76p1acc.pth", tmp_path / "vim")
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.eval_results[0].metric_value == 76.1 and card.data.pipeline_tag == "image-classification"
+    assert type(AutoModelForImageClassification.from_pretrained(folder)) is VideoMambaForImageClassification

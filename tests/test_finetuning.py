@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +190,28 @@ def test_reads_plain_lists(tmp_path):
         listed(source, root)
     with pytest.raises(ValueError, match="--video_root"):
         data.read_list(str(source), None, "train", 1, None)
+
+
+def test_reads_the_lists_of_breakfast_coin_and_lvu(tmp_path):
+    root, source = tmp_path / "videos", tmp_path / "train.csv"
+    touch(root / "P03" / "cam01" / "P03_cereals.avi", root / "P04_tea.avi", root / "a b.mp4")
+    source.write_text("P03/cam01/P03_cereals.avi,0\nP04_tea.avi,10\n")
+    found = {"P03/cam01/P03_cereals.avi": "00", "P04_tea.avi": "10"}  # in the order of the numbers
+    assert listed(source, root) == found
+    source.write_text("P03/cam01/P03_cereals.avi 0 61.5\na b.mp4 1 90\n")
+    names = tmp_path / "names.txt"
+    names.write_text("cereals\ntea\n")
+    clips = data.read_list(str(source), str(root), "train", 1, data.DecodeFailures(str(tmp_path), 0), str(names))
+    assert clips.features["label"].names == ["cereals", "tea"] and clips["label"] == [0, 1]
+    source.write_text("P04_tea.avi,2\n")
+    with pytest.raises(ValueError, match="names 2 labels, but .*train.csv has a label 2"):
+        data.read_list(str(source), str(root), "train", 1, data.DecodeFailures(str(tmp_path), 0), str(names))
+    source = tmp_path / "COIN.json"
+    rows = {"P04_tea": ("MakeTea", "training"), "a b": ("BoilNoodles", "testing")}
+    rows = {name: {"class": label, "subset": subset, "annotation": []} for name, (label, subset) in rows.items()}
+    source.write_text(json.dumps({"database": rows}))
+    assert listed(source, root) == {"P04_tea.avi": "MakeTea"}
+    assert listed(source, root, "validation") == {"a b.mp4": "BoilNoodles"}
 
 
 def test_reads_the_lists_of_something_something(tmp_path):
@@ -591,6 +614,16 @@ def test_views_lie_where_papers_put_them(tmp_path):
 
     one = normalize(evaluation.ViewsTransform(processor, processor, 1, 1)(video, 0)["views"])
     torch.testing.assert_close(one, processor(path, return_tensors="pt")["pixel_values"], atol=1e-5, rtol=0)
+
+
+def test_clips_of_sparse_sampling_begin_one_after_the_other():
+    """Of 41 frames, 4 are wanted: 10 apart, from 0; three clips are shifted by quarters of these 10."""
+    reader = types.SimpleNamespace(num_frames=4, frame_stride=None)
+    transform = evaluation.ViewsTransform(reader, tiny_processor(), 3, 1)
+    found = transform.sample(types.SimpleNamespace(total_num_frames=41)).reshape(3, 4).tolist()
+    assert found == [[2, 12, 22, 32], [5, 15, 25, 35], [7, 17, 27, 37]]
+    short = transform.sample(types.SimpleNamespace(total_num_frames=2)).reshape(3, 4)
+    assert short.min() >= 0 and short.max() <= 1
 
 
 def test_scores_are_the_mean_over_views(folders, tmp_path, monkeypatch):
