@@ -362,8 +362,12 @@ class VideoMambaLayer(GradientCheckpointingLayer):
         self.mixer = VideoMambaMixer(config)
         self.drop_path_rate = drop_path_rate
 
+    def update(self, hidden_states, order=None):
+        """What the layer adds to the residual stream, but for stochastic depth."""
+        return self.mixer(self.norm(hidden_states), order)
+
     def forward(self, hidden_states, order=None, **kwargs: Unpack[TransformersKwargs]):
-        update = self.mixer(self.norm(hidden_states), order)
+        update = self.update(hidden_states, order)
         if self.training and self.drop_path_rate > 0:
             keep = 1 - self.drop_path_rate
             update = update * update.new_empty(update.shape[0], 1, 1).bernoulli_(keep).div_(keep)
@@ -680,7 +684,7 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
                 steps = layer.mixer.step_sizes(layer.norm(hidden_states), order).transpose(0, 1)
                 class_token, tubelets = self.split_class_token(steps)
                 found[index] = tubelets.unflatten(-1, grid), class_token.squeeze(-1)
-            hidden_states = layer(hidden_states, order)
+            hidden_states = hidden_states + layer.update(hidden_states, order)
         maps, class_token = (tuple(found[index][part] for index in chosen) for part in (0, 1))
         return VideoMambaDeltaMaps(maps=maps, class_token=class_token if self.embeddings.has_class_token else None)
 
@@ -760,7 +764,8 @@ class VideoMambaForVideoClassification(VideoMambaPreTrainedModel):
         2024), and given the gates, the sigmoid in SiLU(x) = x · sigmoid(x) and the scales of the norms, so is all
         between the tokens and the logit: it is a sum over the tokens, and over the biases. One adjoint walk through
         the layers, on the `torch` backend and one layer at a time, gives each token's share. A layer that adds the
-        same whatever its input shows nowhere in it, and neither does how a token acts on Δ, B, C, gates and norms.
+        same whatever its input shows nowhere in it, and neither does how a token acts on Δ, B, C, gates and norms. The
+        model is taken as in evaluation, without stochastic depth.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(B, num_frames, num_channels, height, width)`):
@@ -778,10 +783,13 @@ class VideoMambaForVideoClassification(VideoMambaPreTrainedModel):
             ValueError: if there is no such label, or for clips that the model does not take.
         """
         model = self.videomamba
-        outputs = model(pixel_values, interpolate_pos_encoding, output_hidden_states=True, return_dict=True)
-        *inputs, last = outputs.hidden_states
-        _, grid = checked_clips(self.config, pixel_values, interpolate_pos_encoding)
+        pixel_values, grid = checked_clips(self.config, pixel_values, interpolate_pos_encoding)
+        last = model.embeddings(pixel_values, grid).float()
         order = model.order_for(grid, last.device)
+        inputs = []
+        for layer in model.layers:
+            inputs.append(last)
+            last = last + layer.update(last, order)
         with torch.enable_grad():
             last = last.detach().requires_grad_()
             normed = model.norm.linearized(last)

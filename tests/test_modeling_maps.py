@@ -7,7 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassification, use_scan_backend
+from modeling_videomamba import (
+    VideoMambaConfig,
+    VideoMambaForImageClassification,
+    VideoMambaForVideoClassification,
+    use_scan_backend,
+)
 from modeling_videomamba.modeling_videomamba import backward_order, class_token_index
 from modeling_videomamba.selective_scan_numba import IMPORT_ERROR
 from modeling_videomamba.selective_scan_reference import bidirectional_selective_scan_reference
@@ -272,3 +277,18 @@ def test_reading_maps_leave_no_gradients_and_take_other_sizes_and_types():
 def test_labels_that_there_are_not(labels):
     with pytest.raises(ValueError, match="`labels` must hold an integer from 0 to 3 for each of 2 clips"):
         small_model(layers=1).reading_maps(clips(), torch.tensor(labels))
+
+
+def test_maps_of_images():
+    config = VideoMambaConfig(hidden_size=24, num_hidden_layers=2, image_size=48, num_frames=1, tubelet_size=1)
+    model = VideoMambaForImageClassification(config)
+    images = torch.randn(2, 3, 48, 48)
+    assert model.delta_maps(images).maps[1].shape == (2, 2, 1, 3, 3)
+    assert model.reading_maps(images).shape == (2, 1, 3, 3)
+
+
+def test_reading_maps_know_no_stochastic_depth():
+    model = small_model(drop_path_rate=0.9)
+    expected = model.reading_maps(clips())
+    torch.testing.assert_close(model.train().reading_maps(clips()), expected)
+    assert model.training and model.videomamba.layers[2].training
