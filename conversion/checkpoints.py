@@ -129,7 +129,7 @@ def load_checkpoint(source):
     return Checkpoint(dict(tensors), origin, repo_id, _sha256(path), args, wrapping)
 
 
-def _download(repo_id, filename):
+def _download(repo_id, filename, repo_type=None):
     try:
         if not filename:
             files = [name for name in HfApi().list_repo_files(repo_id) if name.endswith(CHECKPOINT_SUFFIXES)]
@@ -139,7 +139,7 @@ def _download(repo_id, filename):
                     + (", ".join(f"{repo_id}:{name}" for name in files) or "none has a known suffix")
                 )
             filename = files[0]
-        return Path(hf_hub_download(repo_id, filename))
+        return Path(hf_hub_download(repo_id, filename, repo_type=repo_type))
     except CheckpointError:
         raise
     except Exception as error:  # no network, no such repository, no access: each has its own class
@@ -370,7 +370,8 @@ def read_labels(source, num_labels=None):
 
     Args:
         source (`str`): a text file with a label a line; a `.json` file with a list, `{index: label}` or
-            `{label: index}`; or `kinetics-400` or `imagenet-1k`, whose names torchvision holds.
+            `{label: index}`; `repo_id:filename`, such a file of a data set on the Hub; or `kinetics-400` or
+            `imagenet-1k`, whose names torchvision holds.
         num_labels (`int`, *optional*): how many there must be.
 
     Raises:
@@ -385,7 +386,10 @@ def read_labels(source, num_labels=None):
 
         labels = ResNet50_Weights.DEFAULT.meta["categories"]
     else:
-        labels = _read_label_file(Path(source))
+        path = Path(source)
+        if not path.exists() and (on_hub := re.fullmatch(r"([\w.-]+/[\w.-]+):(.+)", source)):
+            path = _download(*on_hub.groups(), repo_type="dataset")
+        labels = _read_label_file(path)
     if num_labels not in (None, len(labels)):
         raise CheckpointError(f"{source} has {len(labels)} labels, the classifier has {num_labels}.")
     return labels
@@ -428,7 +432,9 @@ def add_arguments(parser, source="a .pth, .pt, .bin or .safetensors file, or rep
     parser.add_argument("--output", metavar="DIR", help="the folder to write; needed unless --dry-run")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion in --output")
     parser.add_argument(
-        "--labels", metavar="FILE", help="label names: a line each, or .json; or kinetics-400 or imagenet-1k"
+        "--labels",
+        metavar="FILE",
+        help="label names: a line each, or .json; repo_id:filename of a data set; or kinetics-400 or imagenet-1k",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the table of tensors and write nothing")
     parser.add_argument("--push-to-hub", metavar="REPO", help="also upload the folder to this Hub repository")

@@ -624,6 +624,16 @@ def test_bad_label_files(opengvlab, tmp_path, name, text, expected):
     assert expected in error
 
 
+def test_labels_of_a_data_set_on_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "labels.json").write_text('{"run": "1", "walk": "0"}')
+    asked = []
+    monkeypatch.setattr(
+        checkpoints, "hf_hub_download", lambda *args, **kwargs: asked.append((args, kwargs)) or tmp_path / args[1]
+    )
+    assert checkpoints.read_labels("someone/some-actions:labels.json", 2) == ["walk", "run"]
+    assert asked == [(("someone/some-actions", "labels.json"), {"repo_type": "dataset"})]
+
+
 def test_kinetics_names_for_a_fresh_classifier(vim, tmp_path):
     folder = convert(convert_vim_to_videomamba, vim[0], tmp_path / "out", "--labels", "kinetics-400")
     assert VideoMambaConfig.from_pretrained(folder).id2label[399] == "zumba"

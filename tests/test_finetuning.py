@@ -341,6 +341,18 @@ def test_weight_decay_and_layer_decay_reach_the_right_weights():
     assert rates["videomamba.embeddings.cls_token"] == 0.125
 
 
+@pytest.mark.parametrize("name, epochs, rate", [("breakfast", 70, 2e-4), ("coin", 40, 2e-4), ("lvu", 70, 4e-4)])
+def test_recipes_of_long_videos_are_their_authors(name, epochs, rate, monkeypatch):
+    """Five epochs of warm-up, 32 frames spread over the whole video (OpenGVLab's scripts of VideoMamba-Ti)."""
+    command = ["script", "--use_cpu", "--output_dir", "out", "--recipe", str(EXAMPLES / f"recipes/{name}.args")]
+    monkeypatch.setattr(sys, "argv", command)
+    for kind in (TrainingArguments, plain_loop.LoopArguments):
+        model, clips, loop = data.parse_arguments(models.ModelArguments, data.DataArguments, kind)
+        assert (model.num_frames, model.frame_stride, loop.learning_rate) == (32, 0, rate)
+        assert loop.num_train_epochs == epochs and loop.warmup_steps * epochs == pytest.approx(5, abs=0.01)
+        assert clips.mirror_swaps == "" and clips.random_erasing == 0.25
+
+
 @pytest.mark.parametrize("name, mirrored", [("k400", True), ("ssv2", False), ("hmdb51", True)])
 def test_recipes_train_as_the_paper_says(name, mirrored, tmp_path, monkeypatch):
     """One epoch of warm-up to 3e-4 and a cosine to zero, with either script; no mirrored clip of SSV2."""
