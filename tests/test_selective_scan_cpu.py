@@ -70,6 +70,15 @@ def test_takes_strided_inputs():
     assert torch.equal(backend.bidirectional_selective_scan(*strided), expected)
 
 
+def test_memory_of_parameters_is_not_locked():
+    """FSDP frees and fills it at every layer, which PyTorch refuses once a NumPy view was taken."""
+    xz, *parameters = random_inputs(1, 40, 24)
+    parameters = [p.requires_grad_() for p in parameters]
+    backend.bidirectional_selective_scan(xz, *parameters).sum().backward()
+    for parameter in parameters:
+        parameter.untyped_storage().resize_(0)
+
+
 def test_clips_beyond_the_workspace_run_in_groups(monkeypatch):
     inputs = random_inputs(5, 40, 24)
     output_gradient = torch.randn(5, 40, 24)
