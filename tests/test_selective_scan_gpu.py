@@ -106,13 +106,17 @@ def compile_for_cpu(tmp_path_factory):
     if compiler is None:
         pytest.skip("needs g++, to compile the CUDA kernels for the CPU")
     folder = tmp_path_factory.mktemp("kernels")
+    shim = shutil.copy(SHIM, folder)
+    flags = ["-O1", "-std=c++17", "-fPIC", "-w"]
+    # Compiled once; GCC takes what lies beside the header under this name.
+    subprocess.run([compiler, *flags, "-x", "c++-header", "-o", f"{shim}.gch", shim], check=True)
 
     @functools.cache
     def compile_source(file, options, more):
         path = folder / hashlib.sha256(repr((file, options, more)).encode()).hexdigest()[:16]
-        path.with_suffix(".cpp").write_text(f'#include "{SHIM}"\n#include "{CSRC / file}"\n{more}\n')
+        path.with_suffix(".cpp").write_text(f'#include "{SHIM.name}"\n#include "{CSRC / file}"\n{more}\n')
         macros = [f"-D{macro}={value}" for macro, value in options]
-        command = [compiler, "-O1", "-std=c++17", "-shared", "-fPIC", "-w", *macros, "-o", f"{path}.so", f"{path}.cpp"]
+        command = [compiler, *flags, "-shared", *macros, "-o", f"{path}.so", f"{path}.cpp"]
         subprocess.run(command, check=True)
         return ctypes.CDLL(f"{path}.so")
 
@@ -260,8 +264,7 @@ def test_a_sequence_beyond_32_bit_offsets_takes_wider_ones():
     assert (is_wide(most - 1), is_wide(most)) == (0, 1)
 
 
-@pytest.mark.parametrize("order", ["reversal", "spatial"])
-def test_wide_offsets(on_cpu, monkeypatch, order):
+def test_wide_offsets(on_cpu, monkeypatch):
     on_cpu(1)
     original = runtime.Launch.queue
 
@@ -271,7 +274,7 @@ def test_wide_offsets(on_cpu, monkeypatch, order):
 
     monkeypatch.setattr(runtime.Launch, "queue", queue)
     tensors, grad = make_inputs(2, 21, 24, torch.bfloat16)
-    assert_close_to_reference(tensors, grad, make_order(order, 21), TOLERANCE[torch.bfloat16])
+    assert_close_to_reference(tensors, grad, None, TOLERANCE[torch.bfloat16])
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 132])
