@@ -102,11 +102,11 @@ def draw_scale(axes, maps, label):
     axes.set_xlabel(label, fontsize=8)
 
 
-def save_whole(drawing, path, **options):
+def save_whole(drawing, path):
     """A figure as a PNG file, whole or not at all."""
     part = f"{path}.part"
     try:
-        drawing.savefig(part, format="png", dpi=110, **options)
+        drawing.savefig(part, format="png", dpi=110, bbox_inches="tight")
         os.replace(part, path)
     finally:
         Path(part).unlink(missing_ok=True)
