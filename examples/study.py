@@ -229,10 +229,11 @@ def make_start(folder, checkpoint, how, num_frames, bare, stride):
         model = VideoMambaModel(config)
         model.load_state_dict(tensors)
         model.save_pretrained(part)
+    processor = VideoMambaVideoProcessor.from_pretrained(part)
+    processor.num_frames = int(num_frames)
     if stride is not None:
-        processor = VideoMambaVideoProcessor.from_pretrained(part)
         processor.frame_stride = int(stride[0]) or None
-        processor.save_pretrained(part)
+    processor.save_pretrained(part)
     os.replace(part, folder)
 
 

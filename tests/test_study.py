@@ -180,7 +180,14 @@ def test_starts_are_the_image_checkpoint_inflated(image_checkpoint, tmp_path, ho
         patches = model.videomamba.embeddings.position_embeddings[0, 0 if bare else 1 :].view(4, 4, 16)
         theirs = image.videomamba.embeddings.position_embeddings[0, 1:]
         torch.testing.assert_close(patches, theirs.expand(4, -1, -1), rtol=0, atol=0)
-    assert VideoMambaVideoProcessor.from_pretrained(tmp_path / "start").frame_stride == 3
+    processor = VideoMambaVideoProcessor.from_pretrained(tmp_path / "start")
+    assert (processor.num_frames, processor.frame_stride) == (8, 3)
+
+
+def test_a_start_of_one_frame_reads_one_frame(image_checkpoint, tmp_path):
+    study.make_start(tmp_path / "start", str(image_checkpoint), "expand", "1", True, None)
+    assert VideoMambaVideoProcessor.from_pretrained(tmp_path / "start").num_frames == 1
+    assert VideoMambaConfig.from_pretrained(tmp_path / "start").grid_size == (1, 2, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
