@@ -212,7 +212,11 @@ def start_folder(arguments, checkpoint, how, flags):
 
 def make_start(folder, checkpoint, how, num_frames, bare, stride):
     """Inflates an image checkpoint into `folder`, whole or not at all; `bare`: without its class token."""
-    from conversion import inflate_image_model
+    try:
+        from videomamba_conversion import inflate_image_model
+    except ImportError:  # in a clone, the converters are beside examples/
+        sys.path.append(str(Path(__file__).resolve().parent.parent))
+        from conversion import inflate_image_model
     from modeling_videomamba import VideoMambaConfig, VideoMambaModel, VideoMambaVideoProcessor
 
     part = folder.with_name(f"{folder.name}.part")
