@@ -41,6 +41,8 @@ from video_classification_model import ModelArguments, load_model, write_json, w
 class EvaluationArguments:
     """How to look at the clips."""
 
+    _argument_group_name = "evaluation"
+
     output_dir: str = field(metadata={"help": "Where the results go."})
     num_clips: int = field(default=1, metadata={"help": "Parts of a video to look at."})
     num_crops: int = field(default=1, metadata={"help": "Squares of its frames to look at."})

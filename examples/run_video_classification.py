@@ -8,7 +8,8 @@ A folder of clips has one sub-folder for each label (`clips/train/pan left/a.mp4
 new VideoMamba of the given size is trained from scratch. Interrupted training goes on from the last checkpoint in
 `--output_dir` when the same command is run again. The output folder is a complete Hub repository.
 
-`--recipe examples/recipes/k400.args` sets the flags in that file; flags of the command line go before them.
+`--recipe examples/recipes/k400.args` sets the flags in that file; flags of the command line go before them. For the
+common case there is a short script, `finetune.py`.
 """
 
 import os
@@ -109,12 +110,14 @@ class EpochCallback(TrainerCallback):
     on_evaluate = on_save
 
 
-def check(data_args, training_args):
+def check(model_args, data_args, training_args):
     """Refuses what cannot work, before anything is read or written."""
     if not (training_args.do_train or training_args.do_eval):
         raise ValueError("Nothing to do: add --do_train, --do_eval or both.")
     if data_args.streaming and training_args.do_train and training_args.max_steps <= 0:
         raise ValueError("A streamed data set has no known length: say with --max_steps how long to train.")
+    if model_args.lora_rank and training_args.fsdp:
+        raise ValueError("--lora_rank does not go with --fsdp. Adapters take little memory: leave it out.")
 
 
 def make_trainer(model, processor, clips, training_args, layer_decay):
@@ -173,7 +176,7 @@ def evaluate(trainer, clips, names):
 
 def main():
     model_args, data_args, training_args = parse_arguments(ModelArguments, DataArguments, TrainingArguments)
-    check(data_args, training_args)
+    check(model_args, data_args, training_args)
     settings = {**vars(model_args), **vars(data_args), **training_args.to_dict()}
     output_dir, token = training_args.output_dir, training_args.hub_token
     # The Trainer would push in the background and write its own card; here it is one commit at the end.

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, DistributedType, set_seed
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 from transformers import get_scheduler
@@ -57,6 +57,8 @@ from video_classification_model import (
 class LoopArguments:
     """How to train. The names are those of `transformers.TrainingArguments`."""
 
+    _argument_group_name = "training"
+
     output_dir: str = field(metadata={"help": "Where the best model, checkpoints and logs go."})
     num_train_epochs: float = field(default=3, metadata={"help": "Times to go through the training clips."})
     max_steps: int = field(default=-1, metadata={"help": "Optimizer steps, if above 0, instead of epochs."})
@@ -86,39 +88,138 @@ class LoopArguments:
     hub_private_repo: bool | None = field(default=None, metadata={"help": "Create it as a private one."})
 
 
-def save_checkpoint(accelerator, args, state):
-    part = f"{args.output_dir}/checkpoint.part"
-    if accelerator.is_main_process:
-        shutil.rmtree(part, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(part)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_json(f"{part}/state.json", state)
-        keep_checkpoint(part, args.output_dir, state["step"], args.save_total_limit)
-    accelerator.wait_for_everyone()
+class Training:
+    """A run: what trains the model, and `state`, which is all there is to know about the place in it besides."""
 
+    def __init__(self, accelerator, args, model, clips, processors, layer_decay):
+        self.accelerator, self.args, self.clips, self.processors = accelerator, args, clips, processors
+        self.key, self.normalize = processors[0].model_input_names[0], Normalize(processors[0], accelerator.device)
+        on_gpu = accelerator.device.type == "cuda"
+        groups = parameter_groups(model, args.learning_rate, args.weight_decay, layer_decay)
+        loaders = make_loaders(clips, args, pin_memory=on_gpu)
+        self.model, self.optimizer, self.loader, self.eval_loader = accelerator.prepare(
+            model, torch.optim.AdamW(groups, fused=on_gpu), *loaders
+        )
+        self.total, warmup = count_steps(args, self.loader)
+        self.scheduler = get_scheduler(args.lr_scheduler_type, self.optimizer, warmup, self.total)
+        accelerator.register_for_checkpointing(self.scheduler)
+        self.state = {"step": 0, "epoch": 0, "batch": 0, "loss_sum": 0.0, "history": [], "best": None}
 
-def save_model(accelerator, model, processors, output_dir):
-    weights = accelerator.get_state_dict(model)
-    if accelerator.is_main_process:
-        save_for_users(accelerator.unwrap_model(model), processors, output_dir, weights)
-    accelerator.wait_for_everyone()
+    def resume(self, checkpoint):
+        self.accelerator.load_state(checkpoint)
+        self.state = read_json(f"{checkpoint}/state.json")
+        self.accelerator.print(f"Going on from {checkpoint}.")
 
+    def run(self):
+        self.loss_sum = torch.tensor(self.state["loss_sum"], device=self.accelerator.device)
+        self.stopwatch = Stopwatch(self.clips["train"], self.args.dataloader_num_workers)
+        shown = self.accelerator.is_main_process
+        self.progress = tqdm(total=self.total, initial=self.state["step"], disable=not shown)
+        self.model.train()
+        while self.state["step"] < self.total:
+            self.train_epoch()
+            self.state.update(epoch=self.state["epoch"] + 1, batch=0)
+            metrics = None if self.eval_loader is None else self.evaluate()
+            best = self.state["best"]
+            if metrics is None or best is None or metrics["eval_accuracy"] > best["eval_accuracy"]:
+                self.save_model()
+                self.state["best"] = metrics
+            self.save_checkpoint()
 
-@torch.no_grad()
-def evaluate(accelerator, model, loader, key, normalize):
-    model.eval()
-    metric = load_accuracy()
-    scores, labels = [], []
-    for batch in tqdm(loader, desc="evaluation", disable=not accelerator.is_main_process, leave=False):
-        logits = model(**{key: normalize(batch[key])}).logits.float()
-        logits, expected = accelerator.gather_for_metrics((logits, batch["labels"]))
-        scores.append(logits.cpu())
-        labels.append(expected.cpu())
-    model.train()
-    found = metric.compute(predictions=torch.cat(scores).numpy(), references=torch.cat(labels).numpy())
-    return {f"eval_{name}": value for name, value in found.items()}
+    def train_epoch(self):
+        accelerator, state = self.accelerator, self.state
+        batches = self.loader
+        if state["batch"]:
+            batches = accelerator.skip_first_batches(batches, state["batch"])
+        for epoch_aware in (self.clips["train"], self.loader, batches):
+            epoch_aware.set_epoch(state["epoch"])
+        self.stopwatch.restart()
+        for batch in self.stopwatch.watch(batches):
+            self.train_step(batch)
+            state["batch"] += 1
+            if not accelerator.sync_gradients:
+                continue
+            learning_rate = self.scheduler.get_last_lr()[-1]
+            self.scheduler.step()
+            state["step"] += 1
+            self.progress.update()
+            if state["step"] % self.args.logging_steps == 0:
+                self.report(learning_rate)
+            if state["step"] == self.total:
+                return
+            if state["step"] % self.args.save_steps == 0:
+                self.save_checkpoint()
+                self.stopwatch.restart()
+
+    def train_step(self, batch):
+        accelerator, args, state = self.accelerator, self.args, self.state
+        # What is random in a step follows from its place in the run, so that a resumed one repeats it.
+        torch.manual_seed(number_from(args.seed, state["epoch"], state["batch"], accelerator.process_index))
+        with accelerator.accumulate(self.model):
+            logits = self.model(**{self.key: self.normalize(batch[self.key])}).logits.float()
+            loss = F.cross_entropy(logits, batch["labels"], label_smoothing=args.label_smoothing_factor)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.loss_sum += loss.detach() / args.gradient_accumulation_steps
+
+    def report(self, learning_rate):
+        """Logs the mean loss since the last report, and the speed."""
+        step = self.state["step"]
+        loss = self.mean_loss_sum() / self.args.logging_steps
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"The loss is {loss} at step {step}: lower --learning_rate.")
+        self.loss_sum.zero_()
+        values, speed = {"learning_rate": learning_rate, "loss": loss}, self.stopwatch.read()
+        self.state["history"].append({"step": step, **values})
+        self.accelerator.log({**values, **speed}, step=step)
+        rate, waiting = speed["clips_per_second"], speed["waiting"]
+        self.progress.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} clips/s, {waiting:.0%} waiting for clips")
+
+    def mean_loss_sum(self):
+        return self.accelerator.reduce(self.loss_sum, "mean").item()
+
+    @torch.no_grad()
+    def evaluate(self):
+        accelerator, step = self.accelerator, self.state["step"]
+        self.model.eval()
+        metric = load_accuracy()
+        scores, labels = [], []
+        for batch in tqdm(self.eval_loader, desc="evaluation", disable=not accelerator.is_main_process, leave=False):
+            logits = self.model(**{self.key: self.normalize(batch[self.key])}).logits.float()
+            logits, expected = accelerator.gather_for_metrics((logits, batch["labels"]))
+            scores.append(logits.cpu())
+            labels.append(expected.cpu())
+        self.model.train()
+        found = metric.compute(predictions=torch.cat(scores).numpy(), references=torch.cat(labels).numpy())
+        metrics = {f"eval_{name}": value for name, value in found.items()}
+        self.state["history"].append({"step": step, **metrics})
+        accelerator.log(metrics, step=step)
+        accelerator.print(f"step {step}: {metrics}")
+        return metrics
+
+    def save_model(self):
+        weights = self.accelerator.get_state_dict(self.model)
+        if self.accelerator.is_main_process:
+            model = self.accelerator.unwrap_model(self.model)
+            save_for_users(model, self.processors, self.args.output_dir, weights)
+        self.accelerator.wait_for_everyone()
+
+    def save_checkpoint(self):
+        accelerator, output_dir = self.accelerator, self.args.output_dir
+        self.state["loss_sum"] = self.mean_loss_sum()
+        part = f"{output_dir}/checkpoint.part"
+        if accelerator.is_main_process:
+            shutil.rmtree(part, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(part)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            write_json(f"{part}/state.json", self.state)
+            keep_checkpoint(part, output_dir, self.state["step"], self.args.save_total_limit)
+        accelerator.wait_for_everyone()
 
 
 def make_accelerator(args):
@@ -150,38 +251,12 @@ def count_steps(args, loader):
     return total, int(args.warmup_steps if args.warmup_steps >= 1 else math.ceil(total * args.warmup_steps))
 
 
-def report(accelerator, args, state, loss_sum, values, stopwatch, progress):
-    """Logs the mean loss since the last report, and the speed."""
-    mean = accelerator.reduce(loss_sum, "mean").item() / args.logging_steps
-    if not math.isfinite(mean):
-        raise FloatingPointError(f"The loss is {mean} at step {state['step']}: lower --learning_rate.")
-    loss_sum.zero_()
-    values["loss"] = mean
-    state["history"].append({"step": state["step"], **values})
-    speed = stopwatch.read()
-    accelerator.log({**values, **speed}, step=state["step"])
-    rate, waiting = speed["clips_per_second"], speed["waiting"]
-    progress.set_postfix_str(f"loss {mean:.4f}, {rate:.1f} clips/s, {waiting:.0%} waiting for clips")
-
-
-def main():
-    model_args, data_args, args = parse_arguments(ModelArguments, DataArguments, LoopArguments)
-    if data_args.streaming and args.max_steps <= 0:
-        raise ValueError("A streamed data set has no known length: say with --max_steps how long to train.")
-    os.makedirs(args.output_dir, exist_ok=True)
-    accelerator = make_accelerator(args)
-    settings = {**vars(model_args), **vars(data_args), **vars(args), "hub_token": None}
-    repo_id = args.hub_model_id or os.path.basename(os.path.abspath(args.output_dir))
-    if args.push_to_hub and accelerator.is_main_process:
-        repo_id = start_push(repo_id, args.hub_token, args.hub_private_repo, settings)
-    set_seed(args.seed)
-
-    # Clips and model
+def load(model_args, data_args, args, accelerator, fresh):
+    """The clips of each split and the model to train on them, with its processors."""
     failures = DecodeFailures(args.output_dir, data_args.max_decode_failures)
     has_validation = bool(data_args.validation_dir or data_args.validation_list or data_args.dataset_name)
-    checkpoint = newest_checkpoint(args.output_dir)
     with accelerator.main_process_first():  # it writes the caches that the others read
-        if checkpoint is None and accelerator.is_main_process:
+        if fresh and accelerator.is_main_process:
             failures.forget()
         splits, names = load_clips(data_args, ["train"] + ["validation"] * has_validation, args.seed, failures)
     model, names, reader, *processors = load_model(model_args, names, training=True)
@@ -192,83 +267,39 @@ def main():
         model.gradient_checkpointing_enable()
     if args.torch_compile:
         model.compile()
-    key, normalize = processors[0].model_input_names[0], Normalize(processors[0], accelerator.device)
+    return clips, model, processors
 
-    # What trains it
-    on_gpu = accelerator.device.type == "cuda"
-    groups = parameter_groups(model, args.learning_rate, args.weight_decay, model_args.layer_decay)
-    optimizer = torch.optim.AdamW(groups, fused=on_gpu)
-    loader, eval_loader = make_loaders(clips, args, pin_memory=on_gpu)
-    model, optimizer, loader, eval_loader = accelerator.prepare(model, optimizer, loader, eval_loader)
-    total, warmup = count_steps(args, loader)
-    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, total)
-    accelerator.register_for_checkpointing(scheduler)
 
-    # All there is to know about the place in the run, but for weights and optimizer.
-    state = {"step": 0, "epoch": 0, "batch": 0, "loss_sum": 0.0, "history": [], "best": None}
+def main():
+    model_args, data_args, args = parse_arguments(ModelArguments, DataArguments, LoopArguments)
+    if data_args.streaming and args.max_steps <= 0:
+        raise ValueError("A streamed data set has no known length: say with --max_steps how long to train.")
+    os.makedirs(args.output_dir, exist_ok=True)
+    accelerator = make_accelerator(args)
+    if model_args.lora_rank and accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError("--lora_rank does not go with FSDP. Adapters take little memory: use --multi_gpu.")
+    settings = {**vars(model_args), **vars(data_args), **vars(args), "hub_token": None}
+    repo_id = args.hub_model_id or os.path.basename(os.path.abspath(args.output_dir))
+    if args.push_to_hub and accelerator.is_main_process:
+        repo_id = start_push(repo_id, args.hub_token, args.hub_private_repo, settings)
+    set_seed(args.seed)
+
+    checkpoint = newest_checkpoint(args.output_dir)
+    clips, model, processors = load(model_args, data_args, args, accelerator, fresh=checkpoint is None)
+    training = Training(accelerator, args, model, clips, processors, model_args.layer_decay)
     if checkpoint is not None:
-        accelerator.load_state(checkpoint)
-        state = read_json(f"{checkpoint}/state.json")
-        accelerator.print(f"Going on from {checkpoint}.")
+        training.resume(checkpoint)
     if accelerator.log_with:
         accelerator.init_trackers("runs", {name: str(value) for name, value in settings.items()})
-
-    loss_sum = torch.tensor(state["loss_sum"], device=accelerator.device)
-    stopwatch = Stopwatch(clips["train"], args.dataloader_num_workers)
-    progress = tqdm(total=total, initial=state["step"], disable=not accelerator.is_main_process)
-    model.train()
-    while state["step"] < total:
-        batches = accelerator.skip_first_batches(loader, state["batch"]) if state["batch"] else loader
-        for epoch_aware in (clips["train"], loader, batches):
-            epoch_aware.set_epoch(state["epoch"])
-        stopwatch.restart()
-        for batch in stopwatch.watch(batches):
-            # What is random in a step follows from its place in the run, so that a resumed one repeats it.
-            torch.manual_seed(number_from(args.seed, state["epoch"], state["batch"], accelerator.process_index))
-            with accelerator.accumulate(model):
-                logits = model(**{key: normalize(batch[key])}).logits.float()
-                loss = F.cross_entropy(logits, batch["labels"], label_smoothing=args.label_smoothing_factor)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            loss_sum += loss.detach() / args.gradient_accumulation_steps
-            state["batch"] += 1
-            if not accelerator.sync_gradients:
-                continue
-            learning_rate = scheduler.get_last_lr()[-1]
-            scheduler.step()
-            state["step"] += 1
-            progress.update()
-            if state["step"] % args.logging_steps == 0:
-                report(accelerator, args, state, loss_sum, {"learning_rate": learning_rate}, stopwatch, progress)
-            if state["step"] == total:
-                break
-            if state["step"] % args.save_steps == 0:
-                state["loss_sum"] = accelerator.reduce(loss_sum, "mean").item()
-                save_checkpoint(accelerator, args, state)
-                stopwatch.restart()
-        state.update(epoch=state["epoch"] + 1, batch=0)
-        metrics = None
-        if eval_loader is not None:
-            metrics = evaluate(accelerator, model, eval_loader, key, normalize)
-            state["history"].append({"step": state["step"], **metrics})
-            accelerator.log(metrics, step=state["step"])
-            accelerator.print(f"step {state['step']}: {metrics}")
-        if metrics is None or state["best"] is None or metrics["eval_accuracy"] > state["best"]["eval_accuracy"]:
-            save_model(accelerator, model, processors, args.output_dir)
-            state["best"] = metrics
-        state["loss_sum"] = accelerator.reduce(loss_sum, "mean").item()
-        save_checkpoint(accelerator, args, state)
+    training.run()
 
     if accelerator.is_main_process:
-        write_json(f"{args.output_dir}/history.json", state["history"])
-        draw_curve(args.output_dir, state["history"])
-        if state["best"] is not None:
-            write_results(args.output_dir, "eval", state["best"])
-        pushed_to = repo_id if args.push_to_hub else None
-        write_card(args.output_dir, pushed_to, model_args, data_args, state["best"], settings)
+        history, metrics = training.state["history"], training.state["best"]
+        write_json(f"{args.output_dir}/history.json", history)
+        draw_curve(args.output_dir, history)
+        if metrics is not None:
+            write_results(args.output_dir, "eval", metrics)
+        write_card(args.output_dir, repo_id if args.push_to_hub else None, model_args, data_args, metrics, settings)
         if args.push_to_hub:
             print(finish_push(repo_id, args.hub_token, args.output_dir))
     accelerator.end_training()

@@ -35,6 +35,8 @@ IGNORED = -100  # the label of a clip that could not be read; losses and metrics
 class DataArguments:
     """Which clips, and how they are augmented in training."""
 
+    _argument_group_name = "the clips"
+
     train_dir: str | None = field(default=None, metadata={"help": "Folder of training clips, a sub-folder a label."})
     validation_dir: str | None = field(default=None, metadata={"help": "The same for validation."})
     dataset_name: str | None = field(

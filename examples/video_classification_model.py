@@ -37,6 +37,8 @@ MANIFEST = "complete.json"  # of a checkpoint: the sizes and checksums of its fi
 class ModelArguments:
     """Which model: a trained one, or the size of a new VideoMamba."""
 
+    _argument_group_name = "the model"
+
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Folder or Hub repository to start from; a new VideoMamba if left out."}
     )

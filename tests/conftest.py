@@ -58,6 +58,14 @@ def video(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def bars(tmp_path_factory) -> Path:
+    """Eight training and four validation clips of a bright bar that moves to the left or to the right."""
+    from video_files import write_moving_bars
+
+    return write_moving_bars(tmp_path_factory.mktemp("moving_bars"), {"train": 4, "validation": 2})
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real video clips beside the project, which are not ours to distribute."""
     if not SHARED_DATA.is_dir():

@@ -15,16 +15,10 @@ from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 import finetune
 from hub_server import HubServer
 from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassification, VideoMambaVideoProcessor
-from video_files import write_moving_bars
+from training_clips import NAMES
 
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ["to the left", "to the right"]
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    return write_moving_bars(tmp_path_factory.mktemp("clips"), {"train": 4, "validation": 2})
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +47,10 @@ def run(command, folder, **environment):
     return done.stdout
 
 
-def test_the_script_alone_trains_and_pushes(clips, start, tmp_path):
+def test_the_script_alone_trains_and_pushes(bars, start, tmp_path):
     """Copied alone into an empty folder: from labels of its own to the clips', and to the Hub, whence it loads."""
     shutil.copy(finetune.__file__, tmp_path)
-    command = ["finetune.py", "--model_name_or_path", start, "--dataset", clips, "--output_dir", "my-classifier"]
+    command = ["finetune.py", "--model_name_or_path", start, "--dataset", bars, "--output_dir", "my-classifier"]
     command += ["--num_train_epochs", 2, "--learning_rate", 1e-2, "--use_cpu", "--push_to_hub"]
     with HubServer().serve() as hub:
         online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_writer", "HF_HUB_DISABLE_XET": "1"}
@@ -81,15 +75,15 @@ def test_the_script_alone_trains_and_pushes(clips, start, tmp_path):
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert "videomamba.layers.0.mixer.in_proj.weight" in changed
     pixels = AutoVideoProcessor.from_pretrained(pushed)(
-        str(next(clips.rglob("*.mp4"))), return_tensors="pt"
+        str(next(bars.rglob("*.mp4"))), return_tensors="pt"
     ).pixel_values
     assert pixels.shape == (1, 4, 3, 32, 32) and model(pixels).logits.shape == (1, 2)
     results = json.loads((tmp_path / "my-classifier" / "eval_results.json").read_text())
     assert results["epoch"] == 2 and 0 <= results["eval_accuracy"] <= 1
 
 
-def test_a_part_is_held_out_if_there_is_no_validation_split(clips, tmp_path):
-    shutil.copytree(clips / "train", tmp_path / "train")
+def test_a_part_is_held_out_if_there_is_no_validation_split(bars, tmp_path):
+    shutil.copytree(bars / "train", tmp_path / "train")
     splits = finetune.load_clips(str(tmp_path), 0.5, seed=0)
     assert {split: sorted(part["label"]) for split, part in splits.items()} == {
         "train": [0, 0, 1, 1],
@@ -99,9 +93,9 @@ def test_a_part_is_held_out_if_there_is_no_validation_split(clips, tmp_path):
     assert not paths[0] & paths[1] and len(paths[0] | paths[1]) == 8
 
 
-def test_training_clips_are_cropped_and_others_prepared_as_for_users(clips, start):
+def test_training_clips_are_cropped_and_others_prepared_as_for_users(bars, start):
     processor = AutoVideoProcessor.from_pretrained(start)
-    rows = finetune.load_clips(str(clips), 0.2, seed=0)["train"][:2]
+    rows = finetune.load_clips(str(bars), 0.2, seed=0)["train"][:2]
     for_training, for_validation = finetune.transforms(processor, min_crop_area=0.3)
     seen = for_validation(rows)
     assert seen["labels"] == rows["label"]
@@ -112,8 +106,8 @@ def test_training_clips_are_cropped_and_others_prepared_as_for_users(clips, star
     assert first[0].shape == (4, 3, 32, 32) and not torch.equal(first[0], second[0])
 
 
-def test_a_folder_without_labels_is_refused(clips, tmp_path):
-    shutil.copytree(clips / "train" / NAMES[0], tmp_path / "train")
+def test_a_folder_without_labels_is_refused(bars, tmp_path):
+    shutil.copytree(bars / "train" / NAMES[0], tmp_path / "train")
     with pytest.raises(ValueError, match="each label needs a sub-folder of clips"):
         finetune.load_clips(str(tmp_path), 0.2, seed=0)
 

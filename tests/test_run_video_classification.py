@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForVideoClassification,
@@ -21,23 +20,19 @@ from transformers import (
 )
 
 import run_video_classification as example
-import video_classification_data as data
-import video_classification_model as models
-from video_files import write_moving_bars
+from training_clips import NAMES
 
 
-NAMES = ["to the left", "to the right"]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Eight training and four validation clips of a bright bar that moves to the left or to the right."""
-    return write_moving_bars(tmp_path_factory.mktemp("clips"), {"train": 4, "validation": 2})
-
-
-def run(folders, output, *arguments):
+def run(bars, output, *arguments):
     """Runs the example as a user does, on the CPU, with a very small model unless told otherwise."""
-    command = ["--train_dir", folders / "train", "--validation_dir", folders / "validation", "--output_dir", output]
+    command = [
+        "--train_dir",
+        bars / "train",
+        "--validation_dir",
+        bars / "validation",
+        "--output_dir",
+        output,
+    ]
     command += ["--use_cpu", "--report_to", "none", "--disable_tqdm", "True", "--per_device_train_batch_size", 4]
     command += ["--logging_steps", 1, "--jitter", 0, "--seed", 0]
     if "--model_name_or_path" not in arguments:
@@ -49,11 +44,22 @@ def run(folders, output, *arguments):
 
 
 @pytest.fixture(scope="module")
-def trained(folders, tmp_path_factory):
+def trained(bars, tmp_path_factory):
     """Forty steps from scratch, with a checkpoint at the twentieth."""
     output = tmp_path_factory.mktemp("trained")
     run(
-        *(folders, output, "--do_train", "--do_eval", "--max_steps", 40, "--save_steps", 20, "--learning_rate", 1e-2),
+        *(
+            bars,
+            output,
+            "--do_train",
+            "--do_eval",
+            "--max_steps",
+            40,
+            "--save_steps",
+            20,
+            "--learning_rate",
+            1e-2,
+        ),
         *("--min_crop_area", 1, "--mirror_swaps", "to the left:to the right", "--dataloader_num_workers", 1),
         *("--reversal_swaps", "to the left:to the right", "--frame_cache", output / "frames"),
     )
@@ -77,7 +83,7 @@ def test_says_how_fast_clips_are_read(trained):
     assert len(speeds) >= 20 and min(speeds) > 0, "an epoch is two steps; its clips may all be read in the first"
 
 
-def test_output_is_a_complete_repository(trained, folders):
+def test_output_is_a_complete_repository(trained, bars):
     files = {path.name for path in trained.iterdir()}
     assert {"README.md", "config.json", "model.safetensors", "predictions.csv", "confusion_matrix.png"} <= files
     assert {"preprocessor_config.json", "video_preprocessor_config.json", "modeling_videomamba.py"} <= files
@@ -86,15 +92,15 @@ def test_output_is_a_complete_repository(trained, folders):
     assert [row["predicted"] for row in rows] == [Path(row["clip"]).parent.name for row in rows] and len(rows) == 4
     classify = pipeline("video-classification", model=str(trained), device="cpu")
     for name in NAMES:
-        answer = classify(str(folders / "validation" / name / "0.mp4"), top_k=2)
+        answer = classify(str(bars / "validation" / name / "0.mp4"), top_k=2)
         assert answer[0]["label"] == name and answer[0]["score"] > 0.8
 
 
-def test_interrupted_training_goes_on_to_the_same_weights(trained, folders, tmp_path):
+def test_interrupted_training_goes_on_to_the_same_weights(trained, bars, tmp_path):
     """The last twenty steps again, from the checkpoint in the middle: the same losses and weights to the bit."""
     shutil.copytree(trained / "checkpoint-20", tmp_path / "checkpoint-20")
     run(
-        *(folders, tmp_path, "--do_train", "--max_steps", 40, "--save_steps", 20, "--learning_rate", 1e-2),
+        *(bars, tmp_path, "--do_train", "--max_steps", 40, "--save_steps", 20, "--learning_rate", 1e-2),
         *("--min_crop_area", 1, "--mirror_swaps", "to the left:to the right", "--dataloader_num_workers", 0),
         *("--reversal_swaps", "to the left:to the right", "--frame_cache", trained / "frames"),
     )
@@ -109,7 +115,7 @@ def test_interrupted_training_goes_on_to_the_same_weights(trained, folders, tmp_
     assert any(not torch.equal(started[name], ended[name]) for name in started)
 
 
-def test_a_checkpoint_is_whole_or_not_there(folders, tmp_path, monkeypatch):
+def test_a_checkpoint_is_whole_or_not_there(bars, tmp_path, monkeypatch):
     """Interrupted between its files; then again to the end, where the best one is kept and loaded."""
     settings = ("--do_train", "--do_eval", "--max_steps", 4, "--save_steps", 1, "--eval_strategy", "steps")
     settings += ("--eval_steps", 1, "--load_best_model_at_end", "--metric_for_best_model", "loss")
@@ -123,11 +129,11 @@ def test_a_checkpoint_is_whole_or_not_there(folders, tmp_path, monkeypatch):
 
     monkeypatch.setattr(example.Trainer, "_save_rng_state", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        run(folders, tmp_path, *settings)
+        run(bars, tmp_path, *settings)
     assert (tmp_path / "checkpoint.part" / "checkpoint-2" / "model.safetensors").exists()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
     monkeypatch.undo()
-    run(folders, tmp_path, *settings)
+    run(bars, tmp_path, *settings)
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     rows = [entry for entry in state["log_history"] if "eval_loss" in entry]
     best = min(rows, key=lambda row: row["eval_loss"])["step"]
@@ -137,11 +143,11 @@ def test_a_checkpoint_is_whole_or_not_there(folders, tmp_path, monkeypatch):
     assert weights[0] == weights[1]
 
 
-def test_fine_tunes_to_new_labels_and_keeps_known_ones(trained, folders, tmp_path):
+def test_fine_tunes_to_new_labels_and_keeps_known_ones(trained, bars, tmp_path):
     renamed = tmp_path / "clips" / "train"
-    shutil.copytree(folders / "train" / NAMES[0], renamed / "west")
-    shutil.copytree(folders / "train" / NAMES[1], renamed / "east")
-    shutil.copytree(folders / "train" / NAMES[1], renamed / "again")
+    shutil.copytree(bars / "train" / NAMES[0], renamed / "west")
+    shutil.copytree(bars / "train" / NAMES[1], renamed / "east")
+    shutil.copytree(bars / "train" / NAMES[1], renamed / "again")
     arguments = ("--model_name_or_path", trained, "--do_train", "--max_steps", 1)
     with pytest.raises(ValueError, match="knows 2 labels.*clips have 3 labels.*--ignore_mismatched_sizes"):
         run(tmp_path / "clips", tmp_path / "new", *arguments)
@@ -156,14 +162,14 @@ def test_fine_tunes_to_new_labels_and_keeps_known_ones(trained, folders, tmp_pat
     changed = {name for name in start if not torch.equal(start[name], end[name])}
     assert changed == {"classifier.weight", "classifier.bias"}, "as many labels as before, but others: a new head"
 
-    run(folders, tmp_path / "same", "--model_name_or_path", trained, "--do_eval")
+    run(bars, tmp_path / "same", "--model_name_or_path", trained, "--do_eval")
     assert json.loads((tmp_path / "same" / "eval_results.json").read_text())["eval_accuracy"] == 1.0
     with pytest.raises(ValueError, match="east.*which the model or the training clips lack"):
         shutil.copytree(renamed, tmp_path / "clips" / "validation")
         run(tmp_path / "clips", tmp_path / "same", "--model_name_or_path", trained, "--do_eval")
 
 
-def test_other_models_train_too(folders, tmp_path):
+def test_other_models_train_too(bars, tmp_path):
     """A stock model, whose own processor could not read the files here."""
     config = VideoMAEConfig(
         **{"image_size": 32, "num_frames": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
@@ -175,111 +181,17 @@ def test_other_models_train_too(folders, tmp_path):
     VideoMAEImageProcessor(**sizes).save_pretrained(tmp_path / "start")
     arguments = ("--do_train", "--do_eval", "--max_steps", 2, "--min_crop_area", 0.5)
     arguments += ("--model_name_or_path", tmp_path / "start", "--ignore_mismatched_sizes")
-    run(folders, tmp_path / "end", *arguments)
+    run(bars, tmp_path / "end", *arguments)
     model = AutoModelForVideoClassification.from_pretrained(tmp_path / "end")
     assert isinstance(model, VideoMAEForVideoClassification) and model.config.label2id == {NAMES[0]: 0, NAMES[1]: 1}
 
 
-def test_any_field_of_the_config_can_be_set(tmp_path):
-    """A new model follows the fields from the start; a trained one keeps the rest; nonsense is named."""
-
-    def load(**arguments):
-        return models.load_model(models.ModelArguments(**arguments), NAMES, True)
-
-    overrides = "backward_scan=spatial,position_embedding_type=none,hidden_size=32,num_frames=8,layer_norm_epsilon=1"
-    model, _, reader, *processors = load(num_hidden_layers=1, image_size=32, config_overrides=overrides)
-    config = model.config
-    assert (config.backward_scan, config.position_embedding_type, config.layer_norm_epsilon) == ("spatial", "none", 1)
-    assert config.hidden_size == 32 and config.time_step_rank == 2, "what follows from other fields follows"
-    assert "videomamba.embeddings.position_embeddings" not in model.state_dict()
-    assert config.num_frames == reader.num_frames == 8
-    for part in (model, *processors):
-        part.save_pretrained(tmp_path)
-    again, *_ = load(model_name_or_path=str(tmp_path), config_overrides="backward_scan=temporal,scan_backend=torch")
-    before, after = config.to_dict(), again.config.to_dict()
-    changed = {name for name in before if before[name] != after[name]} - {"architectures", "dtype", "_name_or_path"}
-    assert changed == {"backward_scan", "scan_backend"} and again.config.backward_scan == "temporal"
-    for bad, message in {
-        "backward_scans=spatial": "'backward_scans=spatial' is not a pair .* of VideoMambaConfig.*hidden_size",
-        "backward_scan": "'backward_scan' is not a pair",
-        "backward_scan=up": "must be one of spatiotemporal.*'up'",
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            load(model_name_or_path=str(tmp_path), config_overrides=bad)
-
-
-class FakeProcessor:
-    """Gives frames whose value is their number and their column, so that flips can be seen."""
-
-    model_input_names = ["pixel_values"]
-    crop_size = {"height": 8, "width": 8}
-    image_mean, image_std = [0.0] * 3, [1.0] * 3
-    num_frames, frame_stride = 4, 2
-    sample_frames, total_num_frames = None, 8
-    reads = 0
-
-    def fetch_videos(self, source, sample_indices_fn):
-        self.reads += 1
-        time, column = torch.meshgrid(torch.arange(4), torch.arange(8), indexing="ij")
-        return (10 * time + column)[:, None, :, None].expand(4, 8, 8, 3).to(torch.uint8), self
-
-    def __call__(self, frames, return_tensors, do_rescale, do_normalize):
-        return {"pixel_values": frames[None]}
-
-
-@pytest.mark.parametrize("flip", [(), (-1,), (0,)])
-def test_turned_views_take_the_swapped_labels(flip):
-    clip = {"path": None, "bytes": b"a clip"}
-    swaps = data.parse_swaps("a:b", ["a", "b", "c"]) if flip else None
-    turn = data.EvalTransform(FakeProcessor(), FakeProcessor(), flip, swaps)
-    frames = turn(clip, 0)["pixel_values"]
-    first, last = frames[0, 0, 0, 0], frames[-1, 0, 0, -1]
-    assert (first, last) == {(): (0, 37), (-1,): (7, 30), (0,): (30, 7)}[flip]
-    assert [turn(clip, label)["labels"] for label in (0, 2)] == ([1, 2] if flip else [0, 2])
-
-
-def test_training_clips_turn_together_with_their_labels():
-    arguments = data.DataArguments(min_crop_area=1.0, jitter=0.0)
-    augment = data.TrainTransform(FakeProcessor(), FakeProcessor(), arguments, [1, 0], [0, 1])
-    augment.augment = torch.nn.Identity()
-    seen = set()
-    for _ in range(64):
-        out = augment({"path": None, "bytes": b"a clip"}, 0)
-        frames = out["pixel_values"]
-        mirrored, backwards = bool(frames[0, 0, 0, 0] % 10 == 7), bool(frames[0, 0, 0, 0] >= 30)
-        assert out["labels"] == int(mirrored)
-        seen.add((mirrored, backwards))
-    assert len(seen) == 4
-
-
-def test_frame_cache_reads_each_clip_once(tmp_path):
-    reader, clip = FakeProcessor(), {"path": None, "bytes": b"a clip"}
-    first, second = (data.read_frames_once(reader, clip, str(tmp_path), 4) for _ in range(2))
-    assert reader.reads == 1 and first.shape == (4, 3, 4, 4) and torch.equal(first, second)
-    data.read_frames_once(reader, {"path": None, "bytes": b"another"}, str(tmp_path), 4)
-    assert reader.reads == 2 and len(list(tmp_path.iterdir())) == 2
-
-
-def test_accuracy_has_wilsons_interval():
-    logits = np.zeros((100, 2))
-    logits[:50, 1] = 1
-    found = data.load_accuracy().compute(predictions=logits, references=np.ones(100, int))
-    # Newcombe's worked values for 50 of 100.
-    found = [found[name] for name in ("accuracy", "accuracy_low", "accuracy_high")]
-    np.testing.assert_allclose(found, [0.5, 0.4038, 0.5962], atol=1e-4)
-
-
-def test_labels_are_numbered_as_the_model_does():
-    clips = Dataset.from_dict({"label": [0, 1, 1]}).cast_column("label", ClassLabel(names=["b", "c"]))
-    assert data.match_labels(clips, ["a", "c", "b"])["label"] == [2, 1, 1]
-
-
-def test_errors_say_what_is_missing(folders, tmp_path):
+def test_errors_say_what_is_missing(bars, tmp_path):
     with pytest.raises(ValueError, match="Nothing to do"):
-        run(folders, tmp_path)
+        run(bars, tmp_path)
     with pytest.raises(ValueError, match="either folders .* or a data set"):
-        run(folders, tmp_path, "--do_train", "--dataset_name", "someone/clips")
+        run(bars, tmp_path, "--do_train", "--dataset_name", "someone/clips")
     with pytest.raises(ValueError, match="'up:down' is not a pair"):
-        run(folders, tmp_path, "--do_train", "--mirror_swaps", "up:down")
+        run(bars, tmp_path, "--do_train", "--mirror_swaps", "up:down")
     with pytest.raises(ValueError, match="no column"):
-        run(folders, tmp_path, "--do_train", "--label_column", "class")
+        run(bars, tmp_path, "--do_train", "--label_column", "class")
