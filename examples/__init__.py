@@ -18,6 +18,10 @@ def classify():
     _run("classify_video.py")
 
 
+def classify_clips():
+    _run("classify_clips.py")
+
+
 def evaluate():
     _run("evaluate_video_classification.py")
 
