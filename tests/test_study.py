@@ -332,6 +332,7 @@ def test_multi_view_accuracy_of_a_checkpoint(tmp_path, clips):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # five scripts one after the other
 def test_a_table_from_training_to_the_plot(tmp_path, clips, image_checkpoint):
     """Table 1 by the scripts themselves, from an image checkpoint: one training, four evaluations."""
     common = f"--train_dir {clips / 'two'} --validation_dir {clips / 'two'} --use_cpu --max_steps 1 --report_to none"
