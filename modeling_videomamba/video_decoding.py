@@ -774,11 +774,13 @@ def _read_torchcodec(source, name, sample, transform):
 
 
 def _read_decord(source, name, sample, transform):
-    # decord 0.6 returns wrong frames, without a word, from AVI, MPEG-PS, MPEG-TS and WMV files, from HEVC, and where
-    # an edit list cuts off the beginning; and it overlooks the rotation of Matroska files.
-    index = _mp4_index(source)
-    if index is None or (b"avc1" not in index and b"mp4v" not in index):
-        raise _Unreliable("files that are not whole MP4 or MOV files with H.264 or MPEG-4 video")
+    # decord 0.6 returns wrong frames, without a word, from AVI, MPEG-PS, MPEG-TS and WMV files, from HEVC and MPEG-4,
+    # where an edit list cuts off the beginning, and where the table of key frames (stss) is empty or absent, which
+    # stands for "all"; and it overlooks the rotation of Matroska files.
+    index = _mp4_index(source) or b""
+    key_frames = index.partition(b"stss")[2][4:8]
+    if b"avc1" not in index or not any(key_frames):
+        raise _Unreliable("files that are not whole MP4 or MOV files with H.264 video and a table of key frames")
     decord = importlib.import_module("decord")
     decord.logging.set_level(decord.logging.QUIET)
     try:
