@@ -91,7 +91,9 @@ def check(name, tmp_path, decoder="pyav"):
     elif len(result) == 3:
         assert expected == WHOLE, result
         # Where a part is missing, packets may be counted in one call and frames in another: each frame is a whole one.
-        assert set(result[0]) | set(result[1]) <= set(ALL)
+        # (A decoder does not notice all noise in coded pixels: it may spoil a few pictures.)
+        strange = {*result[0], *result[1]} - set(ALL)
+        assert len(strange) <= (4 if name.startswith("noise_at") else 0), result
     else:
         kind, message = result
         assert kind == "ValueError" and str(path) in message, result
