@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from modeling_videomamba import (
     VideoMambaConfig,
@@ -238,6 +239,20 @@ def test_the_operator_is_a_good_citizen(on_cpu):
     for out_proj_weight in (None, torch.randn(12, 24, requires_grad=True)):
         arguments = (*(t.requires_grad_() for t in tensors), out_proj_weight, None, [0, 1, -1], True)
         torch.library.opcheck(torch.ops.videomamba.bidirectional_scan_cuda.default, arguments)
+
+
+def test_whoever_looks_on_sees_an_operator(on_cpu):
+    """Autograd and tracers must not be passed by."""
+    on_cpu(1)
+    tensors, _ = make_inputs(1, 18, 24, torch.float32)
+    scan = selective_scan_cuda.bidirectional_selective_scan
+    assert runtime.nobody_looks_on(tensors)
+    graph = make_fx(lambda *tensors: scan(*tensors))(*tensors)
+    assert any("bidirectional_scan_cuda" in str(node.target) for node in graph.graph.nodes)
+    tensors[0].requires_grad_()
+    assert not runtime.nobody_looks_on(tensors)
+    with torch.no_grad():
+        assert runtime.nobody_looks_on(tensors)
 
 
 def test_a_parameter_of_another_shape_is_refused(on_cpu):
