@@ -9,6 +9,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 from modeling_videomamba import VideoMambaVideoProcessor
 from modeling_videomamba.video_decoding import decode_video
@@ -53,6 +54,7 @@ def _report(pipe, function, *args):
     with open("/proc/self/statm") as file:
         size = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+    torch.set_num_threads(1)  # as in PyTorch's own workers: the threads of the tests before did not come along
     try:
         pipe.send(function(*args))
     except Exception as error:
