@@ -517,7 +517,7 @@ def without(weights, *names):
         (lambda w: without(w, "cls_token"), "no class token"),
         (lambda w: {**w, "pos_embed": torch.ones(1, 730, 32)}, "stride of 8"),
         (lambda w: {**w, "pos_embed": torch.ones(1, 16, 32)}, "16 rows"),
-        (lambda w: {**w, "temporal_pos_embedding": torch.ones(1, 8, 32)}, "convert_opengvlab_to_videomamba"),
+        (lambda w: {**w, "temporal_pos_embedding": torch.ones(1, 8, 32)}, "videomamba-convert opengvlab"),
     ],
 )
 def test_other_architectures_are_refused_by_name(vim, tmp_path, change, expected):
@@ -527,7 +527,7 @@ def test_other_architectures_are_refused_by_name(vim, tmp_path, change, expected
 
 
 def test_a_vision_mamba_is_no_opengvlab_image_classifier(vim, tmp_path):
-    assert "convert_vim_to_videomamba" in refusal(convert_opengvlab_to_videomamba, vim[0], tmp_path / "out")
+    assert "videomamba-convert vim" in refusal(convert_opengvlab_to_videomamba, vim[0], tmp_path / "out")
 
 
 @pytest.mark.parametrize(
