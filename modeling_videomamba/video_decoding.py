@@ -434,7 +434,13 @@ def open_pyav(source: str | bytes, name: str):
             _check_frame_size(stream.codec_context.height, stream.codec_context.width, name)
             stream.thread_type = "AUTO"
             stream.codec_context.thread_count = _decoding_threads()
-            yield container, stream
+            try:
+                yield container, stream
+            finally:
+                # Its threads then hold no frame. To free a decoder whose threads do, PyAV 17 waits for them with
+                # Python's lock, which they may want to let the frame go: a deadlock.
+                if stream.codec_context.is_open:
+                    stream.codec_context.flush_buffers()
 
 
 def _still_image(source, name, format) -> str:
