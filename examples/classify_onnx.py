@@ -18,16 +18,19 @@ import PIL.Image
 def read_clip(video, settings):
     """The frames that the processor samples from the middle of a video, (1, T, 3, H, W) float32, normalised."""
     with av.open(video) as container:
-        frames = [frame.to_image() for frame in container.decode(video=0)]
+        total = sum(1 for _ in container.decode(video=0))
     count, stride = settings["num_frames"], settings["frame_stride"]
-    span = (count - 1) * stride + 1
-    if stride and span <= len(frames):
-        indices = (len(frames) - span) // 2 + stride * np.arange(count)
+    span = (count - 1) * (stride or 0) + 1
+    if stride and span <= total:
+        indices = (total - span) // 2 + stride * np.arange(count)
     else:
-        indices = np.linspace(0, len(frames) - 1, count).round().astype(int)
+        indices = np.linspace(0, total - 1, count).round().astype(int)
+    wanted = set(indices.tolist())
+    with av.open(video) as container:  # once more, so that a film's frames need not all be kept
+        frames = {i: frame.to_image() for i, frame in enumerate(container.decode(video=0)) if i in wanted}
     edge, height, width = settings["size"]["shortest_edge"], *settings["crop_size"].values()
     clip = []
-    for frame in (frames[i] for i in indices):
+    for frame in (frames[i] for i in indices.tolist()):
         scale = edge / min(frame.size)
         size = [edge if side == min(frame.size) else int(side * scale) for side in frame.size]
         frame = frame.resize(size, PIL.Image.Resampling(settings["resample"]))

@@ -149,6 +149,24 @@ def test_script_without_pytorch_prints_what_the_pipeline_says(tmp_path):
         assert float(score) / 100 == pytest.approx(answer["score"], abs=0.01)  # Pillow resizes, not torchvision
 
 
+@pytest.mark.parametrize("frame_stride", [3, None])
+def test_script_without_pytorch_reads_the_frames_of_the_processor(tmp_path, frame_stride):
+    pytest.importorskip("onnxruntime", reason="needs ONNX Runtime")
+    from classify_onnx import read_clip
+
+    clip = str(tmp_path / "pan-right.mp4")
+    write_demo_clip(clip, motion="pan right")
+    processor = VideoMambaVideoProcessor(
+        num_frames=4, frame_stride=frame_stride, size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}
+    )
+    processor.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "video_preprocessor_config.json").read_text())
+    expected = processor(clip, return_tensors="np")["pixel_values"]
+    found = read_clip(clip, settings)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).mean() < 0.02 < np.abs(found[:, 1:] - expected[:, :-1]).mean()
+
+
 def test_browser_preprocessing_is_that_of_the_processor(tmp_path):
     if shutil.which("node") is None:
         pytest.skip("needs Node.js")
