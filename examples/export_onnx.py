@@ -31,7 +31,12 @@ def export_onnx(model, path, any_length=False):
         path (`str` or `Path`): where to write; a file that is there is replaced once the new one is whole.
         any_length (`bool`): take clips of any number of frames that fills tubelets; learned positions are
             interpolated, as `interpolate_pos_encoding=True` does it.
+
+    Raises:
+        RuntimeError: with a PyTorch before 2.11, whose exporter fails on the loop over the tokens.
     """
+    if torch.__version__ < (2, 11):
+        raise RuntimeError(f"The export needs PyTorch 2.11 or later; this is {torch.__version__}.")
     model = model.float().cpu().eval()
     config = model.config
     height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size

@@ -348,7 +348,7 @@ def is_plain_linear(module):
         type(module) is nn.Linear
         and type(module.weight) in (nn.Parameter, torch.Tensor)
         and module.bias is None
-        and "forward" not in vars(module)
+        and "forward" not in module.__dict__  # PyTorch 2.7 cannot trace `vars`
         and not any(getattr(module, name) for name in hooks)
     )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import nn
 from transformers import AutoVideoProcessor, pipeline
 
@@ -30,6 +31,11 @@ from modeling_videomamba.selective_scan_reference import bidirectional_selective
 REPOSITORY = Path(__file__).resolve().parent.parent
 EXAMPLES = REPOSITORY / "examples"
 CAMERA_MOTION = REPOSITORY / "model_cards" / "videomamba-tiny-camera-motion"
+
+needs_pytorch_2_11 = pytest.mark.skipif(
+    torch.__version__ < (2, 11),
+    reason="torch.export and torch.onnx of PyTorch 2.7 and 2.9 fail on the loop over tokens",
+)
 
 
 def small_model(**options):
@@ -69,6 +75,7 @@ def test_backend_matches_the_float64_reference(reversed_tokens):
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-4)
 
 
+@needs_pytorch_2_11
 def test_torch_export_holds_no_custom_operator():
     model, clips = small_model(), torch.randn(2, 4, 3, 32, 32)
     exported = torch.export.export(model, (clips,), dynamic_shapes=[{0: torch.export.Dim("batch")}])
@@ -78,6 +85,7 @@ def test_torch_export_holds_no_custom_operator():
     torch.testing.assert_close(exported.module()(clips).logits, model(clips).logits, atol=1e-5, rtol=1e-4)
 
 
+@needs_pytorch_2_11
 @pytest.mark.parametrize(
     ("any_length", "options"),
     [
@@ -103,6 +111,7 @@ def test_onnx_file_gives_the_logits_of_the_model(tmp_path, any_length, options):
         np.testing.assert_allclose(logits, expected.numpy(), atol=1e-4)
 
 
+@needs_pytorch_2_11
 @pytest.mark.slow
 def test_exporter_of_transformers(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs ONNX Runtime")
@@ -128,6 +137,7 @@ def test_forced_backend_is_kept_while_exporting():
     assert any("videomamba.selective_scan" in str(node.target) for node in exported.graph.nodes)
 
 
+@needs_pytorch_2_11
 def test_script_without_pytorch_prints_what_the_pipeline_says(tmp_path):
     pytest.importorskip("onnxruntime", reason="needs ONNX Runtime")
     pytest.importorskip("onnxscript", reason="needs onnxscript, which torch.onnx exports with")
@@ -194,7 +204,8 @@ def test_browser_preprocessing_is_that_of_the_processor(tmp_path):
     found = np.fromfile(tmp_path / "values", dtype=np.float32).reshape(np.shape(expected))
     one_step = 1 / 255 / min(processor.image_std)
     assert np.abs(found - expected).max() <= 1.01 * one_step
-    assert np.abs(found - expected).mean() <= 0.05 * one_step
+    # One value in twenty may be rounded the other way; torchvision 0.22 rounds one in five otherwise.
+    assert np.abs(found - expected).mean() <= (0.05 if torchvision.__version__ >= "0.24" else 0.2) * one_step
     for total, indices in zip((120, 32, 31, 7, 1), json.loads(run.stdout), strict=True):
         metadata = type("Metadata", (), {"total_num_frames": total, "fps": 25})
         # JavaScript rounds halves up, NumPy to even: such a frame is as near.

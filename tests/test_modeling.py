@@ -545,6 +545,9 @@ def test_weights_that_lie_in_memory_until_they_are_wanted():
     torch.testing.assert_close(model(clip()).logits, expected)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < (2, 11), reason="function transforms of PyTorch 2.7 and 2.9 read no tensor's values"
+)
 def test_function_transforms_of_the_reference():
     """The fused backends have a first derivative alone; the reference is plain PyTorch."""
     model, pixels = tiny_model(num_hidden_layers=1, hidden_size=16), clip()
