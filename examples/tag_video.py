@@ -32,7 +32,7 @@ from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 from transformers.video_utils import VideoMetadata
 
 import modeling_videomamba  # noqa: F401  registers VideoMamba in transformers' Auto classes
-from modeling_videomamba.video_decoding import decoded_frames, open_pyav
+from modeling_videomamba.video_decoding import decoded_frames, open_pyav, read_packets
 
 
 CAMERA_MOTION = Path(__file__).resolve().parent.parent / "model_cards" / "videomamba-tiny-camera-motion"
@@ -440,7 +440,7 @@ def write_overlay(path, film, segments):
             if first.pts is not None:
                 video.codec_context.time_base = first.time_base
             count, current = 0, 0
-            for packet in source.demux(*filter(None, (stream, sound))):
+            for packet in read_packets(source, *filter(None, (stream, sound))):
                 if packet.stream is sound:
                     if packet.dts is not None:
                         packet.stream = sound_copy

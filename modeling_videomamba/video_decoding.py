@@ -3,6 +3,8 @@
 import asyncio
 import importlib
 import io
+import itertools
+import math
 import os
 import stat
 import time
@@ -10,6 +12,7 @@ import traceback
 from bisect import bisect_left
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -42,7 +45,7 @@ VIDEO_MAX_DOWNLOAD_SECONDS = float(os.environ.get("VIDEO_MAX_DOWNLOAD_SECONDS", 
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer or without a byte
 
 
-def decode_video(file, sample=None, decoder: str | None = None, transform=None) -> tuple:
+def decode_video(file, sample=None, decoder: str | None = None, transform=None, section=None) -> tuple:
     """
     Decodes frames of a video.
 
@@ -54,6 +57,9 @@ def decode_video(file, sample=None, decoder: str | None = None, transform=None) 
         decoder: `"pyav"`, `"torchcodec"` or `"decord"`; `None` takes the first that can be used, in this order.
         transform: called with each decoded frame, a (3, H, W) uint8 tensor with the channels last in memory, returns
             the tensor to keep. Resizing here needs the memory of one large frame, not of all.
+        section: `(start, stop)` in seconds from the first frame (`stop` may be `None`, the end): only frames that are
+            shown from `start` on and before `stop` are counted and decoded. PyAV seeks to them, so that the rest of
+            the file is not read, if the container allows it.
 
     Returns:
         The frames, turned upright as the file's rotation says: a (T, H, W, 3) uint8 RGB array, or with `transform` a
@@ -65,12 +71,16 @@ def decode_video(file, sample=None, decoder: str | None = None, transform=None) 
         ConnectionError: a URL could not be downloaded.
         ImportError: no decoder, or not the one asked for.
         ValueError: a file that is no video, of which no frame can be decoded, or which is larger than the limits of
-            this module. The message names the file.
+            this module; a section without frames, or of a file that cannot be searched by time. The message names the
+            file.
     """
-    decoder = choose_decoder([decoder] if decoder else DECODERS)
+    decoder = choose_decoder(["pyav"] if section else [decoder] if decoder else DECODERS)
     source, name = _open(file)
     try:
-        frames, metadata = _decode(decoder, source, name, sample or _all_frames, transform)
+        if section:
+            frames, metadata = _read_section(source, name, sample or _all_frames, transform, *section)
+        else:
+            frames, metadata = _decode(decoder, source, name, sample or _all_frames, transform)
     except Exception as error:
         _forget_locals(error)
         raise
@@ -416,6 +426,56 @@ def _read_pyav(source, name, sample, transform):
     return clip.frames, metadata
 
 
+def _read_section(source, name, sample, transform, start, stop):
+    """The frames that are shown from `start` to `stop`, in seconds from the first; only that part is read."""
+    hint = "Leave the section out, or copy the file into another container: `ffmpeg -i FILE -c copy other.mp4`."
+    try:
+        with open_pyav(source, name) as (container, stream):
+            if stream.start_time is None:
+                raise ValueError(f"{name} cannot be searched by time: it does not say when frames are shown. {hint}")
+            begin = stream.start_time + _ticks(start, stream)
+            end = None if stop is None else stream.start_time + _ticks(stop, stream)
+            times, keys = _index_section(container, stream, name, begin, end)
+            if times is None:
+                raise ValueError(f"{name} cannot be searched by time: no key frame is found at {start:g} s. {hint}")
+            before = bisect_left(times, begin)  # frames that are decoded for the sake of others
+            total = (len(times) if end is None else bisect_left(times, end)) - before
+            if total < 1:
+                section = f"from {start:g} s on" if stop is None else f"from {start:g} s to {stop:g} s"
+                raise ValueError(f"{name} shows no frame {section}. Give a longer or an earlier section.")
+            metadata = _metadata(total, _frame_rate(stream, times), "pyav")
+            clip = _Clip(_sample(sample, metadata, name) + before, name, transform)
+            if not _decode_from_key(container, stream, times, keys, clip, _ToRGB(name)):
+                raise ValueError(f"{name} cannot be searched by time: its frames are not where it says. {hint}")
+    except av.FFmpegError as error:
+        raise _no_video(source, name, error) from error
+    metadata.height, metadata.width = clip.shape
+    return clip.frames, metadata
+
+
+def _ticks(seconds, stream) -> int:
+    """Seconds in units of the stream's clock, rounded up; 0.2 is taken for a fifth, which floating point misses."""
+    return math.ceil(Fraction(seconds).limit_denominator(10**6) / stream.time_base)
+
+
+def _index_section(container, stream, name, begin: int, end: int | None):
+    """
+    Times and key frames as `_index_packets` gives them, from the last key frame that is shown at `begin` or before on.
+    `None` for the times if none is found.
+    """
+    if container.format.name == "mpeg":  # behind a seek, libav makes up times of MPEG-PS that are wrong
+        return None, []
+    for seconds_before in (0, 1, 10, 100):  # where seeks go by the time of decoding, or only about, they land too late
+        try:
+            container.seek(begin - _ticks(seconds_before, stream), stream=stream)
+        except av.FFmpegError:
+            break
+        _, times, keys = _index_packets(container, stream, name, end)
+        if times and keys and min(keys)[0] <= begin:
+            return times[bisect_left(times, min(keys)[0]) :], keys
+    return None, []
+
+
 @contextmanager
 def open_pyav(source: str | bytes, name: str):
     """Opens a path or bytes with PyAV, and nothing that the file points to. Yields the container and the stream."""
@@ -472,9 +532,9 @@ def _choose_stream(container, name):
     return best if best in streams else streams[0]
 
 
-def _index_packets(container, stream, name) -> tuple[int, list[int] | None, list[tuple]]:
+def _index_packets(container, stream, name, end: int | None = None) -> tuple[int, list[int] | None, list[tuple]]:
     """
-    Reads through the file without decoding.
+    Reads through the file without decoding, to its end or until all is read that is shown before `end`.
 
     Returns:
         The number of frames; their times of presentation, ascending, or `None` where the file does not say; and the
@@ -483,17 +543,16 @@ def _index_packets(container, stream, name) -> tuple[int, list[int] | None, list
     times, keys = [], []
     begins_frame = _frame_counter(stream)
     progress = _Progress(f"{name} is read through to count its frames")
-    try:
-        for packet in container.demux(stream):
-            progress.step(f"{len(times)} frames")
-            # Packets to be discarded are those before the start of an edit list: decoded, but not shown.
-            if not packet.size or packet.is_discard or packet.is_corrupt or not begins_frame(packet):
-                continue
-            times.append(packet.pts)
-            if packet.is_keyframe:
-                keys.append((packet.pts, packet.dts))
-    except av.FFmpegError:
-        pass  # the rest is missing; what came before counts
+    for packet in read_packets(container, stream):
+        progress.step(f"{len(times)} frames")
+        if end is not None and packet.dts is not None and packet.dts >= end:
+            break  # what comes is shown later than it is decoded
+        # Packets to be discarded are those before the start of an edit list: decoded, but not shown.
+        if not packet.size or packet.is_discard or packet.is_corrupt or not begins_frame(packet):
+            continue
+        times.append(packet.pts)
+        if packet.is_keyframe:
+            keys.append((packet.pts, packet.dts))
     # AVI stores no times of presentation: libav makes them up, and wrongly if there are B-frames.
     made_up = container.format.name == "avi" and stream.codec_context.has_b_frames
     if made_up or None in times or len(set(times)) < len(times):
@@ -580,14 +639,17 @@ def _decode_from_start(container, stream, times, clip, to_rgb) -> tuple[bool, in
     return times is not None and total == len(times), total
 
 
+def read_packets(container, *streams):
+    """The packets of streams; where the file is damaged, those before."""
+    try:
+        yield from container.demux(*streams)
+    except (av.FFmpegError, IndexError):  # PyAV 18 stumbles at the end of files where streams begin in the middle
+        pass
+
+
 def decoded_frames(container, stream):
     """The frames from where the container stands, in the order in which they are shown, without damaged packets."""
-    packets, packet = container.demux(stream), True
-    while packet is not None:
-        try:
-            packet = next(packets, None)
-        except av.FFmpegError:
-            packet = None
+    for packet in itertools.chain(read_packets(container, stream), [None]):
         try:
             frames = stream.decode(packet)  # None makes the decoder give out what it holds back
         except av.FFmpegError:
@@ -822,4 +884,4 @@ def _put_batches(clip, source, decode) -> None:
 DECODERS = {"pyav": _read_pyav, "torchcodec": _read_torchcodec, "decord": _read_decord}
 
 
-__all__ = ["DECODERS", "choose_decoder", "decode_video", "decoded_frames", "open_pyav"]
+__all__ = ["DECODERS", "choose_decoder", "decode_video", "decoded_frames", "open_pyav", "read_packets"]

@@ -25,10 +25,16 @@ class VideoMambaVideoProcessorKwargs(VideosKwargs, total=False):
         Distance between two sampled frames; `None` spreads the sampled frames over the whole clip.
     decoder (`str`, *optional*):
         `"pyav"`, `"torchcodec"` or `"decord"`; `None` takes the first that can be used, in this order.
+    start_seconds (`float`, *optional*):
+        Where the section of a file begins that is looked at, in seconds from its first frame.
+    stop_seconds (`float`, *optional*):
+        Where it ends.
     """
 
     frame_stride: int | None
     decoder: str | None
+    start_seconds: int | float | None
+    stop_seconds: int | float | None
 
 
 class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
@@ -60,6 +66,9 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
             As above.
         decoder (`str`, *optional*):
             `"pyav"`, `"torchcodec"` or `"decord"`; `None` takes the first that can be used, in this order.
+        start_seconds, stop_seconds (`float`, *optional*):
+            Look at a section of each file alone, from the first to before the second, in seconds from the first frame.
+            PyAV seeks to it, so that the rest of a long file is not read.
         kwargs:
             Those of every video processor of `transformers` ([`~transformers.processing_utils.VideosKwargs`]), with
             the defaults of [`VideoMambaImageProcessor`].
@@ -69,11 +78,14 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
     num_frames = 16
     frame_stride = 2
     decoder = None
+    start_seconds = None
+    stop_seconds = None
     valid_kwargs = VideoMambaVideoProcessorKwargs
 
     def __init__(self, **kwargs: Unpack[VideoMambaVideoProcessorKwargs]):
         super().__init__(**kwargs)
         _check_sampling(self.num_frames, self.frame_stride, self.fps, self.decoder)
+        _section(self.start_seconds, self.stop_seconds)
 
     def preprocess(self, videos, **kwargs: Unpack[VideoMambaVideoProcessorKwargs]) -> BatchFeature:
         r"""
@@ -102,6 +114,9 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
         frame_stride = kwargs.pop("frame_stride", self.frame_stride)
         num_frames, fps = kwargs.pop("num_frames", None), kwargs.pop("fps", None)
         do_sample_frames = kwargs.pop("do_sample_frames", self.do_sample_frames)
+        section = _section(
+            kwargs.pop("start_seconds", self.start_seconds), kwargs.pop("stop_seconds", self.stop_seconds)
+        )
         _check_sampling(num_frames, frame_stride, fps, decoder)
         sample = partial(self.sample_frames, num_frames=num_frames, fps=fps, frame_stride=frame_stride)
 
@@ -110,9 +125,13 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
             # Each frame is resized as soon as it is decoded: of large ones, one is in memory at a time.
             transform = self._transform_of_frames(kwargs)
             sample_file = None if do_sample_frames is False else sample
-            decoded = [decode_video(file, sample_file, decoder, transform) for file in files]
+            decoded = [decode_video(file, sample_file, decoder, transform, section) for file in files]
             frames, metadata = [frames for frames, _ in decoded], [about for _, about in decoded]
             kwargs.update(do_resize=False, do_center_crop=False)
+        elif section is not None:
+            raise ValueError(
+                "`start_seconds` and `stop_seconds` choose a section of a file; these are decoded frames."
+            )
         else:
             do_convert_rgb = kwargs.get("do_convert_rgb", self.do_convert_rgb)
             input_data_format = kwargs.get("input_data_format", self.input_data_format)
@@ -205,6 +224,19 @@ def _check_sampling(num_frames, frame_stride, fps, decoder) -> None:
         raise ValueError(f"`fps` is {fps!r}, but must be a finite number of frames a second above 0, or None.")
     if decoder is not None and decoder not in DECODERS:
         raise ValueError(f"`decoder` is {decoder!r}, but must be one of {', '.join(DECODERS)}, or None.")
+
+
+def _section(start, stop) -> tuple[float, float | None] | None:
+    if start is None and stop is None:
+        return None
+    start = 0 if start is None else start
+    are_numbers = all(isinstance(value, int | float) for value in (start, 0 if stop is None else stop))
+    if not are_numbers or not 0 <= start < (math.inf if stop is None else stop):
+        raise ValueError(
+            f"`start_seconds` is {start!r} and `stop_seconds` is {stop!r}, but they must be numbers of seconds, the "
+            "first at least 0 and the second more than the first, or None."
+        )
+    return start, stop
 
 
 def _is_file(value) -> bool:

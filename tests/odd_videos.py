@@ -347,6 +347,21 @@ def encoded(path, frames=40, **options) -> bytes:
     return plain.read_bytes()
 
 
+def sound_begins_later(path):
+    """A recording in which sound begins behind what libav looks at when it opens the file, and before its end."""
+    rng = np.random.default_rng(0)
+    options = {"codec": "mpeg2video", "gop": 1, "options": {"qmin": "1", "qmax": "1"}}
+    parts = []
+    for numbers in (ALL[:24], ALL[24:30], ALL[30:]):
+        sound = numbers[0] == 24
+        frames = [numbered_frame(i, 400, 560).astype(int) for i in numbers]
+        noise = 0 if sound else 90  # makes the other parts large
+        frames = [np.clip(frame + rng.integers(-noise, noise + 1, frame.shape), 0, 255) for frame in frames]
+        at = {"output_ts_offset": str(numbers[0] / 25)}
+        parts.append(encoded(path, [f.astype(np.uint8) for f in frames], audio=sound, container_options=at, **options))
+    join(path, *parts)
+
+
 KINDS |= {
     "clock_wraps.ts": (partial(shifted, change=lambda pts, i: pts + 2**33 - 70000), ALL),
     "late.ts": (partial(shifted, change=lambda pts, i: pts + 90000 * 3600), ALL),
@@ -364,6 +379,7 @@ KINDS |= {
         ),
         ALL[5:],
     ),
+    "sound_begins_later.ts": (sound_begins_later, WHOLE),
     "joined.ts": (lambda path: join(path, encoded(path), encoded(path)), WHOLE),
     "two_frames.mp4": (partial(write_video, frames=2), [0, 1]),
     "one_frame.mkv": (partial(write_video, frames=1), [0]),

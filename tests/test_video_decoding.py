@@ -4,8 +4,10 @@ import asyncio
 import gc
 import http.server
 import itertools
+import math
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -19,7 +21,7 @@ import pytest
 from PIL import Image
 
 from modeling_videomamba import video_decoding
-from modeling_videomamba.video_decoding import choose_decoder, decode_video
+from modeling_videomamba.video_decoding import choose_decoder, decode_video, decoded_frames, open_pyav
 from video_files import (
     FILES,
     claim_frames_in_avi,
@@ -67,6 +69,43 @@ def test_frames_are_those_asked_for(video, name, decoder):
         some, metadata = fetch(video(name), indices, decoder=decoder)
         assert read_numbers(some) == indices == metadata.frames_indices.tolist()
         np.testing.assert_array_equal(some, frames[indices])
+
+
+# Of these the times of frames are unknown, made up or not to be searched.
+UNSEARCHABLE = {"raw.h264", "h264.avi", "mpeg4_b_frames.avi", "mpeg2.mpg"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_sections_hold_the_frames_of_their_time(video, name):
+    path = video(name)
+    if name in UNSEARCHABLE:
+        with pytest.raises(ValueError, match=re.escape(path) + " cannot be searched by time"):
+            decode_video(path, section=(0.5, 1.0))
+        return
+    with open_pyav(path, path) as (container, stream):
+        times = [float((f.pts - stream.start_time) * stream.time_base) for f in decoded_frames(container, stream)]
+    end = times[-1]
+    for start, stop in ((0, None), (0, 0.3 * end), (0.4 * end, 0.7 * end), (times[30], times[31]), (0.9 * end, None)):
+        expected = [i for i, time in enumerate(times) if start - 1e-6 <= time < (stop or math.inf) - 1e-6]
+        frames, metadata = decode_video(path, section=(start, stop))
+        assert read_numbers(frames) == expected and metadata.total_num_frames == len(expected)
+    with pytest.raises(ValueError, match=re.escape(path) + " shows no frame from 100 s to 101 s"):
+        decode_video(path, section=(100, 101))
+
+
+def test_only_the_section_is_read(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "long.mkv", 1000, gop=1)
+    read = []
+
+    class Counting(video_decoding._File):
+        def read(self, *args):
+            read.append(super().read(*args))
+            return read[-1]
+
+    monkeypatch.setattr(video_decoding, "_File", Counting)
+    frames, _ = decode_video(path, lambda metadata: [0, 4], section=(20, 21))
+    assert read_numbers(frames) == [500, 504]
+    assert sum(map(len, read)) < os.path.getsize(path) / 2
 
 
 @pytest.mark.parametrize("name", FILES)

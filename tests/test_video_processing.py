@@ -82,6 +82,10 @@ def test_sampling_errors(options, message):
         ("fps", float("inf")),
         ("fps", float("nan")),
         ("decoder", "ffmpeg"),
+        ("start_seconds", -1),
+        ("start_seconds", float("nan")),
+        ("start_seconds", "2"),
+        ("stop_seconds", 0),
     ],
 )
 def test_bad_options(option, value):
@@ -158,6 +162,21 @@ def test_what_a_pipeline_passes(video):
     assert batch.to(torch.bfloat16).pixel_values.dtype == torch.bfloat16
     assert processor(video("h264.mp4"), do_sample_frames=False).pixel_values[0].shape[0] == 60
     assert processor(video("h264.mp4"), fps=5, return_tensors="pt").pixel_values.shape[1] == 12
+
+
+def test_a_section_is_sampled_as_a_clip_of_its_own(video):
+    options = {"num_frames": 4, "return_tensors": "pt", "return_metadata": True}
+    whole = VideoMambaVideoProcessor()(video("h264.mp4"), do_sample_frames=False, return_tensors="pt").pixel_values
+    for processor, section in (
+        (VideoMambaVideoProcessor(), {"start_seconds": 1, "stop_seconds": 1.8}),
+        (VideoMambaVideoProcessor(start_seconds=1, stop_seconds=1.8), {}),
+    ):
+        batch = processor(video("h264.mp4"), **options, **section)
+        # 25 frames a second: 25 to 44, of these the middle four at stride 2.
+        torch.testing.assert_close(batch.pixel_values, whole[:, [31, 33, 35, 37]])
+        assert batch.video_metadata[0].total_num_frames == 20
+    with pytest.raises(ValueError, match="`start_seconds` and `stop_seconds` choose a section of a file"):
+        VideoMambaVideoProcessor()(numbered_frames(20), start_seconds=1)
 
 
 def test_save_and_load(tmp_path):
