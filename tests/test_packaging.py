@@ -1,5 +1,6 @@
 """What `pip install` puts where: the sdist, the wheel made of it, and its console commands."""
 
+import ast
 import importlib
 import importlib.metadata
 import os
@@ -103,3 +104,19 @@ def test_convert(run, installed, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["videomamba-convert", family, "--checkpoint", "none.pth", "--dry-run"])
         with pytest.raises(SystemExit, match="^error: .*none.pth"):
             command.main()
+
+
+@pytest.mark.parametrize("folder", ["modeling_videomamba", "conversion", "examples", "model_cards", "csrc"])
+def test_no_module_uses_underscored_names_of_another(folder):
+    ours = {path.stem for path in (ROOT / folder).rglob("*.py")} | {"modeling_videomamba", "conversion"}
+    for path in (ROOT / folder).rglob("*.py"):
+        tree, modules = ast.parse(path.read_text(encoding="utf-8")), set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.level or node.module.split(".")[0] in ours):
+                assert not [name.name for name in node.names if re.match("_[^_]", name.name)], path
+                modules |= {name.asname or name.name for name in node.names if name.name in ours}
+            elif isinstance(node, ast.Import):
+                modules |= {name.asname or name.name for name in node.names if name.name.split(".")[0] in ours}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+                assert not re.match("_[^_]", node.attr), f"{path}: {node.value.id}.{node.attr}"
