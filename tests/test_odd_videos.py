@@ -93,9 +93,12 @@ def check(name, tmp_path, decoder="pyav"):
     elif len(result) == 3:
         assert expected == WHOLE, result
         # Where a part is missing, packets may be counted in one call and frames in another: each frame is a whole one.
-        # (A decoder does not notice all noise in coded pixels: it may spoil a few pictures.)
-        strange = {*result[0], *result[1]} - set(ALL)
-        assert len(strange) <= (4 if name.startswith("noise_at") else 0), result
+        # Now and then a decoder takes noise for pixels without complaint, and spoils pictures up to the next key
+        # frame, one in twelve. (Of 408 such files with H.264: one picture in one file, three to five in three.) Which
+        # files these are depends on the encoder's version, as the noise then meets other bytes.
+        for numbers in result[:2]:
+            spoilt = [number for number in numbers if number not in ALL]
+            assert len(spoilt) < (12 if name.startswith("noise_at") else 1), result
     else:
         kind, message = result
         assert kind == "ValueError" and str(path) in message, result
