@@ -19,7 +19,9 @@ TARGET = FOLDER.parent / "modeling_videomamba" / "selective_scan_cuda_source.py"
 def embedded():
     """The module's text."""
     parts = ["# GENERATED from the files of csrc/ by csrc/embed.py: change those, and run it again.\nSOURCES = {\n"]
-    sources = {path.name: path.read_text() for path in sorted([*FOLDER.glob("*.cu"), *FOLDER.glob("*.cuh")])}
+    sources = {
+        path.name: path.read_text(encoding="utf-8") for path in sorted([*FOLDER.glob("*.cu"), *FOLDER.glob("*.cuh")])
+    }
     for name, source in sources.items():
         for number, line in enumerate(source.splitlines(), 1):
             # transformers looks for imports in the raw text of a module that comes with a checkpoint.
@@ -40,8 +42,8 @@ def main():
     arguments = parser.parse_args()
     text = embedded()
     if not arguments.check:
-        TARGET.write_text(text)
-    elif not TARGET.exists() or TARGET.read_text() != text:
+        TARGET.write_text(text, encoding="utf-8")
+    elif not TARGET.exists() or TARGET.read_text(encoding="utf-8") != text:
         sys.exit(f"{TARGET.name} is not what csrc/ says: run `python csrc/embed.py`.")
 
 

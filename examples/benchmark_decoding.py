@@ -5,7 +5,8 @@ What it costs to turn a file into `pixel_values`: CPU time and peak memory of 16
     python examples/benchmark_decoding.py clip.mp4 --decoder torchcodec
 
 Each clip is read in a process of its own. The memory is what the process grows by, above what it has after its imports
-and a first small clip. Another version of the package is measured with PYTHONPATH=folder/of/it.
+and a first small clip; Unix tells it, Windows does not. Another version of the package is measured with
+PYTHONPATH=folder/of/it.
 """
 
 import argparse

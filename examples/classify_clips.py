@@ -61,13 +61,13 @@ def list_clips(source, split):
         if files:
             return [Clip(str(file), file.parent.name if file.parent != path else None) for file in files], None
     elif path.suffix == ".csv":
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         if rows and "path" not in rows[0]:
             raise ValueError(f"{path} has the columns {', '.join(rows[0])}; one of them must be called path.")
         return [Clip(row["path"], row.get("label")) for row in rows], None
     elif path.is_file():
-        return [Clip(line, None) for line in path.read_text().splitlines() if line.strip()], None
+        return [Clip(line, None) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()], None
     return _list_data_set(source, split)
 
 
@@ -159,7 +159,7 @@ def write_part(path, clips, columns, labels, unreadable):
             features[name] = datasets.List(datasets.Value("float32"), length=values.shape[1])
     listing = path.with_suffix(".unreadable.json")
     if unreadable:
-        listing.write_text(json.dumps(unreadable))
+        listing.write_text(json.dumps(unreadable), encoding="utf-8")
     else:
         listing.unlink(missing_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -212,7 +212,7 @@ def check_settings(folder, settings):
     """Parts of other clips or of another model must not come together in one folder."""
     path = folder / "settings.json"
     if path.exists():
-        before = json.loads(path.read_text())
+        before = json.loads(path.read_text(encoding="utf-8"))
         for name, value in settings.items():
             if before.get(name) != value:
                 raise ValueError(
@@ -220,7 +220,7 @@ def check_settings(folder, settings):
                     "--output, or delete it."
                 )
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(settings, indent=1))
+    temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -228,8 +228,8 @@ def report(args, folder, clips, spent):
     """The last lines, and `unreadable.csv`. `spent` holds what each process took."""
     listing = {}
     for file in sorted(folder.glob("part-*.unreadable.json")):
-        listing |= json.loads(file.read_text())
-    with open(folder / "unreadable.csv", "w", newline="") as file:
+        listing |= json.loads(file.read_text(encoding="utf-8"))
+    with open(folder / "unreadable.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("clip", "reason"), *listing.items()])
     done = sum(process["clips"] for process in spent)
     if done:

@@ -45,8 +45,8 @@ if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
     folder = Path(sys.argv[1])
-    labels = json.loads((folder / "config.json").read_text())["id2label"]
-    settings = json.loads((folder / "video_preprocessor_config.json").read_text())
+    labels = json.loads((folder / "config.json").read_text(encoding="utf-8"))["id2label"]
+    settings = json.loads((folder / "video_preprocessor_config.json").read_text(encoding="utf-8"))
     session = onnxruntime.InferenceSession(folder / "model.onnx")
     (logits,) = session.run(["logits"], {"pixel_values": read_clip(sys.argv[2], settings)})
     scores = np.exp(logits[0] - logits[0].max())

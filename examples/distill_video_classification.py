@@ -392,7 +392,7 @@ def resume(accelerator, folder, settings):
     """The step to go on from, after loading the checkpoint in `folder` if there is one."""
     if not os.path.isdir(folder):
         return 0
-    state = json.loads(Path(folder, "step.json").read_text())
+    state = json.loads(Path(folder, "step.json").read_text(encoding="utf-8"))
     different = sorted(name for name in settings if settings[name] != state["settings"].get(name))
     if different:
         raise ValueError(
@@ -407,7 +407,9 @@ def save_checkpoint(accelerator, folder, step, settings):
     """Model, optimizer and random states; it appears whole or not at all."""
     accelerator.save_state(f"{folder}.part")
     if accelerator.is_main_process:
-        Path(f"{folder}.part", "step.json").write_text(json.dumps({"step": step, "settings": settings}))
+        Path(f"{folder}.part", "step.json").write_text(
+            json.dumps({"step": step, "settings": settings}), encoding="utf-8"
+        )
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(f"{folder}.part", folder)
     accelerator.wait_for_everyone()

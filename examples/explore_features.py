@@ -53,7 +53,7 @@ def query_features(folder, query, table, features):
     """The features of a clip: from the table, or computed by the model that made the table."""
     if query in table["clip"]:
         return features[table["clip"].index(query)]
-    settings = json.loads((Path(folder) / "settings.json").read_text())
+    settings = json.loads((Path(folder) / "settings.json").read_text(encoding="utf-8"))
     args = SimpleNamespace(model=settings["model"], dtype=settings["dtype"], columns=["pooled"])
     classifier = Classifier(args, torch.device("cpu"))
     _, frames, _ = ClipReader([Clip(query, None)], None, classifier.processor, prepare=True)[0]

@@ -73,7 +73,10 @@ def main():
     rate = 24
     try:
         shots = join_clips([(path, path.parent.name) for path in clips], args.film, args.minutes * 60, rate=rate)
-        with open(args.film.with_suffix(".csv"), "w", newline="") as file, tqdm(desc="shots", unit="shot") as bar:
+        with (
+            open(args.film.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file,
+            tqdm(desc="shots", unit="shot") as bar,
+        ):
             table = csv.writer(file)
             table.writerow(["start", "end", "label"])
             for start, end, label in shots:

@@ -202,11 +202,11 @@ def main():
     args.output_dir.mkdir(parents=True, exist_ok=True)
     columns, lines = table_of(results)
     title = f"{Path(args.model_name_or_path).name}, {len(results)} clips, 95 % intervals over clips"
-    with open(args.output_dir / "maps.csv", "w", newline="") as file:
+    with open(args.output_dir / "maps.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([columns, *lines])
     rows = [columns, ["---"] * len(columns), *lines]
     text = f"{title}\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    (args.output_dir / "maps.md").write_text(text)
+    (args.output_dir / "maps.md").write_text(text, encoding="utf-8")
     plot(results, args.output_dir / "maps.png", title)
     print(text)
 

@@ -74,7 +74,7 @@ def parse_flags(arguments):
         (path,) = flags.pop("recipe")
         if not os.path.isfile(path):
             sys.exit(f"There is no recipe file {path}.")
-        flags = parse_flags(shlex.split(Path(path).read_text(), comments=True)) | flags
+        flags = parse_flags(shlex.split(Path(path).read_text(encoding="utf-8"), comments=True)) | flags
     return flags
 
 
@@ -105,7 +105,7 @@ class Run(NamedTuple):
     def result(self):
         """The figures of a finished run, or None."""
         path = self.folder / "result.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def identity(script, flags):
@@ -163,7 +163,7 @@ def carry_out(runs, arguments):
             return
         run.folder.mkdir(parents=True, exist_ok=True)
         command, log = command_of(run, arguments), run.folder / "run.log"
-        with open(log, "w") as file:
+        with open(log, "w", encoding="utf-8") as file:
             with lock:
                 process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
                 processes[run.folder] = process
@@ -172,11 +172,14 @@ def carry_out(runs, arguments):
             return
         if code:
             stopped.set()  # at once, so that no other run starts
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+            tail = "\n".join(log.read_text(errors="replace", encoding="utf-8").splitlines()[-15:])
             raise RuntimeError(f"{shlex.join(command)}\nended with status {code}. The end of {log}:\n{tail}")
-        figures = json.loads((run.folder / run.results).read_text())
+        figures = json.loads((run.folder / run.results).read_text(encoding="utf-8"))
         part = run.folder / "result.part"
-        part.write_text(json.dumps({"accuracy": figures[run.key], "command": command, "figures": figures}, indent=1))
+        part.write_text(
+            json.dumps({"accuracy": figures[run.key], "command": command, "figures": figures}, indent=1),
+            encoding="utf-8",
+        )
         os.replace(part, run.folder / "result.json")
         with lock:
             done.append(run)
@@ -337,7 +340,7 @@ def check_data(common, training):
 
 def right_clips(run):
     """Whether each validation clip was recognised, by the clip's name."""
-    with open(run.folder / "predictions.csv", newline="") as file:
+    with open(run.folder / "predictions.csv", newline="", encoding="utf-8") as file:
         return {row["clip"]: row["label"] == row["predicted"] for row in csv.DictReader(file)}
 
 
@@ -412,9 +415,9 @@ def write_table(path, title, columns, lines):
     text = [f"{title}\n", "| " + " | ".join(columns) + " |", "| " + " | ".join(["---"] * len(columns)) + " |"]
     text += ["| " + " | ".join(line) + " |" for line in lines]
     part = path.with_name(f"{path.name}.part")
-    part.write_text("\n".join(text) + "\n")
+    part.write_text("\n".join(text) + "\n", encoding="utf-8")
     os.replace(part, path.with_suffix(".md"))
-    with open(part, "w", newline="") as file:
+    with open(part, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([columns, *lines])
     os.replace(part, path.with_suffix(".csv"))
 
@@ -619,7 +622,7 @@ def main(argv=None):
             write_table(path, PUBLISHED[name].title, *published_table(name, evaluations[name], arguments))
         else:
             figure1(arguments)
-        print(f"\n{path.with_suffix('.md').read_text()}")
+        print(f"\n{path.with_suffix('.md').read_text(encoding='utf-8')}")
 
 
 if __name__ == "__main__":

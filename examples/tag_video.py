@@ -281,7 +281,7 @@ class Journal:
         if not lines or json.loads(lines[0]) != settings:
             if lines:
                 print(f"{path} is of other settings or another film: starting anew.")
-            path.write_text(json.dumps(settings) + "\n")
+            path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
             lines = lines[:1]
         for line in lines[1:]:
             part = json.loads(line)
@@ -293,7 +293,7 @@ class Journal:
             file.truncate(whole)
 
     def add(self, windows, point):
-        with open(self.path, "a") as file:
+        with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"windows": windows, "next": point}) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -327,7 +327,7 @@ def to_segments(windows):
 
 def write(path, text):
     temporary = path.with_suffix(path.suffix + ".part")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -484,7 +484,7 @@ def burn(picture, text):
 
 def compare(truth, segments):
     """The share of seconds in which the label is that of a table with start, end, label; each second at its middle."""
-    with open(truth, newline="") as file:
+    with open(truth, newline="", encoding="utf-8") as file:
         rows = [(float(row["start"]), float(row["end"]), row["label"]) for row in csv.DictReader(file)]
 
     def labels(rows, seconds):

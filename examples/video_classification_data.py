@@ -107,7 +107,7 @@ def parse_arguments(*kinds):
     early.add_argument("--recipe", **option)
     recipe, flags = early.parse_known_args()
     if recipe.recipe is not None:
-        flags = shlex.split(Path(recipe.recipe).read_text(), comments=True) + flags
+        flags = shlex.split(Path(recipe.recipe).read_text(encoding="utf-8"), comments=True) + flags
     parser = HfArgumentParser(kinds)
     parser.add_argument("--recipe", **option)  # for --help
     return parser.parse_args_into_dataclasses(flags)[: len(kinds)]
@@ -251,11 +251,13 @@ def read_list(source, video_root, split, hmdb51_split, failures, label_list=None
         paths = sorted(glob.glob(f"{glob.escape(source)}/*_test_split{hmdb51_split}.txt"))
         for path in paths:
             label = os.path.basename(path).removesuffix(f"_test_split{hmdb51_split}.txt")
-            rows = [line.rsplit(maxsplit=1) for line in Path(path).read_text().splitlines() if line.strip()]
+            rows = [
+                line.rsplit(maxsplit=1) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()
+            ]
             entries += [(Path(n).stem, label) for n, use in rows if use == {"train": "1", "validation": "2"}[split]]
         expected = f"files <label>_test_split{hmdb51_split}.txt"
     elif source.endswith(".json"):
-        rows = json.loads(Path(source).read_text())
+        rows = json.loads(Path(source).read_text(encoding="utf-8"))
         if isinstance(rows, dict) and isinstance(rows.get("database"), dict):
             subset = {"train": "training", "validation": "testing"}[split]
             entries = [(name, row["class"]) for name, row in rows["database"].items() if row["subset"] == subset]
@@ -263,7 +265,7 @@ def read_list(source, video_root, split, hmdb51_split, failures, label_list=None
         entries += [(str(row["id"]), re.sub(r"[\[\]]", "", row["template"])) for row in rows if "template" in row]
         expected = "a list of objects with 'id' and 'template', or COIN's 'database'"
     else:
-        with open(source, newline="") as file:
+        with open(source, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         if rows and {"label", "youtube_id", "time_start", "time_end"} <= set(rows[0]):
             for row in rows:
@@ -295,7 +297,7 @@ def read_list(source, video_root, split, hmdb51_split, failures, label_list=None
 
 def _numbered_entries(source, label_list):
     """(path, label) of lines `<path>,<number>` or `<path> <number> <seconds>`; nothing if a line is another."""
-    lines = [line.strip() for line in Path(source).read_text().splitlines() if line.strip()]
+    lines = [line.strip() for line in Path(source).read_text(encoding="utf-8").splitlines() if line.strip()]
     found = [re.fullmatch(r"(.+?)(?:\s*,\s*|\s+)(\d+)(?:[\s,]+[\d.]+)?", line) for line in lines]
     if not all(found):
         return []
@@ -331,7 +333,7 @@ class DecodeFailures:
     def record(self, name, error):
         if name not in self.names():
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            with open(self.path, "a") as file:
+            with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"clip": name, "error": str(error)}) + "\n")
             logger.warning("Skipped %s: %s", name, error)
         count = len(self.names())
@@ -344,7 +346,7 @@ class DecodeFailures:
     def names(self):
         if not os.path.exists(self.path):
             return set()
-        return {json.loads(line)["clip"] for line in Path(self.path).read_text().splitlines()}
+        return {json.loads(line)["clip"] for line in Path(self.path).read_text(encoding="utf-8").splitlines()}
 
 
 class ClipReader:

@@ -415,14 +415,15 @@ def write_card(folder, repo_id, model_args, data_args, metrics, settings):
         f"---\n{card.to_yaml()}\n---\n\n# {title}\n\nA video classifier, {origin} on {clips}.\n\n```python\n"
         f'from transformers import pipeline\n\nclassifier = pipeline("video-classification", '
         f'model="{repo_id or "."}", trust_remote_code=True)\nclassifier("clip.mp4")\n```\n\n{measured}'
-        "![training curve](training_curve.png)\n\nThe arguments of the run are in `training_args.json`.\n"
+        "![training curve](training_curve.png)\n\nThe arguments of the run are in `training_args.json`.\n",
+        encoding="utf-8",
     )
     write_json(f"{folder}/training_args.json", settings)
 
 
 def write_json(path, value):
     part = Path(f"{path}.part")
-    part.write_text(json.dumps(value, indent=1, sort_keys=True, default=str) + "\n")
+    part.write_text(json.dumps(value, indent=1, sort_keys=True, default=str) + "\n", encoding="utf-8")
     os.replace(part, path)
 
 
@@ -434,7 +435,7 @@ def write_results(folder, split, metrics):
 
 
 def read_json(path):
-    return json.loads(Path(path).read_text())
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def start_push(repo_id, token, private, settings):

@@ -18,6 +18,7 @@ import modeling_videomamba
 
 
 ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ["modeling_videomamba", "conversion", "examples", "model_cards", "csrc"]
 BUILD = "from setuptools import build_meta; import sys; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
 
 
@@ -106,7 +107,7 @@ def test_convert(run, installed, monkeypatch):
             command.main()
 
 
-@pytest.mark.parametrize("folder", ["modeling_videomamba", "conversion", "examples", "model_cards", "csrc"])
+@pytest.mark.parametrize("folder", FOLDERS)
 def test_no_module_uses_underscored_names_of_another(folder):
     ours = {path.stem for path in (ROOT / folder).rglob("*.py")} | {"modeling_videomamba", "conversion"}
     for path in (ROOT / folder).rglob("*.py"):
@@ -120,3 +121,26 @@ def test_no_module_uses_underscored_names_of_another(folder):
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
                 assert not re.match("_[^_]", node.attr), f"{path}: {node.value.id}.{node.attr}"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_nothing_that_windows_lacks(folder):
+    """Its modules, calls and signals; and text files have an encoding, which there is not UTF-8 by default."""
+    calls = {"fork", "symlink", "symlink_to", "mkfifo", "alarm", "getuid"}
+    signals = {"SIGKILL", "SIGALRM", "SIGUSR1", "SIGHUP"}
+    modules = {"fcntl", "grp", "pwd", "resource", "termios"}
+    for path in (ROOT / folder).rglob("*.py"):
+        if path.name == "benchmark_decoding.py":  # measures peak memory by a module of Unix, and says so
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            place = f"{path}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Import):
+                assert not modules & {name.name for name in node.names}, place
+            elif isinstance(node, ast.Attribute):
+                assert node.attr not in signals | calls, place
+            elif isinstance(node, ast.Call) and "encoding" not in {keyword.arg for keyword in node.keywords}:
+                if isinstance(node.func, ast.Name) and node.func.id == "open":
+                    assert "b" in ast.literal_eval(node.args[1]), place
+                elif isinstance(node.func, ast.Attribute):
+                    # Another `read_text`, which takes arguments, is importlib's.
+                    assert node.func.attr != "write_text" and (node.func.attr != "read_text" or node.args), place
