@@ -1,5 +1,6 @@
 """The CPU backend of the scan: against the float64 reference at awkward sizes, with threads, forks and compilers."""
 
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -174,15 +175,27 @@ class ScannedDataset(torch.utils.data.Dataset):
         return backend.bidirectional_selective_scan(*self.inputs)[0]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-def test_works_in_forked_data_loader_workers(monkeypatch, whose_threads):
-    monkeypatch.setattr(torch, "get_num_threads", torch.get_num_threads)  # undoes what a dataset does in this process
+def scan_in_forked_workers(own_threads):
+    if own_threads:
+        backend._on_torch_threads = None
     expected = ScannedDataset()[0]  # starts threads, which no child has
     assert backend._threads is not None or backend._on_torch_threads is not None
     loader = torch.utils.data.DataLoader(
         ScannedDataset(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
     )
     assert all(torch.equal(output, expected) for output in loader)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_works_in_forked_data_loader_workers(whose_threads):
+    # In a process of its own: what other tests leave, threads and locks, must not decide whether a child hangs.
+    own_threads = backend._on_torch_threads is None
+    process = multiprocessing.get_context("spawn").Process(target=scan_in_forked_workers, args=(own_threads,))
+    process.start()
+    process.join(150)
+    process.kill()
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_operators_are_well_registered():
