@@ -76,7 +76,9 @@ def decode_video(file, sample=None, decoder: str | None = None, transform=None, 
             this module; a section without frames, or of a file that cannot be searched by time. The message names the
             file.
     """
-    decoder = choose_decoder(["pyav"] if section else [decoder] if decoder else DECODERS)
+    if section:
+        decoder = "pyav"
+    decoder = choose_decoder([decoder] if decoder else DECODERS)
     source, name = _open(file)
     try:
         if section:
@@ -457,7 +459,8 @@ def _read_section(source, name, sample, transform, start, stop):
 
 def _ticks(seconds, stream) -> int:
     """Seconds in units of the stream's clock, rounded up; 0.2 is taken for a fifth, which floating point misses."""
-    return math.ceil(Fraction(seconds).limit_denominator(10**6) / stream.time_base)
+    ticks = math.ceil(Fraction(seconds).limit_denominator(10**6) / stream.time_base)
+    return min(ticks, 2**62)  # no frame is that late, and libav takes 64 bits
 
 
 def _index_section(container, stream, name, begin: int, end: int | None):
@@ -473,8 +476,9 @@ def _index_section(container, stream, name, begin: int, end: int | None):
         except av.FFmpegError:
             break
         _, times, keys = _index_packets(container, stream, name, end)
-        if times and keys and min(keys)[0] <= begin:
-            return times[bisect_left(times, min(keys)[0]) :], keys
+        first = min((shown for shown, _ in keys), default=None)
+        if first is not None and first <= begin:
+            return times[bisect_left(times, first) :], keys
     return None, []
 
 

@@ -230,8 +230,8 @@ def _section(start, stop) -> tuple[float, float | None] | None:
     if start is None and stop is None:
         return None
     start = 0 if start is None else start
-    are_numbers = all(isinstance(value, int | float) for value in (start, 0 if stop is None else stop))
-    if not are_numbers or not 0 <= start < (math.inf if stop is None else stop):
+    are_times = all(isinstance(value, int | float) and 0 <= value < math.inf for value in (start, stop or 0))
+    if not are_times or (stop is not None and stop <= start):
         raise ValueError(
             f"`start_seconds` is {start!r} and `stop_seconds` is {stop!r}, but they must be numbers of seconds, the "
             "first at least 0 and the second more than the first, or None."

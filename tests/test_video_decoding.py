@@ -91,6 +91,8 @@ def test_sections_hold_the_frames_of_their_time(video, name):
         assert read_numbers(frames) == expected and metadata.total_num_frames == len(expected)
     with pytest.raises(ValueError, match=re.escape(path) + " shows no frame from 100 s to 101 s"):
         decode_video(path, section=(100, 101))
+    with pytest.raises(ValueError, match=re.escape(path)):  # more than libav's clock counts
+        decode_video(path, section=(1e300, None))
 
 
 def test_only_the_section_is_read(tmp_path, monkeypatch):

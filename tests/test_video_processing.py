@@ -86,6 +86,7 @@ def test_sampling_errors(options, message):
         ("start_seconds", float("nan")),
         ("start_seconds", "2"),
         ("stop_seconds", 0),
+        ("stop_seconds", float("inf")),
     ],
 )
 def test_bad_options(option, value):
