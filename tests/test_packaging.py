@@ -107,11 +107,17 @@ def test_convert(run, installed, monkeypatch):
             command.main()
 
 
+def parsed(folder):
+    """The Python files in a folder of the repository, and their syntax trees."""
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        yield path, ast.parse(path.read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_no_module_uses_underscored_names_of_another(folder):
     ours = {path.stem for path in (ROOT / folder).rglob("*.py")} | {"modeling_videomamba", "conversion"}
-    for path in (ROOT / folder).rglob("*.py"):
-        tree, modules = ast.parse(path.read_text(encoding="utf-8")), set()
+    for path, tree in parsed(folder):
+        modules = set()
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.level or node.module.split(".")[0] in ours):
                 assert not [name.name for name in node.names if re.match("_[^_]", name.name)], path
@@ -129,10 +135,10 @@ def test_nothing_that_windows_lacks(folder):
     calls = {"fork", "symlink", "symlink_to", "mkfifo", "alarm", "getuid"}
     signals = {"SIGKILL", "SIGALRM", "SIGUSR1", "SIGHUP"}
     modules = {"fcntl", "grp", "pwd", "resource", "termios"}
-    for path in (ROOT / folder).rglob("*.py"):
+    for path, tree in parsed(folder):
         if path.name == "benchmark_decoding.py":  # measures peak memory by a module of Unix, and says so
             continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree):
             place = f"{path}:{getattr(node, 'lineno', 0)}"
             if isinstance(node, ast.Import):
                 assert not modules & {name.name for name in node.names}, place
