@@ -33,6 +33,8 @@ import torch.nn.functional as F
 
 from .selective_scan_cuda import bidirectional_selective_scan as cuda_scan
 from .selective_scan_cuda import unusable_reason as cuda_unusable_reason
+from .selective_scan_cuda_simt import bidirectional_selective_scan as cuda_simt_scan
+from .selective_scan_cuda_simt import unusable_reason as cuda_simt_unusable_reason
 from .selective_scan_export import bidirectional_selective_scan as export_scan
 from .selective_scan_export import unusable_reason as export_unusable_reason
 from .selective_scan_mamba_ssm import bidirectional_selective_scan as mamba_ssm_scan
@@ -83,6 +85,7 @@ class ScanBackend(NamedTuple):
 BACKENDS = {
     "cuda": ScanBackend(cuda_unusable_reason, cuda_scan, fuses_out_proj=True),
     "mamba_ssm": ScanBackend(mamba_ssm_unusable_reason, mamba_ssm_scan),
+    "cuda_simt": ScanBackend(cuda_simt_unusable_reason, cuda_simt_scan),
     "numba": ScanBackend(numba_unusable_reason, numba_scan),
     "torch": ScanBackend(torch_unusable_reason, torch_scan),
     "export": ScanBackend(export_unusable_reason, export_scan),

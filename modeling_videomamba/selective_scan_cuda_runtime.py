@@ -27,12 +27,13 @@ KERNEL_FILES = {
     **dict.fromkeys(("conv", "conv_backward"), "convolution.cu"),
     "backward": "scan_backward.cu",
     "rms_norm": "norm.cu",
+    **dict.fromkeys(("simt_ends", "simt_pass", "simt_scan", "simt_backward"), "simt.cu"),
 }
 
 
-def source_constant(name):
-    """The integer that the kernels' sources define as `name`."""
-    return int(re.search(rf"^#define {name} (\d+)", SOURCES["primitives.cuh"], re.MULTILINE)[1])
+def source_constant(name, file="primitives.cuh"):
+    """The integer that a file of the kernels defines as `name`."""
+    return int(re.search(rf"^#define {name} (\d+)", SOURCES[file], re.MULTILINE)[1])
 
 
 def included_sources(name):
@@ -58,6 +59,16 @@ def nvrtc():
         except OSError:
             continue
     raise OSError(f"no {names[0]} on the library path or in {packages}")
+
+
+@functools.cache
+def compiled_architectures():
+    """The compute capabilities that this NVRTC compiles for, times ten: 75 is 7.5."""
+    count = ctypes.c_int()
+    nvrtc().nvrtcGetNumSupportedArchs(ctypes.byref(count))
+    found = (ctypes.c_int * count.value)()
+    nvrtc().nvrtcGetSupportedArchs(found)
+    return set(found)
 
 
 @functools.cache

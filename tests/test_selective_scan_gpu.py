@@ -26,6 +26,7 @@ from modeling_videomamba import (
     VideoMambaForVideoClassification,
     rms_norm_cuda,
     selective_scan_cuda,
+    selective_scan_cuda_simt,
     use_scan_backend,
 )
 from modeling_videomamba import selective_scan_cuda_runtime as runtime
@@ -79,9 +80,9 @@ def output_and_gradients(function, tensors, grad, order):
     return [out.detach(), *torch.autograd.grad(out, tensors, grad.to(out.dtype))]
 
 
-def assert_close_to_reference(tensors, grad, order, tolerance):
+def assert_close_to_reference(tensors, grad, order, tolerance, backend=selective_scan_cuda):
     """Output and all gradients, each by ‖found - expected‖ / ‖expected‖."""
-    found = output_and_gradients(selective_scan_cuda.bidirectional_selective_scan, tensors, grad, order)
+    found = output_and_gradients(backend.bidirectional_selective_scan, tensors, grad, order)
     expected = output_and_gradients(bidirectional_selective_scan_reference, tensors, grad, order)
     names = "out xz conv_weight conv_bias x_proj_weight dt_proj_weight dt_proj_bias A_log D".split()
     errors = {
@@ -90,7 +91,7 @@ def assert_close_to_reference(tensors, grad, order, tolerance):
     }
     assert all(f.dtype == tensors[0].dtype for f in found)
     with torch.no_grad():  # another way to the kernels, and for few chunks other kernels
-        inferred = selective_scan_cuda.bidirectional_selective_scan(*tensors, order=order).double()
+        inferred = backend.bidirectional_selective_scan(*tensors, order=order).double()
     errors["inferred"] = ((inferred - expected[0]).norm() / expected[0].norm().clamp(min=1e-30)).item()
     assert all(error <= tolerance for error in errors.values()), errors
 
@@ -131,7 +132,8 @@ def on_cpu(monkeypatch, compile_for_cpu):
     def queue(launch, arguments, stream):
         assert launch.shared <= 227 * 1024, "more shared memory than a Hopper GPU has"
         options = ((f"{launch.name.upper()}_KERNEL", 1), *launch.options.items())
-        struct = "NormArgs" if launch.name == "rms_norm" else "Args"
+        kind = launch.name.split("_")[0]
+        struct = {"rms": "NormArgs", "simt": "SimtArgs"}.get(kind, "Args")
         start = f"""extern "C" void launch(const {struct} *args, int x, int y, int z, int threads) {{
             run_on_cpu([=] {{ {launch.name}(*args); }}, x, y, z, threads);
         }}"""
@@ -143,9 +145,11 @@ def on_cpu(monkeypatch, compile_for_cpu):
 
     monkeypatch.setattr(runtime.Launch, "queue", queue)
     monkeypatch.setattr(selective_scan_cuda._Call, "new", new)
+    monkeypatch.setattr(selective_scan_cuda_simt._Walks, "new", new)
 
     def plan_for(multiprocessors):
-        monkeypatch.setattr(selective_scan_cuda, "_multiprocessors", lambda device: multiprocessors)
+        for backend in (selective_scan_cuda, selective_scan_cuda_simt):
+            monkeypatch.setattr(backend, "_multiprocessors", lambda device: multiprocessors)
 
     return plan_for
 
@@ -321,6 +325,41 @@ def test_too_little_memory_is_said_before_it_is_spent(monkeypatch):
     selective_scan_cuda._check_memory(plan)
 
 
+# One span, or several, the last of them short; channels that fill no block, states that fill no lane.
+@pytest.mark.parametrize(
+    "multiprocessors, batch, length, channels, order, states, dtype",
+    [
+        (1, 1, 1, 24, "reversal", 16, torch.float32),
+        (1, 2, 37, 40, "any", 16, torch.float32),
+        (132, 1, 70, 24, "reversal", 16, torch.float32),
+        (132, 2, 49, 40, "spatial", 5, torch.float32),
+        (132, 1, 20, 24, "reversal", 20, torch.float32),
+        (132, 1, 37, 24, "reversal", 16, torch.float16),
+        (1, 1, 20, 24, "reversal", 16, torch.bfloat16),
+    ],
+)
+def test_simt_kernels_on_the_cpu(on_cpu, multiprocessors, batch, length, channels, order, states, dtype):
+    on_cpu(multiprocessors)
+    tensors, grad = make_inputs(batch, length, channels, dtype, states)
+    order = make_order(order, length)
+    assert_close_to_reference(tensors, grad, order, TOLERANCE[dtype], selective_scan_cuda_simt)
+
+
+@pytest.mark.parametrize("shift", [-9.0, 3.0])
+def test_simt_kernels_with_tiny_and_large_steps(on_cpu, shift):
+    on_cpu(132)
+    tensors, grad = make_inputs(1, 35, 24, torch.float32, shift=shift)
+    assert_close_to_reference(tensors, grad, None, TOLERANCE[torch.float32], selective_scan_cuda_simt)
+
+
+def test_the_simt_operator_is_a_good_citizen(on_cpu):
+    on_cpu(1)
+    shapes = [(2, 1, 18, 24), (2, 1, 18, 24), (2, 24, 16), (2, 1, 18, 16), (2, 1, 18, 16)]
+    u, delta, A, B, C = (torch.randn(shape) for shape in shapes)
+    arguments = [t.requires_grad_() for t in (u, delta.exp(), -A.exp(), B, C)]
+    torch.library.opcheck(torch.ops.videomamba.selective_scan_simt.default, (*arguments, True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_rms_norm_on_the_cpu(on_cpu, dtype):
     x = 3 * torch.randn(3, 3, 36, generator=torch.Generator().manual_seed(0))
@@ -362,6 +401,17 @@ def test_nvrtc_compiles_the_kernels(nvrtc, kernel, io, architecture):
     assert int(architecture[3:]) in (flags & 0xFF, flags >> 8 & 0xFF)
     code = elf_sections(cubin)[f".text.{kernel}"]
     assert len(code) > 1000 and any(code)
+
+
+def test_nvrtc_compiles_the_simt_kernels_from_turing_to_blackwell(nvrtc):
+    known = runtime.compiled_architectures()
+    assert {75, 80, 86, 89, 90} <= known
+    names = [name for name, file in runtime.KERNEL_FILES.items() if file == "simt.cu"]
+    for name in names:
+        for architecture in [75, 80, 86, 89, 90, 100, 120] if name == "simt_backward" else [75]:
+            if architecture in known:
+                cubin, _ = runtime.compile_kernel(name, {"IO": 0, "PT": 0, "N": 16}, f"sm_{architecture}")
+                assert len(elf_sections(cubin)[f".text.{name}"]) > 500
 
 
 def elf_sections(file):
@@ -418,7 +468,11 @@ def test_the_package_carries_the_files_of_csrc():
 
 @pytest.mark.parametrize(
     "file, struct, arguments",
-    [("primitives.cuh", "Args", runtime.KernelArguments), ("norm.cu", "NormArgs", rms_norm_cuda.NormArguments)],
+    [
+        ("primitives.cuh", "Args", runtime.KernelArguments),
+        ("norm.cu", "NormArgs", rms_norm_cuda.NormArguments),
+        ("simt.cu", "SimtArgs", selective_scan_cuda_simt.SimtArguments),
+    ],
 )
 def test_arguments_are_laid_out_as_the_kernels_read_them(compile_for_cpu, file, struct, arguments):
     fields = [name for name, _ in arguments._fields_]
@@ -452,6 +506,9 @@ def test_python_reserves_the_shared_memory_that_the_kernels_take(compile_for_cpu
     more = 'extern "C" int backward_shared() { return BACKWARD_SHARED; }'
     backward = compile_for_cpu("scan_backward.cu", options[:-1], more)
     assert backward.backward_shared() == selective_scan_cuda.shared_bytes("backward", 1, 0, rank, states, dtype)
+    more = 'extern "C" int simt_shared() { return SIMT_SHARED; }'
+    simt = compile_for_cpu("simt.cu", (("IO", 0), ("N", states), ("SIMT_BACKWARD_KERNEL", 1)), more)
+    assert simt.simt_shared() == selective_scan_cuda_simt.shared_bytes(states)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -468,6 +525,23 @@ def test_python_reserves_the_shared_memory_that_the_kernels_take(compile_for_cpu
 def test_sizes(batch, length, channels, dtype):
     tensors, grad = make_inputs(batch, length, channels, dtype, device="cuda")
     assert_close_to_reference(tensors, grad, None, TOLERANCE[dtype])
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "batch, length, channels, order",
+    [(1, 1, 24, "reversal"), (3, 17, 15, "any"), (1, 1569, 48, "reversal"), (300, 33, 100, "reversal")],
+)
+def test_simt_kernels(batch, length, channels, order, dtype):
+    tensors, grad = make_inputs(batch, length, channels, dtype, device="cuda")
+    order = make_order(order, length, "cuda")
+    found = []
+    for _ in range(2):
+        assert_close_to_reference(tensors, grad, order, TOLERANCE[dtype], selective_scan_cuda_simt)
+        scan = selective_scan_cuda_simt.bidirectional_selective_scan
+        found.append(output_and_gradients(scan, tensors, grad, order))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @gpu
