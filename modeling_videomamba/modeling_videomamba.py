@@ -101,21 +101,30 @@ class VideoMambaEmbeddings(nn.Module):
     def forward(self, pixel_values, grid):
         """Clips (B, T, C, H, W), and how many tubelets they hold along time, height and width; tokens (B, L, D)."""
         tokens = self.patch_embeddings(pixel_values)
+        positions, class_token = self.positions_for(grid, tokens)
+        if positions is not None:
+            tokens = tokens + positions
+        if class_token is None:
+            return tokens
+        class_token = class_token.expand(tokens.shape[0], -1, -1)
+        place = class_token_index(self.config, tokens.shape[1])
+        return torch.cat([tokens[:, :place], class_token, tokens[:, place:]], dim=1)
+
+    def positions_for(self, grid, tokens):
+        """
+        Positions of the tubelets (1, n_t · n_h · n_w, D) in the type and on the device of `tokens`, and the class
+        token with its own (1, 1, D); None for what the config has not.
+        """
+        positions, class_token = None, self.cls_token if self.has_class_token else None
         if self.config.position_embedding_type == "sinusoidal":
-            tokens = tokens + self.sinusoids_for(grid, tokens.device).to(tokens)
+            positions = self.sinusoids_for(grid, tokens.device).to(tokens)
         elif self.config.position_embedding_type == "learned":
             positions = self.position_embeddings[:, self.has_class_token :]
             if grid != self.config.grid_size:
                 positions = interpolate_positions(positions, self.config.grid_size, grid)
-            tokens = tokens + positions
-        if not self.has_class_token:
-            return tokens
-        class_token = self.cls_token
-        if self.config.position_embedding_type == "learned":
-            class_token = class_token + self.position_embeddings[:, :1]
-        class_token = class_token.expand(tokens.shape[0], -1, -1)
-        place = class_token_index(self.config, tokens.shape[1])
-        return torch.cat([tokens[:, :place], class_token, tokens[:, place:]], dim=1)
+            if self.has_class_token:
+                class_token = class_token + self.position_embeddings[:, :1]
+        return positions, class_token
 
     def sinusoids_for(self, grid, device):
         """The table (1, n_t · n_h · n_w, D): the one at hand, or another for clips of another size."""
@@ -367,7 +376,10 @@ class VideoMambaLayer(GradientCheckpointingLayer):
         return self.mixer(self.norm(hidden_states), order)
 
     def forward(self, hidden_states, order=None, **kwargs: Unpack[TransformersKwargs]):
-        update = self.update(hidden_states, order)
+        return self.add(hidden_states, self.update(hidden_states, order))
+
+    def add(self, hidden_states, update):
+        """The residual connection, with stochastic depth in training."""
         if self.training and self.drop_path_rate > 0:
             keep = 1 - self.drop_path_rate
             update = update * update.new_empty(update.shape[0], 1, 1).bernoulli_(keep).div_(keep)
@@ -750,6 +762,12 @@ class VideoMambaForVideoClassification(VideoMambaPreTrainedModel):
         if labels is not None:
             loss = self.loss_function(labels, logits, self.config, **kwargs)
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+    def context_parallel(self, group=None):
+        """This classifier with its clips cut along time over the processes of a group, see [`ContextParallel`]."""
+        from .context_parallel import ContextParallel
+
+        return ContextParallel(self, group)
 
     def delta_maps(self, pixel_values, layers=None, interpolate_pos_encoding=False) -> VideoMambaDeltaMaps:
         """See [`VideoMambaModel.delta_maps`]."""

@@ -1,15 +1,10 @@
 """Fully sharded training (FSDP2), as transformers asks for it: the gradients of one process, from two."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassification
+from script_runner import run_in_processes
 
 
 # Each of two processes trains on its half of a batch; process 0 writes the gradients of the whole.
@@ -48,19 +43,7 @@ def test_sharded_gradients_are_those_of_one_process(tmp_path):
     torch.save((pixel_values, labels), tmp_path / "batch.pt")
     model(pixel_values, labels=labels).loss.backward()
 
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    command = [sys.executable, "-c", TRAIN, str(tmp_path), str(tmp_path / "gradients.pt")]
-    processes = [
-        subprocess.Popen(
-            command, env=environment | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in ("0", "1")
-    ]
-    errors = [process.communicate(timeout=240)[1] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(errors)
+    run_in_processes(2, TRAIN, tmp_path, tmp_path / "gradients.pt")
     found = torch.load(tmp_path / "gradients.pt", weights_only=True)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, msg=name, atol=1e-6, rtol=1e-4)

@@ -1,0 +1,94 @@
+"""One clip over several processes, against the model alone."""
+
+import pytest
+import torch
+
+from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassification
+from script_runner import run_in_processes
+
+
+# Each process takes its part of the same clips; what each found is written.
+TRAIN = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from modeling_videomamba import VideoMambaForVideoClassification
+
+folder = sys.argv[1]
+dist.init_process_group("gloo")
+for name in sys.argv[2:]:
+    model = VideoMambaForVideoClassification.from_pretrained(f"{folder}/{name}").train()
+    if name == "checkpointed":
+        model.gradient_checkpointing_enable()
+    clips, labels = torch.load(f"{folder}/{name}/batch.pt", weights_only=True)
+    parallel = DistributedDataParallel(model.context_parallel())
+    outputs = parallel(clips, labels=labels)
+    outputs.loss.backward()
+    found = {parameter_name: parameter.grad for parameter_name, parameter in model.named_parameters()}
+    torch.save({"logits": outputs.logits.detach(), **found}, f"{folder}/{name}/found-{dist.get_rank()}.pt")
+dist.destroy_process_group()
+"""
+
+# The class token in the first or a later part, or none; parts of equal and of other lengths.
+CASES = {
+    "middle": {"class_token_position": "middle"},
+    "first": {"class_token_position": "first", "num_frames": 10},
+    "checkpointed": {"class_token_position": "none", "position_embedding_type": "sinusoidal", "num_frames": 14},
+}
+
+
+def tiny_model(**fields):
+    config = VideoMambaConfig(
+        **{"hidden_size": 32, "num_hidden_layers": 2, "image_size": 32, "num_frames": 4, **fields}
+    )
+    return VideoMambaForVideoClassification(config).eval()
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_parts_give_the_logits_and_gradients_of_the_whole(tmp_path, processes):
+    expected = {}
+    for seed, (name, fields) in enumerate(CASES.items()):
+        torch.manual_seed(seed)
+        model = tiny_model(**{"num_frames": 8, "num_labels": 3, "drop_path_rate": 0.0, **fields}).train()
+        # Steps so long that much of a state is left at the border, and positions that differ.
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("A_log"):
+                parameter.data -= 3
+            elif "position_embeddings" in parameter_name or "cls_token" in parameter_name:
+                parameter.data *= 50
+        model.save_pretrained(tmp_path / name)
+        clips, labels = torch.randn(2, model.config.num_frames, 3, 32, 32), torch.tensor([0, 2])
+        torch.save((clips, labels), tmp_path / name / "batch.pt")
+        outputs = model(clips, labels=labels)
+        outputs.loss.backward()
+        expected[name] = {"logits": outputs.logits.detach(), **{n: p.grad for n, p in model.named_parameters()}}
+
+    run_in_processes(processes, TRAIN, tmp_path, *CASES)
+    for name, tensors in expected.items():
+        for rank in range(processes):
+            found = torch.load(tmp_path / name / f"found-{rank}.pt", weights_only=True)
+            assert found.keys() == tensors.keys()
+            errors = {n: ((found[n] - t).norm() / t.norm()).item() for n, t in tensors.items()}
+            assert all(error < 1e-5 for error in errors.values()), (name, rank, errors)
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process alone."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_orders_whose_parts_do_not_follow_each_other_are_refused(alone):
+    with pytest.raises(ValueError, match="full reversal; this model's `backward_scan` is 'temporal'"):
+        tiny_model(backward_scan="temporal").context_parallel()
+
+
+def test_clips_with_fewer_steps_than_processes_are_refused(alone):
+    split = tiny_model().context_parallel()
+    split.processes = 3
+    with pytest.raises(ValueError, match="Clips of 2 steps in time, each of 4 tubelets, .* over 3 processes"):
+        split(torch.zeros(1, 4, 3, 32, 32))
