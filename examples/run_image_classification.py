@@ -182,6 +182,8 @@ def main():
     trainer.log_metrics("eval", metrics)
     trainer.save_model()
     card = {"tags": ["image-classification"], "dataset": os.path.basename(args.dataset)}
+    if not os.path.isdir(args.dataset):
+        card["dataset_tags"] = args.dataset  # the Hub then shows the data set beside the model
     if training_args.push_to_hub:
         trainer.push_to_hub(**card)
     else:
