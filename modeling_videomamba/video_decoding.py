@@ -441,7 +441,10 @@ def _read_section(source, name, sample, transform, start, stop):
             end = None if stop is None else stream.start_time + _ticks(stop, stream)
             times, keys = _index_section(container, stream, name, begin, end)
             if times is None:
-                raise ValueError(f"{name} cannot be searched by time: no key frame is found at {start:g} s. {hint}")
+                raise ValueError(
+                    f"{name} cannot be searched by time: no key frame whose time can be trusted is "
+                    f"found at {start:g} s. {hint}"
+                )
             before = bisect_left(times, begin)  # frames that are decoded for the sake of others
             total = (len(times) if end is None else bisect_left(times, end)) - before
             if total < 1:

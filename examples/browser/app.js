@@ -52,9 +52,14 @@ async function classify(frames) {
 }
 
 const event = (name) => new Promise((resolve, reject) => {
-  video.addEventListener(name, resolve, { once: true });
-  video.addEventListener("error", () => reject(new Error(
-    "This browser cannot play the file. Convert it to H.264 in MP4 or VP9 in WebM.")), { once: true });
+  const heard = new AbortController();
+  const listen = (name, answer) => video.addEventListener(name, () => {
+    heard.abort();
+    answer();
+  }, { signal: heard.signal });
+  listen(name, resolve);
+  listen("error", () => reject(new Error(
+    "This browser cannot play the file. Convert it to H.264 in MP4 or VP9 in WebM.")));
 });
 
 // The browser does not tell the frame rate: play the beginning and look at when its frames are shown.
@@ -67,7 +72,7 @@ async function frameInterval() {
     };
     video.requestVideoFrameCallback(look);
   });
-  const ended = new Promise((resolve) => video.addEventListener("ended", resolve, { once: true }));
+  const ended = event("ended");
   await video.play();
   await Promise.race([seen, ended]);
   video.pause();
