@@ -23,15 +23,25 @@ def unusable_reason(device, dtype):
 
 
 def bidirectional_selective_scan(
-    xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, order=None, scan=None
+    xz,
+    conv_weight,
+    conv_bias,
+    x_proj_weight,
+    dt_proj_weight,
+    dt_proj_bias,
+    A_log,
+    D,
+    order=None,
+    scan=None,
+    softplus=F.softplus,
 ):
     """
     See `selective_scan.bidirectional_selective_scan`. Both directions run as one batch with a leading axis of 2.
-    `scan` takes the place of [`selective_scan`] if given.
+    `scan` takes the place of [`selective_scan`] if given, `softplus` that of PyTorch's.
     """
     x, z = xz.chunk(2, dim=-1)
     u = F.silu(causal_convolution(in_order_of_visits(x, order), conv_weight, conv_bias))
-    delta, B, C = selection(u, x_proj_weight, dt_proj_weight, dt_proj_bias)
+    delta, B, C = selection(u, x_proj_weight, dt_proj_weight, dt_proj_bias, softplus)
     y = (scan or selective_scan)(u, delta, -torch.exp(A_log.float()), B, C)
     y = y + u * D.to(u.dtype)[:, None, None]
     return (y[0] + at_own_tokens(y[1], order)) * (F.silu(z) / 2)
@@ -47,7 +57,7 @@ def at_own_tokens(y, order):
     return y.flip(1) if order is None else y[:, order.places]
 
 
-def selection(u, x_proj_weight, dt_proj_weight, dt_proj_bias):
+def selection(u, x_proj_weight, dt_proj_weight, dt_proj_bias, softplus=F.softplus):
     """
     What the input selects: of u (2, B, L, E) the step sizes Δ (2, B, L, E), after the softplus and in float32, and B
     and C (2, B, L, N).
@@ -56,7 +66,7 @@ def selection(u, x_proj_weight, dt_proj_weight, dt_proj_bias):
     projected = torch.matmul(u, x_proj_weight.to(u.dtype).transpose(1, 2)[:, None])
     time_step, B, C = projected.tensor_split([rank, (rank + projected.shape[-1]) // 2], dim=-1)
     delta = torch.matmul(time_step, dt_proj_weight.to(u.dtype).transpose(1, 2)[:, None])
-    return F.softplus(delta.float() + dt_proj_bias.float()[:, None, None]), B, C
+    return softplus(delta.float() + dt_proj_bias.float()[:, None, None]), B, C
 
 
 def causal_convolution(x, weight, bias):

@@ -26,6 +26,7 @@ from modeling_videomamba import (
     use_scan_backend,
 )
 from modeling_videomamba.selective_scan import bidirectional_selective_scan
+from modeling_videomamba.selective_scan_export import softplus
 from modeling_videomamba.selective_scan_reference import bidirectional_selective_scan_reference
 
 
@@ -74,6 +75,11 @@ def test_backend_matches_the_float64_reference(reversed_tokens):
     expected = bidirectional_selective_scan_reference(*inputs, order=order, dtype=torch.float64)
     found = bidirectional_selective_scan(*inputs, order=order, backend="export")
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_softplus_keeps_small_steps_and_does_not_overflow():
+    x = torch.cat([torch.linspace(-80, 120, 200001), torch.tensor([0.0, -1e-6, -1e4, 1e4])])
+    np.testing.assert_allclose(softplus(x), np.logaddexp(0, x.double().numpy()), rtol=1e-6)
 
 
 @needs_pytorch_2_11
