@@ -41,7 +41,7 @@ from modeling_videomamba import (
 from modeling_videomamba.selective_scan import use_scan_backend
 from script_runner import run_script
 from training_clips import NAMES, tiny_processor, touch
-from video_files import read_numbers, write_video
+from video_files import write_video
 
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -133,43 +133,34 @@ def read_trainer_state(output):
     return json.loads((output / "trainer_state.json").read_text())["log_history"]
 
 
-# The paper (section 5.1); OpenGVLab's scripts of VideoMamba-Ti, whose 32 frames are spread over the whole video: here,
-# from the first of 300 to the last.
-SPREAD = [round(k * 299 / 31) for k in range(32)]
+@pytest.mark.parametrize("name, epochs, rate", [("breakfast", 70, 2e-4), ("coin", 40, 2e-4), ("lvu", 70, 4e-4)])
+def test_recipes_of_long_videos_are_their_authors(name, epochs, rate, monkeypatch):
+    """Five epochs of warm-up, 32 frames spread over the whole video (OpenGVLab's scripts of VideoMamba-Ti)."""
+    command = ["script", "--use_cpu", "--output_dir", "out", "--recipe", str(EXAMPLES / f"recipes/{name}.args")]
+    monkeypatch.setattr(sys, "argv", command)
+    for kind in (TrainingArguments, plain_loop.LoopArguments):
+        model, clips, loop = data.parse_arguments(models.ModelArguments, data.DataArguments, kind)
+        assert (model.num_frames, model.frame_stride, loop.learning_rate) == (32, 0, rate)
+        assert loop.num_train_epochs == epochs and loop.warmup_steps * epochs == pytest.approx(5, abs=0.01)
+        assert clips.mirror_swaps == "" and clips.random_erasing == 0.25
 
 
-@pytest.mark.parametrize(
-    "name, warmup_epochs, peak, mirrored, frames",
-    [
-        ("k400", 1, 3e-4, True, list(range(134, 166, 2))),
-        ("ssv2", 1, 3e-4, False, list(range(134, 166, 2))),
-        ("hmdb51", 1, 3e-4, True, list(range(134, 166, 2))),
-        ("breakfast", 5, 2e-4, True, SPREAD),
-        ("coin", 5, 2e-4, True, SPREAD),
-        ("lvu", 5, 4e-4, True, SPREAD),
-    ],
-)
-def test_recipes_train_as_their_authors_say(name, warmup_epochs, peak, mirrored, frames, tmp_path, monkeypatch):
-    """Warm-up and a cosine to zero, with either script; which frames are seen; no mirrored clip of SSV2."""
+@pytest.mark.parametrize("name, mirrored", [("k400", True), ("ssv2", False), ("hmdb51", True)])
+def test_recipes_train_as_the_paper_says(name, mirrored, tmp_path, monkeypatch):
+    """One epoch of warm-up to 3e-4 and a cosine to zero, with either script; no mirrored clip of SSV2."""
     command = ["script", "--use_cpu", "--output_dir", str(tmp_path), "--recipe"]
     recipe = str(EXAMPLES / f"recipes/{name}.args")
     monkeypatch.setattr(sys, "argv", [*command, recipe, "--seed", "7"])
     for kind in (TrainingArguments, plain_loop.LoopArguments):
-        model, clips, loop = data.parse_arguments(models.ModelArguments, data.DataArguments, kind)
+        _, clips, loop = data.parse_arguments(models.ModelArguments, data.DataArguments, kind)
         assert loop.seed == 7
     steps_an_epoch = 5000
     total, warmup = plain_loop.count_steps(loop, range(steps_an_epoch))
-    assert warmup == pytest.approx(warmup_epochs * steps_an_epoch, rel=2e-3)
+    assert warmup == pytest.approx(steps_an_epoch, rel=2e-3)
     optimizer = torch.optim.AdamW([torch.zeros(1)], loop.learning_rate)
     rate = get_scheduler(loop.lr_scheduler_type, optimizer, warmup, total).lr_lambdas[0]
     at = [loop.learning_rate * rate(step) for step in (warmup // 2, warmup, (warmup + total) // 2, total)]
-    assert at == pytest.approx([peak / 2, peak, peak / 2, 0], abs=1e-7)
-
-    model = dataclasses.replace(model, hidden_size=16, num_hidden_layers=1, image_size=32)
-    reader = models.load_model(model, ["a", "b"], training=True)[2]
-    long = write_video(tmp_path / "long.mp4", 300, size=(48, 64), options={"crf": "0"}, pix_fmt="yuv444p")
-    seen = data.read_frames(reader, {"path": long, "bytes": None})
-    assert read_numbers(seen.permute(0, 2, 3, 1).numpy()) == pytest.approx(frames, abs=1)
+    assert at == pytest.approx([1.5e-4, 3e-4, 1.5e-4, 0], abs=1e-7)
 
     reader = tiny_processor()
     plain = dataclasses.replace(clips, rand_augment=0, random_erasing=0.0, min_crop_area=1.0)
