@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -17,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -29,6 +31,7 @@ from transformers import (
     get_scheduler,
 )
 
+import evaluate_video_classification as evaluation
 import run_video_classification_no_trainer as plain_loop
 import video_classification_data as data
 import video_classification_model as models
@@ -133,16 +136,93 @@ def read_trainer_state(output):
     return json.loads((output / "trainer_state.json").read_text())["log_history"]
 
 
-@pytest.mark.parametrize("name, epochs, rate", [("breakfast", 70, 2e-4), ("coin", 40, 2e-4), ("lvu", 70, 4e-4)])
-def test_recipes_of_long_videos_are_their_authors(name, epochs, rate, monkeypatch):
-    """Five epochs of warm-up, 32 frames spread over the whole video (OpenGVLab's scripts of VideoMamba-Ti)."""
-    command = ["script", "--use_cpu", "--output_dir", "out", "--recipe", str(EXAMPLES / f"recipes/{name}.args")]
-    monkeypatch.setattr(sys, "argv", command)
-    for kind in (TrainingArguments, plain_loop.LoopArguments):
-        model, clips, loop = data.parse_arguments(models.ModelArguments, data.DataArguments, kind)
-        assert (model.num_frames, model.frame_stride, loop.learning_rate) == (32, 0, rate)
-        assert loop.num_train_epochs == epochs and loop.warmup_steps * epochs == pytest.approx(5, abs=0.01)
-        assert clips.mirror_swaps == "" and clips.random_erasing == 0.25
+def write_clips_that_redden(folder, names, count):
+    """Clips of `count` frames whose red says which frame it is, 20 + 4 · number, and whose blue grows to the right."""
+    frames = np.zeros((count, 32, 64, 3), np.uint8)
+    frames[..., 0] = 20 + 4 * np.arange(count)[:, None, None]
+    frames[..., 2] = 3 * np.arange(64)
+    for name in names:
+        touch(folder / name)
+        write_video(folder / name, frames, pix_fmt="yuv444p", options={"crf": "0"})
+
+
+def frame_numbers(frames):
+    """Of (..., T, C, H, W) uint8, as `write_clips_that_redden` has coloured them."""
+    return ((frames[..., 0, :, :].float().mean((-2, -1)) - 20) / 4).round().int()
+
+
+@pytest.mark.parametrize(
+    "name, script, lines",
+    [
+        ("breakfast", "run_video_classification", "P03/cam01/{0}.avi,0\nP04/cam01/{1}.avi,1\n"),
+        ("coin", "run_video_classification_no_trainer", None),  # COIN's own file
+        ("lvu", "run_video_classification", "{0}.mp4,0,61\n{1}.mp4,1,143\n"),
+    ],
+    ids=["breakfast", "coin", "lvu"],
+)
+def test_recipes_of_long_videos_train_and_are_tested_as_their_authors_do(
+    name, script, lines, scripts, tmp_path, monkeypatch
+):
+    """From the authors' lists to scores, with the views that the recipe names; each covers the whole video."""
+    recipe, root, count = EXAMPLES / f"recipes/{name}.args", tmp_path / "videos", 57
+    parts = {"train": ["first", "second"], "validation": ["third", "fourth"]}
+    lists = {part: tmp_path / f"{part}.csv" for part in parts}
+    if lines is None:
+        lists = dict.fromkeys(parts, tmp_path / "COIN.json")
+        subsets = {"train": "training", "validation": "testing"}
+        rows = {
+            clip: {"class": label, "subset": subsets[part], "recipe_type": 0, "annotation": []}
+            for part, clips in parts.items()
+            for clip, label in zip(clips, ["BoilNoodles", "MakeTea"], strict=True)
+        }
+        lists["train"].write_text(json.dumps({"database": rows}))
+        write_clips_that_redden(root, [f"0/{clip}.mp4" for clip in rows], count)
+    else:
+        for part, clips in parts.items():
+            lists[part].write_text(lines.format(*clips))
+            write_clips_that_redden(root, [line.split(",")[0] for line in lines.format(*clips).split()], count)
+    lists = ["--train_list", lists["train"], "--validation_list", lists["validation"], "--video_root", root]
+    tiny = ["--hidden_size", 16, "--num_hidden_layers", 1, "--image_size", 32, "--per_device_train_batch_size", 2]
+    command = ["--recipe", recipe, *lists, *tiny, "--use_cpu", "--output_dir", tmp_path / "out", "--max_steps", 2]
+    command += ["--logging_steps", 1, "--report_to", "none"]
+    run(scripts, script, *command, *["--do_train"] * (script[-1] == "n"))
+    assert list(losses(tmp_path / "out")) == [1, 2]
+
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, command)])
+    model, clips, loop = data.parse_arguments(models.ModelArguments, data.DataArguments, plain_loop.LoopArguments)
+    assert loop.num_train_epochs * loop.warmup_steps == pytest.approx(5, abs=0.01), "five epochs of warm-up"
+    reader = models.load_model(model, ["a", "b"], training=True)[2]
+    plain = dataclasses.replace(clips, rand_augment=0, random_erasing=0.0)
+    splits, names = data.load_clips(plain, ["train"], 0, data.DecodeFailures(str(tmp_path), 0))
+    seen = data.transform_clips(splits, names, plain, reader, tiny_processor(), None, 0)["train"][0]
+    numbers = frame_numbers(seen["pixel_values"])
+    assert len(numbers) == 32 and (numbers[0], numbers[-1]) == (0, count - 1)
+    assert set(numbers.diff().tolist()) == {1, 2}  # 56 / 31 apart
+
+    shown = []
+
+    class Watched(data.Normalize):
+        def __call__(self, frames):
+            shown.append(frames)
+            return super().__call__(frames)
+
+    monkeypatch.setattr(evaluation, "Normalize", Watched)
+    views = re.search(r"--num_crops (\d+) --num_clips (\d+)", recipe.read_text(encoding="utf-8"))
+    command = ["--model_name_or_path", tmp_path / "out", *lists[2:], "--use_cpu", "--output_dir", tmp_path / "tested"]
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, command), *views[0].split()])
+    evaluation.main()
+    scores = np.load(tmp_path / "tested" / "scores.npz")
+    assert scores["scores"].shape == (2, 2) and scores["labels"].tolist() == [0, 1]
+    crops, parts = 3, 10 if name == "coin" else 4
+    shown = torch.cat(shown).unflatten(0, (2, crops, parts))
+    # A frame every 56 / 32; the clips begin one after the other in the first such step, and none goes beyond the end.
+    numbers = frame_numbers(shown)
+    step = (count - 1) / 32
+    shifts = [int(step * part / (parts + 1)) for part in range(1, parts + 1)]
+    expected = torch.tensor([[round(step * frame) + shift for frame in range(32)] for shift in shifts])
+    assert torch.equal(numbers, expected.expand(2, crops, parts, 32).int())
+    blue = shown[..., 2, :, :].float().mean((-2, -1))[0, :, 0, 0]
+    assert blue.tolist() == pytest.approx([46.5, 94.5, 142.5], abs=2)  # 3 · (15.5 + 0, 16 or 32)
 
 
 @pytest.mark.parametrize("name, mirrored", [("k400", True), ("ssv2", False), ("hmdb51", True)])
