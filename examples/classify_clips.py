@@ -259,7 +259,8 @@ def main():
     if args.batch_size < 1 or args.part_size < 1 or args.num_workers < 0:
         parser.error("--batch_size and --part_size must be at least 1, --num_workers at least 0")
 
-    state = PartialState()
+    # Without `cpu`, two processes on a machine without a GPU would not know of each other.
+    state = PartialState(cpu=not torch.accelerator.is_available())
     datasets.disable_progress_bars()
     try:
         clips, data = list_clips(args.source, args.split)

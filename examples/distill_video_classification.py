@@ -429,7 +429,9 @@ def save_student(student, args):
 
 
 def train(args):
-    accelerator = Accelerator(mixed_precision="bf16" if args.bf16 else "no")
+    # Without `cpu`, two processes on a machine without a GPU would not know of each other.
+    cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if args.bf16 else "no")
     device = accelerator.device
     set_seed(args.seed)
     student = make_student(args)

@@ -7,8 +7,8 @@
 What stands after `--` goes to every run of `run_video_classification.py` (and its data flags to
 `evaluate_video_classification.py`); study_tables.py says what each row of a table changes. A run whose result is
 there is skipped, and one that was killed goes on from its last checkpoint: give the same command again. Runs that
-several tables share are made once. `--num_processes` starts each run with `accelerate launch`, `--parallel` starts
-several runs at a time, `--dry_run` prints the commands.
+several tables share are made once. `--num_processes` starts each run with `torchrun`, `--parallel` starts several
+runs at a time, `--dry_run` prints the commands.
 
 The output folder gets `<table>.md`, `<table>.csv` and `<table>.png`, and a folder for each run.
 
@@ -145,10 +145,8 @@ def command_of(run, arguments):
     """The command of a run, as a list of words."""
     launcher = [sys.executable]
     if arguments.num_processes > 1:
-        launcher += ["-m", "accelerate.commands.accelerate_cli", "launch", "--num_machines", "1"]
-        launcher += ["--num_processes", str(arguments.num_processes), "--mixed_precision", "no"]
-        launcher += ["--dynamo_backend", "no", "--main_process_port", "0"]
-        launcher += ["--cpu"] if "use_cpu" in run.flags else ["--multi_gpu"]
+        # Not `accelerate launch`: without a GPU it starts one process, however many are asked for.
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(arguments.num_processes)]
     return [*launcher, str(EXAMPLES / run.script), *flatten(run.flags), "--output_dir", str(run.folder)]
 
 

@@ -104,7 +104,7 @@ def test_processes_share_the_parts(clips, tmp_path, monkeypatch, features):
     monkeypatch.setattr(classify_clips, "gather_object", lambda values: values)
     output = tmp_path / "shared"
     for index, parts in ((0, [0, 2]), (1, [0, 1, 2])):
-        monkeypatch.setattr(classify_clips, "PartialState", lambda index=index: State(index))
+        monkeypatch.setattr(classify_clips, "PartialState", lambda index=index, **options: State(index))
         classify(monkeypatch, clips, output, "--columns", "scores")
         assert [path.name for path in sorted(output.glob("*.parquet"))] == [f"part-{i:05d}.parquet" for i in parts]
     assert read(output)["clip"][:].tolist() == read(features)["clip"][:].tolist()

@@ -1,5 +1,6 @@
 """Distillation: the teacher's own features, masks that hold, and training that stops and goes on."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -350,9 +351,21 @@ def test_other_settings_and_damaged_files_are_refused(pictures, vit, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes(pictures, vit, tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", distill.__file__]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        distill.__file__,
+    ]
     options = ["--data", pictures, "--teacher", vit, "--output_dir", tmp_path / "out", "--epochs", "2"]
     options += ["--batch_size", "2", "--num_workers", "0", "--config_overrides", IMAGE_STUDENT]
     done = subprocess.run(command + options, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
+    # Seven pictures are four batches of two, of which each process takes two an epoch.
+    checkpoint = tmp_path / "out" / "checkpoint"
+    assert json.loads((checkpoint / "step.json").read_text())["step"] == 4
+    assert len(list(checkpoint.glob("random_states_*.pkl"))) == 2
     assert type(AutoModel.from_pretrained(tmp_path / "out")) is VideoMambaModel

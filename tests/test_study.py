@@ -350,6 +350,28 @@ def test_a_table_from_training_to_the_plot(tmp_path, clips, image_checkpoint, pr
     assert (tmp_path / "table1.png").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # four trainings one after the other
+def test_two_processes_make_the_same_table(tmp_path, clips):
+    """The same two clips to a step, both in one process or one in each of two: the same losses but for rounding."""
+    losses, tables = [], []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        common = f"--train_dir {clips / 'two'} --validation_dir {clips / 'two'} --use_cpu --report_to none"
+        common += " --hidden_size 16 --num_hidden_layers 1 --image_size 32 --num_frames 4 --max_steps 3"
+        common += f" --logging_steps 1 --learning_rate 1e-2 --per_device_train_batch_size {2 // processes}"
+        options = ["--output_dir", str(folder), "--num_processes", str(processes)]
+        study.main(["single_frame", *options, "--", *common.split()])
+        tables.append((folder / "single_frame.md").read_text())
+        runs = sorted(folder.glob("runs/*/"), key=lambda run: (run / "config.json").read_text())
+        history = [json.loads((run / "trainer_state.json").read_text())["log_history"] for run in runs]
+        losses.append([entry["loss"] for run in history for entry in run if "loss" in entry])
+        losses[-1] += [json.loads((run / "eval_results.json").read_text())["eval_loss"] for run in runs]
+    assert len(set(losses[0])) == 8, "three steps and an evaluation of each of two runs"
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert tables[1] == tables[0]
+
+
 @pytest.mark.gpu
 def test_memory_of_figure_1():
     inference, training = study.measure_memory("VideoMamba-S", 16)
