@@ -333,12 +333,10 @@ def test_multi_view_accuracy_of_a_checkpoint(tmp_path, clips):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # five scripts one after the other
-@pytest.mark.parametrize("processes", ["1", "2"])
-def test_a_table_from_training_to_the_plot(tmp_path, clips, image_checkpoint, processes):
+def test_a_table_from_training_to_the_plot(tmp_path, clips, image_checkpoint):
     """Table 1 by the scripts themselves, from an image checkpoint: one training, four evaluations."""
     common = f"--train_dir {clips / 'two'} --validation_dir {clips / 'two'} --use_cpu --max_steps 1 --report_to none"
     options = ["--image_checkpoint", str(image_checkpoint), "--output_dir", str(tmp_path)]
-    options += ["--num_processes", processes]
     study.main(["table1", *options, "--", *common.split(), "--per_device_train_batch_size", "2"])
     lines = (tmp_path / "table1.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in lines[4:]] == [
