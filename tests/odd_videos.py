@@ -32,6 +32,7 @@ from video_files import (
 
 WHOLE = "whole frames or an error"
 ALL = list(range(40))
+PYAV = int(av.__version__.split(".")[0])  # 19 reads animated WebP
 H265 = {"codec": "libx265", "options": {"x265-params": "log-level=none", "preset": "ultrafast"}}
 AV1 = {"codec": "libsvtav1", "options": {"preset": "12"}, "size": (96, 128)}
 VP8 = {"codec": "libvpx", "options": {"deadline": "realtime", "cpu-used": "8"}}
@@ -543,7 +544,7 @@ KINDS |= {
     "still.bmp": (partial(picture, format="bmp"), "still image"),
     "still.tiff": (partial(picture, format="tiff"), "still image"),
     "still.webp": (partial(picture, format="webp"), "still image"),
-    "animated.webp": (partial(picture, format="webp", frames=9), "animated WebP"),
+    "animated.webp": (partial(picture, format="webp", frames=9), list(range(9)) if PYAV >= 19 else "animated WebP"),
     "sound.wav": (sound, "no video stream"),
     "sound.m4a": (write_audio, "no video stream"),
     "sound_with_cover.mp4": (partial(write_audio, cover=numbered_frame(0)), "no video stream"),
