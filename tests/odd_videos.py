@@ -396,8 +396,7 @@ def colour_matrix(path, matrix):
         stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv444p"
         stream.codec_context.colorspace = matrix
         for i in ALL:
-            frame = av.VideoFrame.from_ndarray(numbered_frame(i), format="rgb24")
-            frame = frame.reformat(format="yuv444p", threads=1)  # others would wait for ever in a forked process
+            frame = av.VideoFrame.from_ndarray(numbered_frame(i), format="rgb24").reformat(format="yuv444p")
             frame.colorspace = matrix
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
