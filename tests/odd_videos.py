@@ -391,12 +391,15 @@ KINDS |= {
 
 
 def colour_matrix(path, matrix):
+    # PyAV 19's `frame.reformat` shares one that has threads, for which a forked process would wait.
+    reformatter = av.video.reformatter.VideoReformatter()
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=25, options={"preset": "veryfast"})
         stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv444p"
         stream.codec_context.colorspace = matrix
         for i in ALL:
-            frame = av.VideoFrame.from_ndarray(numbered_frame(i), format="rgb24").reformat(format="yuv444p")
+            frame = av.VideoFrame.from_ndarray(numbered_frame(i), format="rgb24")
+            frame = reformatter.reformat(frame, format="yuv444p", threads=1)
             frame.colorspace = matrix
             container.mux(stream.encode(frame))
         container.mux(stream.encode())

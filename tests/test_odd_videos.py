@@ -1,6 +1,5 @@
 """Every kind of odd or damaged file, each in a process of its own: the right frames or an error, in bounded memory."""
 
-import gc
 import multiprocessing
 import os
 import re
@@ -35,7 +34,6 @@ def nothing_is_printed(request, capfd):
 
 def in_child(function, *args):
     """What `function(*args)` returns or raises in a process of its own, which may take 3 GB and 20 s."""
-    gc.collect()  # frames of other tests, while there are the threads that converted them: a child waits for those
     here, there = multiprocessing.Pipe(duplex=False)
     child = multiprocessing.get_context("fork").Process(target=_report, args=(there, function, *args))
     child.start()
