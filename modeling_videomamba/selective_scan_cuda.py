@@ -24,7 +24,15 @@ import math
 
 import torch
 
-from .selective_scan_cuda_runtime import KernelArguments, Launch, driver, nobody_looks_on, nvrtc, source_constant
+from .selective_scan_cuda_runtime import (
+    KernelArguments,
+    Launch,
+    driver,
+    no_gpu_reason,
+    nobody_looks_on,
+    nvrtc,
+    source_constant,
+)
 
 
 TILE, RUN = source_constant("TILE"), source_constant("RUN")
@@ -48,12 +56,8 @@ def unusable_reason(device, dtype):
 
 @functools.cache
 def _unusable_reason(device, dtype):
-    if device.type != "cuda" or torch.version.cuda is None:
-        return f"it needs an NVIDIA GPU, and the tensors are on {device}"
-    if dtype not in DTYPES:
-        return f"it takes float32, float16 and bfloat16, not {dtype}"
-    if not torch.cuda.is_available():
-        return "PyTorch sees no GPU"
+    if (reason := no_gpu_reason(device, dtype)) is not None:
+        return reason
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"it needs compute capability 8.0 (Ampere) or later, and this GPU has {capability[0]}.{capability[1]}"

@@ -44,6 +44,17 @@ def included_sources(name):
     return found
 
 
+def no_gpu_reason(device, dtype):
+    """Why no kernel can run on `device` with activations of `dtype`, or None."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"it needs an NVIDIA GPU, and the tensors are on {device}"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"it takes float32, float16 and bfloat16, not {dtype}"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no GPU"
+    return None
+
+
 @functools.cache
 def nvrtc():
     """The NVRTC that came with PyTorch, or the system's."""

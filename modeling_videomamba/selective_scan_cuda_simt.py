@@ -12,7 +12,7 @@ import functools
 
 import torch
 
-from .selective_scan_cuda_runtime import Launch, compiled_architectures, driver, source_constant
+from .selective_scan_cuda_runtime import Launch, compiled_architectures, driver, no_gpu_reason, source_constant
 from .selective_scan_torch import bidirectional_selective_scan as plain_bidirectional_selective_scan
 
 
@@ -32,12 +32,8 @@ def unusable_reason(device, dtype):
 
 @functools.cache
 def _unusable_reason(device, dtype):
-    if device.type != "cuda" or torch.version.cuda is None:
-        return f"it needs an NVIDIA GPU, and the tensors are on {device}"
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"it takes float32, float16 and bfloat16, not {dtype}"
-    if not torch.cuda.is_available():
-        return "PyTorch sees no GPU"
+    if (reason := no_gpu_reason(device, dtype)) is not None:
+        return reason
     major, minor = torch.cuda.get_device_capability(device)
     try:
         driver()
