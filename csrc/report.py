@@ -26,7 +26,7 @@ CHANNELS, RANK, STATES, TAPS = 768, 24, 16, 4
 def configurations():
     """Kernel, activations' type, note, options, threads of a block, dynamic shared memory of a block."""
     for dtype in (torch.bfloat16, torch.float32):
-        common = {"IO": backend.DTYPES[dtype], "PT": backend.DTYPES[dtype], "CHANNELS": CHANNELS, "N": STATES}
+        common = {"IO": runtime.DTYPES[dtype], "PT": runtime.DTYPES[dtype], "CHANNELS": CHANNELS, "N": STATES}
         common |= {"R": RANK, "K": TAPS, "VEC": 1}
         for kernel, share in backend.WALKS:
             if dtype == torch.float32 and share != 1:

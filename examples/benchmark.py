@@ -86,6 +86,8 @@ def swin3d(frames):
 
 
 MODELS = {"VideoMamba-S": videomamba, "VideoMAE-S": videomae, "Swin3D-T": swin3d}
+# What a GPU of compute capability below 8.0 takes, and what it would take without that.
+OLDER_GPUS = ["VideoMamba-S (cuda_simt)", "VideoMamba-S (torch)"]
 
 
 def measure(step, warmup, repeats, enough_seconds=4.0):
@@ -164,8 +166,7 @@ def cases(arguments):
     def models(frames, precision):
         # Swin's windows do not grow with the clip; beyond 64 frames of float32 it does not fit.
         found = [m for m in baselines if m != "Swin3D-T" or frames <= 64 and precision == "bfloat16"]
-        # What a GPU of compute capability below 8.0 takes, and what it would take without that.
-        return found + ["VideoMamba-S (cuda_simt)", "VideoMamba-S (torch)"] * (frames == 16 and precision == "float32")
+        return found + OLDER_GPUS * (frames == 16 and precision == "float32")
 
     def modes(name, frames):
         yield "eager"
@@ -183,7 +184,7 @@ def cases(arguments):
                         yield "inference", name, precision, mode, frames, batch
     for frames in [] if arguments.no_training else arguments.frames:
         batch = max(1, min(MOST_TRAINED, FRAMES_OF_A_BATCH // frames))
-        for name in models(frames, "bfloat16") + ["VideoMamba-S (cuda_simt)", "VideoMamba-S (torch)"] * (frames == 16):
+        for name in models(frames, "bfloat16") + OLDER_GPUS * (frames == 16):
             if frames > 1024 or name == "Swin3D-T" and frames > 32:
                 continue  # more than a GPU of 80 GB holds, without gradient checkpointing
             for mode in modes(name, frames):

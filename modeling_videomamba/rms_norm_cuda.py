@@ -9,8 +9,8 @@ import functools
 
 import torch
 
-from .selective_scan_cuda import DTYPES, unusable_reason
-from .selective_scan_cuda_runtime import Launch, nobody_looks_on
+from .selective_scan_cuda import unusable_reason
+from .selective_scan_cuda_runtime import DTYPES, Launch, nobody_looks_on
 
 
 THREADS = 128  # of a block: four rows

@@ -25,6 +25,7 @@ import math
 import torch
 
 from .selective_scan_cuda_runtime import (
+    DTYPES,
     KernelArguments,
     Launch,
     driver,
@@ -42,7 +43,6 @@ ELEMENTWISE_THREADS = 256
 # Each copy of this code in a process (one travels with every Hub repository) has operators of its own.
 _NAMESPACE = __package__.replace("modeling_videomamba", "videomamba").replace(".", "_")
 
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 TURN_TOKENS = 32768  # about as many tokens the backward pass recomputes the states of at a time
 JOINED_CHUNKS = 20  # so few chunks a scan passes states between by itself
 PARAMETER_NAMES = ("conv_w", "conv_b", "dt_w", "dt_b", "a_log", "skip")  # the kernels' names

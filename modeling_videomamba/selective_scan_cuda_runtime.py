@@ -29,6 +29,7 @@ KERNEL_FILES = {
     "rms_norm": "norm.cu",
     **dict.fromkeys(("simt_ends", "simt_pass", "simt_scan", "simt_backward"), "simt.cu"),
 }
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the option IO of csrc/primitives.cuh
 
 
 def source_constant(name, file="primitives.cuh"):
@@ -48,7 +49,7 @@ def no_gpu_reason(device, dtype):
     """Why no kernel can run on `device` with activations of `dtype`, or None."""
     if device.type != "cuda" or torch.version.cuda is None:
         return f"it needs an NVIDIA GPU, and the tensors are on {device}"
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if dtype not in DTYPES:
         return f"it takes float32, float16 and bfloat16, not {dtype}"
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU"

@@ -12,7 +12,7 @@ import functools
 
 import torch
 
-from .selective_scan_cuda_runtime import Launch, compiled_architectures, driver, no_gpu_reason, source_constant
+from .selective_scan_cuda_runtime import DTYPES, Launch, compiled_architectures, driver, no_gpu_reason, source_constant
 from .selective_scan_torch import bidirectional_selective_scan as plain_bidirectional_selective_scan
 
 
@@ -76,7 +76,7 @@ class _Walks:
     """The kernels over one set of tensors: u, delta (G, B, L, E), A (G, E, N), B and C (G, B, L, N), in float32."""
 
     def __init__(self, u, delta, A, B, C):
-        self.groups, self.batch, self.length, self.channels = self.shape = u.shape
+        self.groups, self.batch, self.length, self.channels = u.shape
         self.states = A.shape[2]
         self.device = u.device
         self.sequences = self.groups * self.batch
@@ -90,7 +90,8 @@ class _Walks:
         self.tensors |= tensors
         sizes = {name: getattr(self, name) for name in "groups batch length channels span spans".split()}
         pointers = {name: t.data_ptr() for name, t in self.tensors.items() if t.numel()}
-        launch = Launch(name, {"IO": 0, "PT": 0, "N": self.states}, grid, threads, shared, self.device, {})
+        options = {"IO": DTYPES[torch.float32], "PT": DTYPES[torch.float32], "N": self.states}
+        launch = Launch(name, options, grid, threads, shared, self.device, {})
         stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
         launch(SimtArguments(**pointers, **sizes, adjoint=adjoint), stream)
 
