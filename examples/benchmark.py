@@ -340,6 +340,7 @@ def plot(rows, path, title):
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
 
+    rows = [r for r in rows if r["model"] not in OLDER_GPUS]  # of one length
     rows = [r for r in rows if not (int(r["frames"]) == 16 and int(r["batch"]) == 1)] or rows
     panels = {}
     for r in rows:
