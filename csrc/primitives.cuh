@@ -71,9 +71,9 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef unsigned short u16;
 #if IO == 0
-typedef float io_t;
+typedef float io_t, kept_t;
 #else
-typedef u16 io_t;
+typedef u16 io_t, kept_t;  // activations, and the states that the adjoint walk starts from
 #endif
 
 // `Arguments` in selective_scan_cuda.py; a test compares the two.
@@ -82,7 +82,9 @@ struct Args {
     const void *conv_w, *conv_b, *dt_w, *dt_b, *a_log, *skip;
     const long long *order;
     io_t *out, *du, *ddelta, *y;
-    float *states, *sums, *sub, *adjoint, *da, *dvec;
+    float *states, *sums;
+    kept_t *sub;
+    float *adjoint, *da, *dvec;
     void *dbc;
     int B, L;
     int mode;           // of `conv_backward` along an order: 1 + the direction; of `pass_states`: 1 for adjoint states
@@ -204,6 +206,16 @@ DEV io_t stored(float v) { return v; }
 DEV float value(u16 v) { return load16(v, IO == 1); }
 DEV io_t stored(float v) { return IO == 1 ? float_to_half(v) : float_to_bf16(v); }
 #endif
+// Four states as they are kept, in the type of activations; those over float16's range count as its last.
+DEV void store_kept(kept_t *to, const float *from) {
+#if IO == 0
+    *(float4 *)to = make_float4(from[0], from[1], from[2], from[3]);
+#else
+    u32 low = IO == 1 ? pack_half_finite(from[0], from[1]) : pack_bf16(from[0], from[1]);
+    u32 high = IO == 1 ? pack_half_finite(from[2], from[3]) : pack_bf16(from[2], from[3]);
+    *(u64 *)to = low | (u64)high << 32;
+#endif
+}
 DEV float parameter(const void *p, size_t i) {
 #if PT == 0
     return ((const float *)p)[i];

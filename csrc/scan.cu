@@ -75,7 +75,7 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
     int part = 0, keep_at = -1;
     if (KIND == STATES) part = w.begin(0) / 8 + w.reversed;
     if (KIND == SCAN && p.kept) keep_at = w.begin(0), part = keep_at / p.kept;
-    float *sub_at = KIND == STATES ? fragment<M>(p.sub, p, w, sub_parts(p), part - w.base / 8) : 0;
+    kept_t *sub_at = KIND == STATES ? fragment<M>(p.sub, p, w, sub_parts(p), part - w.base / 8) : 0;
     const int four = lane % (4 * M) * 4, here = left - four;  // channels of this lane in the epilogue
     const int ROUNDS = M * 2, PER = 8 / M;
     Row row(w);
@@ -137,7 +137,7 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
 #pragma unroll UNROLL
         for (int t4 = 0; t4 < TILE; t4 += 4) {
             if (KIND == STATES && t4 % 8 == 0) {
-                if (part * 8 < p.L) store_states<M, GROUPS>(sub_at, h, w);
+                if (part * 8 < p.L) keep_states<M, GROUPS>(sub_at, h, w);
                 part += way, sub_at += way * STATES_OF_PART;
             }
 #if EXACT

@@ -4,8 +4,8 @@
 #include "walk.cuh"
 
 // Bytes of shared memory of a warp.
-#define BACKWARD_SHARED                                                                   \
-    (2 * (PROJ_TILE + 3 * TILE * 16 * (int)sizeof(io_t)) + 5 * TILE * 20 * 4 + NT * 512 + \
+#define BACKWARD_SHARED                                                                                         \
+    (2 * (PROJ_TILE + 3 * TILE * 16 * (int)sizeof(io_t)) + 5 * TILE * 20 * 4 + NT * 128 * (int)sizeof(kept_t) + \
      TILE * 16 * (int)sizeof(io_t) + 1536 + STEP_SIZE_BYTES(1) + (EXACT ? NT * 512 : 0))
 
 #if IO == 2  // of the gradients of B and C, one a block of 16 channels
@@ -40,7 +40,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
     const int U_TILE = TILE * 16 * sizeof(io_t), STAGE = PROJ_TILE + 3 * U_TILE;
     char *mine = shared + (threadIdx.x >> 5) * BACKWARD_SHARED;
     float *delta = (float *)(mine + 2 * STAGE), *dy = delta + TILE * LD, *dx = dy + TILE * LD, *ds = dx + TILE * LD,
-          *ys = ds + TILE * LD, *saved = ys + TILE * LD;
+          *ys = ds + TILE * LD;
+    kept_t *saved = (kept_t *)(ys + TILE * LD);
     io_t *before = (io_t *)(saved + NT * 128);
     // Of this lane's four channels in the epilogue: D, the gradient of D, that of the bias of Δ.
     float *skip_at = (float *)((char *)before + U_TILE) + lane * 4;
@@ -70,9 +71,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
     if (p.chunks > 1 && p.turn != 0) load_states<1, NT>(states, passed(), w);
     auto fetch_states = [&](int part) {
         if (part * 8 >= p.L) return;
-        const float *from = fragment<1>(p.sub, p, w, sub_parts(p), part - w.base / 8);
+        const kept_t *from = fragment<1>(p.sub, p, w, sub_parts(p), part - w.base / 8);
 #pragma unroll
-        for (int nt = 0; nt < NT; nt++) copy_async<16>(saved + (nt * 32 + lane) * 4, from + nt * 128, true);
+        for (int nt = 0; nt < NT; nt++)
+            copy_async<4 * sizeof(kept_t)>(saved + (nt * 32 + lane) * 4, from + nt * 128, true);
     };
     const int four = lane % 4 * 4, here = left - four;
     for (int e = 0; e < 4; e++) {
@@ -131,7 +133,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
             float h[NT][4], decayed[8][NT][4];  // state, and before what each of the 8 tokens adds to it
             if (t8 == 0) copy_wait<0>();
 #pragma unroll
-            for (int nt = 0; nt < NT; nt++) load_vector<4>(h[nt], saved + (nt * 32 + lane) * 4);
+            for (int nt = 0; nt < NT; nt++) unpack4(h[nt], saved + (nt * 32 + lane) * 4);
             sync_warp();
             if (t8 == 8) {
                 fetch_states(part_of(i, 0));

@@ -246,7 +246,7 @@ template <int M, int COUNT> DEV void load_A(const Args &p, const Walk &w, float 
 // States lie in memory as the lanes of a walk over 16 channels hold them: [dir][b][part][block of 16][group of 8
 // states][lane][4]. Where those of a lane lie, in a walk over 16 M channels; those of the i-th result 16 i further on.
 #define STATES_OF_PART ((CHANNELS + 15) / 16 * NT * 128)
-template <int M> DEV float *fragment(float *to, const Args &p, const Walk &w, int parts, int part) {
+template <int M, typename T> DEV T *fragment(T *to, const Args &p, const Walk &w, int parts, int part) {
     size_t at = (size_t)(w.dir * p.B + w.b) * parts + part;
     return to + at * STATES_OF_PART + (w.channel / 16 + w.g * M / 8) * NT * 128 + (w.g * M % 8 * 4 + w.q) * 4;
 }
@@ -263,6 +263,13 @@ template <int M, int COUNT> DEV void store_states(float *to, const float h[M][CO
     for (int i = 0; i < M; i++)
 #pragma unroll
         for (int nt = 0; nt < COUNT; nt++) store_vector<4>(to + nt * 128 + i * 16, h[i][nt]);
+}
+template <int M, int COUNT> DEV void keep_states(kept_t *to, const float h[M][COUNT][4], const Walk &w) {
+    if (M > 1 && w.channel + w.g * M / 8 * 16 >= CHANNELS) return;
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+        for (int nt = 0; nt < COUNT; nt++) store_kept(to + nt * 128 + i * 16, h[i][nt]);
 }
 // B or C (at `offset` of the projection) of a token and a state.
 DEV float projected(const io_t *proj, int t, int offset, int n) {

@@ -328,8 +328,9 @@ def shared_bytes(kernel, blocks, split, rank, states, dtype, tf32=False):
         step_size = -(-2 * blocks * -(-rank // 8) // 4) * 512 + 128 * blocks
     tile = TILE * size * (16 * blocks + 16 * (blocks > 1))
     if kernel == "backward":
-        group = -(-states // 8) * 512
-        return 2 * proj_tile + 7 * tile + 5 * TILE * 20 * 4 + (2 if exact else 1) * group + 1536 + step_size
+        group = -(-states // 8) * 128  # of kept states, or of float32 sums
+        kept = group * (size + (4 if exact else 0))
+        return 2 * proj_tile + 7 * tile + 5 * TILE * 20 * 4 + kept + 1536 + step_size
     steps = TILE * (16 * blocks + 4) * 4  # Δ, and the outputs of each half
     return 2 * proj_tile + (4 if kernel == "scan" else 2) * tile + (3 if split else 1) * steps + step_size
 
@@ -573,7 +574,7 @@ def _walk_back(call, dout, dbc):
     B, L, E, N, places = plan.B, plan.L, plan.E, plan.N, plan.places
     adjoint = call.chunk_adjoints(dout) if plan.side_by_side else call.new(*plan.state_shape(1))
     walks = plan.chunks if plan.side_by_side else plan.turns
-    sub = call.new(*plan.state_shape(-(-places // 8)))
+    sub = call.new(*plan.state_shape(-(-places // 8)), dtype=plan.dtype)
     partial_type = torch.bfloat16 if plan.dtype == torch.bfloat16 else torch.float32
     partial = call.new(2, -(-E // 16), B, places, 2 * N, dtype=partial_type)
     da, dvec = call.new(*plan.state_shape(walks)), call.new(2, B, walks, 2, E)

@@ -321,9 +321,9 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef unsigned short u16;
 #if IO == 0
-typedef float io_t;
+typedef float io_t, kept_t;
 #else
-typedef u16 io_t;
+typedef u16 io_t, kept_t;  // activations, and the states that the adjoint walk starts from
 #endif
 
 // `Arguments` in selective_scan_cuda.py; a test compares the two.
@@ -332,7 +332,9 @@ struct Args {
     const void *conv_w, *conv_b, *dt_w, *dt_b, *a_log, *skip;
     const long long *order;
     io_t *out, *du, *ddelta, *y;
-    float *states, *sums, *sub, *adjoint, *da, *dvec;
+    float *states, *sums;
+    kept_t *sub;
+    float *adjoint, *da, *dvec;
     void *dbc;
     int B, L;
     int mode;           // of `conv_backward` along an order: 1 + the direction; of `pass_states`: 1 for adjoint states
@@ -454,6 +456,16 @@ DEV io_t stored(float v) { return v; }
 DEV float value(u16 v) { return load16(v, IO == 1); }
 DEV io_t stored(float v) { return IO == 1 ? float_to_half(v) : float_to_bf16(v); }
 #endif
+// Four states as they are kept, in the type of activations; those over float16's range count as its last.
+DEV void store_kept(kept_t *to, const float *from) {
+#if IO == 0
+    *(float4 *)to = make_float4(from[0], from[1], from[2], from[3]);
+#else
+    u32 low = IO == 1 ? pack_half_finite(from[0], from[1]) : pack_bf16(from[0], from[1]);
+    u32 high = IO == 1 ? pack_half_finite(from[2], from[3]) : pack_bf16(from[2], from[3]);
+    *(u64 *)to = low | (u64)high << 32;
+#endif
+}
 DEV float parameter(const void *p, size_t i) {
 #if PT == 0
     return ((const float *)p)[i];
@@ -662,7 +674,7 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
     int part = 0, keep_at = -1;
     if (KIND == STATES) part = w.begin(0) / 8 + w.reversed;
     if (KIND == SCAN && p.kept) keep_at = w.begin(0), part = keep_at / p.kept;
-    float *sub_at = KIND == STATES ? fragment<M>(p.sub, p, w, sub_parts(p), part - w.base / 8) : 0;
+    kept_t *sub_at = KIND == STATES ? fragment<M>(p.sub, p, w, sub_parts(p), part - w.base / 8) : 0;
     const int four = lane % (4 * M) * 4, here = left - four;  // channels of this lane in the epilogue
     const int ROUNDS = M * 2, PER = 8 / M;
     Row row(w);
@@ -724,7 +736,7 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
 #pragma unroll UNROLL
         for (int t4 = 0; t4 < TILE; t4 += 4) {
             if (KIND == STATES && t4 % 8 == 0) {
-                if (part * 8 < p.L) store_states<M, GROUPS>(sub_at, h, w);
+                if (part * 8 < p.L) keep_states<M, GROUPS>(sub_at, h, w);
                 part += way, sub_at += way * STATES_OF_PART;
             }
 #if EXACT
@@ -969,8 +981,8 @@ extern "C" __global__ void ungate(const Args p) {
 #include "walk.cuh"
 
 // Bytes of shared memory of a warp.
-#define BACKWARD_SHARED                                                                   \
-    (2 * (PROJ_TILE + 3 * TILE * 16 * (int)sizeof(io_t)) + 5 * TILE * 20 * 4 + NT * 512 + \
+#define BACKWARD_SHARED                                                                                         \
+    (2 * (PROJ_TILE + 3 * TILE * 16 * (int)sizeof(io_t)) + 5 * TILE * 20 * 4 + NT * 128 * (int)sizeof(kept_t) + \
      TILE * 16 * (int)sizeof(io_t) + 1536 + STEP_SIZE_BYTES(1) + (EXACT ? NT * 512 : 0))
 
 #if IO == 2  // of the gradients of B and C, one a block of 16 channels
@@ -1005,7 +1017,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
     const int U_TILE = TILE * 16 * sizeof(io_t), STAGE = PROJ_TILE + 3 * U_TILE;
     char *mine = shared + (threadIdx.x >> 5) * BACKWARD_SHARED;
     float *delta = (float *)(mine + 2 * STAGE), *dy = delta + TILE * LD, *dx = dy + TILE * LD, *ds = dx + TILE * LD,
-          *ys = ds + TILE * LD, *saved = ys + TILE * LD;
+          *ys = ds + TILE * LD;
+    kept_t *saved = (kept_t *)(ys + TILE * LD);
     io_t *before = (io_t *)(saved + NT * 128);
     // Of this lane's four channels in the epilogue: D, the gradient of D, that of the bias of Δ.
     float *skip_at = (float *)((char *)before + U_TILE) + lane * 4;
@@ -1035,9 +1048,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
     if (p.chunks > 1 && p.turn != 0) load_states<1, NT>(states, passed(), w);
     auto fetch_states = [&](int part) {
         if (part * 8 >= p.L) return;
-        const float *from = fragment<1>(p.sub, p, w, sub_parts(p), part - w.base / 8);
+        const kept_t *from = fragment<1>(p.sub, p, w, sub_parts(p), part - w.base / 8);
 #pragma unroll
-        for (int nt = 0; nt < NT; nt++) copy_async<16>(saved + (nt * 32 + lane) * 4, from + nt * 128, true);
+        for (int nt = 0; nt < NT; nt++)
+            copy_async<4 * sizeof(kept_t)>(saved + (nt * 32 + lane) * 4, from + nt * 128, true);
     };
     const int four = lane % 4 * 4, here = left - four;
     for (int e = 0; e < 4; e++) {
@@ -1096,7 +1110,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
             float h[NT][4], decayed[8][NT][4];  // state, and before what each of the 8 tokens adds to it
             if (t8 == 0) copy_wait<0>();
 #pragma unroll
-            for (int nt = 0; nt < NT; nt++) load_vector<4>(h[nt], saved + (nt * 32 + lane) * 4);
+            for (int nt = 0; nt < NT; nt++) unpack4(h[nt], saved + (nt * 32 + lane) * 4);
             sync_warp();
             if (t8 == 8) {
                 fetch_states(part_of(i, 0));
@@ -1839,7 +1853,7 @@ template <int M, int COUNT> DEV void load_A(const Args &p, const Walk &w, float 
 // States lie in memory as the lanes of a walk over 16 channels hold them: [dir][b][part][block of 16][group of 8
 // states][lane][4]. Where those of a lane lie, in a walk over 16 M channels; those of the i-th result 16 i further on.
 #define STATES_OF_PART ((CHANNELS + 15) / 16 * NT * 128)
-template <int M> DEV float *fragment(float *to, const Args &p, const Walk &w, int parts, int part) {
+template <int M, typename T> DEV T *fragment(T *to, const Args &p, const Walk &w, int parts, int part) {
     size_t at = (size_t)(w.dir * p.B + w.b) * parts + part;
     return to + at * STATES_OF_PART + (w.channel / 16 + w.g * M / 8) * NT * 128 + (w.g * M % 8 * 4 + w.q) * 4;
 }
@@ -1856,6 +1870,13 @@ template <int M, int COUNT> DEV void store_states(float *to, const float h[M][CO
     for (int i = 0; i < M; i++)
 #pragma unroll
         for (int nt = 0; nt < COUNT; nt++) store_vector<4>(to + nt * 128 + i * 16, h[i][nt]);
+}
+template <int M, int COUNT> DEV void keep_states(kept_t *to, const float h[M][COUNT][4], const Walk &w) {
+    if (M > 1 && w.channel + w.g * M / 8 * 16 >= CHANNELS) return;
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+        for (int nt = 0; nt < COUNT; nt++) store_kept(to + nt * 128 + i * 16, h[i][nt]);
 }
 // B or C (at `offset` of the projection) of a token and a state.
 DEV float projected(const io_t *proj, int t, int offset, int n) {
