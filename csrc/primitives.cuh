@@ -37,6 +37,9 @@
 #ifndef W
 #define W 1  // warps a direction
 #endif
+#ifndef BUFFERS
+#define BUFFERS 2  // for what the warps of a direction add up: with one, they wait for each other once more
+#endif
 #ifndef SPLIT
 #define SPLIT 0  // each of them is two, which share the channels and have half of the states
 #endif
@@ -84,8 +87,8 @@ struct Args {
     io_t *out, *du, *ddelta, *y;
     float *states, *sums;
     kept_t *sub;
-    float *adjoint, *da, *dvec;
-    void *dbc;
+    float *adjoint, *da, *dvec, *d_dt_w;
+    void *partial;  // gradients of the projection, from the channels of a thread block
     int B, L;
     int mode;           // of `conv_backward` along an order: 1 + the direction; of `pass_states`: 1 for adjoint states
     int chunk, chunks;  // tokens in one, and how many

@@ -111,6 +111,13 @@ DEV u32 single16(const io_t *p) {
 #endif
 }
 
+// Of a token's projection, the ranks r and r + 1 of the time step, r being even; those that do not exist are zero.
+DEV u32 ranks(const io_t *token, int r) {
+    const io_t *at = token + r;
+    if (IO && PROJ % 2 == 0 && R % 2 == 0) return R % 8 == 0 || r < R ? *(const u32 *)at : 0u;
+    return r + 1 < R ? pair16(at) : r < R ? single16(at) : 0u;
+}
+
 // What makes Δ of a warp's channels: dt_proj's rows as the tensor cores want a right factor, 8 ranks a word, and bias.
 #define EIGHTS ((R + 7) / 8)
 #define WORDS(M) ((2 * M * EIGHTS + 3) / 4 * 4)
@@ -202,11 +209,7 @@ template <int M> struct StepSize {
             u32 a[4];
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                int r = 8 * (k + (i >> 1)) + 2 * q;
-                const io_t *at = proj + (g + 8 * (i & 1)) * PROJ + r;
-                if (8 * (k + (i >> 1)) >= R) a[i] = 0;
-                else if (IO && PROJ % 2 == 0 && R % 2 == 0) a[i] = R % 8 == 0 || r < R ? *(const u32 *)at : 0u;
-                else a[i] = r + 1 < R ? pair16(at) : r < R ? single16(at) : 0u;
+                a[i] = k + (i >> 1) < EIGHTS ? ranks(proj + (g + 8 * (i & 1)) * PROJ, 8 * (k + (i >> 1)) + 2 * q) : 0u;
             }
 #pragma unroll
             for (int s = 0; s < COUNT; s++) {

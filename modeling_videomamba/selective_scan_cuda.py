@@ -93,6 +93,7 @@ class ScanPlan:
         self.B, self.L, self.E = shape[0], shape[1], shape[2] // 2
         self.R, self.N, self.K = parameters[2][0][-1], parameters[4][0][-1], parameters[0][0][-1]
         self.tf32 = tf32 and dtype == torch.float32
+        self.exact = dtype == torch.float32  # of the backward pass
         # A kernel does not look where its pointers lead.
         for (found, _, place), last in zip(parameters, ((self.K,), (), (self.R,), (), (self.N,), ()), strict=True):
             if found != (2, self.E, *last) or place != device:
@@ -292,8 +293,9 @@ WALKS = {
     ("ends", 2): (1, 7),
     ("adjoint", 1): (2, 4),
     ("adjoint", 2): (1, 7),
-    ("backward", 1): (2, 3),
+    ("backward", 1): (6, 1),
 }
+SHARED_OF_MULTIPROCESSOR = 233_472  # bytes; a thread block takes 1,024 more than it asks for
 
 
 def walk_settings(kernel, share, rank, states, dtype, tf32=False):
@@ -313,9 +315,13 @@ def walk_settings(kernel, share, rank, states, dtype, tf32=False):
     # What the settings promise does not hold for float32 and many states, which want more registers.
     plain = dtype == torch.float32 or states > 16
     warps, resident = (1, 1) if plain else WALKS[kernel, share]
-    shared = shared_bytes(kernel, blocks, split, rank, states, dtype, tf32)
-    options = {"BLOCKS": blocks, "W": warps, "MINBLOCKS": resident, "SPLIT": split}
-    return options, 64 * warps << split, shared * 2 * warps
+    options = {"BLOCKS": blocks, "W": warps, "MINBLOCKS": resident, "SPLIT": split, "BUFFERS": 2}
+    shared = shared_bytes(kernel, blocks, split, rank, states, dtype, tf32) * 2 * warps
+    if kernel == "backward":
+        teams = [2 * team_bytes(warps, buffers, rank, states, dtype) for buffers in (2, 1)]
+        options["BUFFERS"] = 2 if shared + teams[0] <= SHARED_OF_MULTIPROCESSOR // resident - 1024 else 1
+        shared += teams[2 - options["BUFFERS"]]
+    return options, 64 * warps << split, shared
 
 
 def shared_bytes(kernel, blocks, split, rank, states, dtype, tf32=False):
@@ -328,11 +334,18 @@ def shared_bytes(kernel, blocks, split, rank, states, dtype, tf32=False):
         step_size = -(-2 * blocks * -(-rank // 8) // 4) * 512 + 128 * blocks
     tile = TILE * size * (16 * blocks + 16 * (blocks > 1))
     if kernel == "backward":
-        group = -(-states // 8) * 128  # of kept states, or of float32 sums
-        kept = group * (size + (4 if exact else 0))
-        return 2 * proj_tile + 7 * tile + 5 * TILE * 20 * 4 + kept + 1536 + step_size
+        group = -(-states // 8) * 128
+        sums = 4 * group if exact else -(-rank // 8) * 512
+        return 7 * tile + 5 * TILE * 20 * 4 + group * size + 1536 + step_size + sums
     steps = TILE * (16 * blocks + 4) * 4  # Δ, and the outputs of each half
     return 2 * proj_tile + (4 if kernel == "scan" else 2) * tile + (3 if split else 1) * steps + step_size
+
+
+def team_bytes(warps, buffers, rank, states, dtype):
+    """Shared memory of the `warps` of a direction of the adjoint walk: `BACKWARD_TEAM_SHARED`."""
+    proj_tile = -(-TILE * (rank + 2 * states) * dtype.itemsize // 16) * 16
+    sums = 0 if dtype == torch.float32 else buffers * warps * (-(-states // 8) * 512 + 512)
+    return 2 * proj_tile + sums
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -542,12 +555,18 @@ def _backward_op(
             y = torch.empty_like(dout)
             call.set(y=y)
         u = call.convolve()
-        du, ddelta, dproj = torch.empty_like(u), torch.empty_like(u), torch.empty_like(proj)
-        call.set(proj=proj, dout=dout, out=dxz, du=du, ddelta=ddelta, states=states)
-        dA, d_skip, d_dt_bias = _walk_back(call, dout, dproj[..., R:])
-        ddelta, u, du, dproj = ddelta.view(2, -1, E), u.view(2, -1, E), du.view(2, -1, E), dproj.view(2, -1, R + 2 * N)
-        torch.bmm(ddelta, dt_proj_weight.to(xz.dtype), out=dproj[..., :R])
-        d_dt_weight = torch.bmm(ddelta.transpose(1, 2), proj.view(2, -1, R + 2 * N)[..., :R])
+        du, dproj = torch.empty_like(u), torch.empty_like(proj)
+        call.set(proj=proj, dout=dout, out=dxz, du=du, states=states)
+        if plan.exact:
+            ddelta = torch.empty_like(u)
+            call.set(ddelta=ddelta)
+            dA, d_skip, d_dt_bias, _ = _walk_back(call, dout, dproj[..., R:])
+            ddelta, rows = ddelta.view(2, -1, E), dproj.view(2, -1, R + 2 * N)
+            torch.bmm(ddelta, dt_proj_weight.to(xz.dtype), out=rows[..., :R])
+            d_dt_weight = torch.bmm(ddelta.transpose(1, 2), proj.view(2, -1, R + 2 * N)[..., :R])
+        else:
+            dA, d_skip, d_dt_bias, d_dt_weight = _walk_back(call, dout, dproj)
+        u, du, dproj = u.view(2, -1, E), du.view(2, -1, E), dproj.view(2, -1, R + 2 * N)
         d_x_weight = torch.bmm(dproj.transpose(1, 2), u)
         du.baddbmm_(dproj, x_proj_weight)
         dconv = call.new(B, -(-L // RUN), 2, K + 1, E)
@@ -563,38 +582,43 @@ def _backward_op(
     return [dxz, *(g.contiguous().to(p.dtype) for g, p in zip(gradients, parameters, strict=True))]
 
 
-def _walk_back(call, dout, dbc):
+def _walk_back(call, dout, dproj):
     """
-    Writes `out`, `du`, `ddelta` and `y` of the call, and into `dbc` (2, B, L, 2N) the gradients of B and C.
+    Writes `out`, `du` and `y` of the call, and into `dproj` (2, B, L, R + 2N) the gradients of the projection. In
+    float32, `dproj` are those of B and C alone (2, B, L, 2N), and `ddelta` is written.
 
     Returns:
-        in float32, the gradients of A_log, D and the bias of Δ.
+        in float32, the gradients of A_log, D, the bias of Δ and, but for float32, dt_proj's weight.
     """
     plan = call.plan
-    B, L, E, N, places = plan.B, plan.L, plan.E, plan.N, plan.places
+    B, L, E, R, N, places = plan.B, plan.L, plan.E, plan.R, plan.N, plan.places
     adjoint = call.chunk_adjoints(dout) if plan.side_by_side else call.new(*plan.state_shape(1))
     walks = plan.chunks if plan.side_by_side else plan.turns
     sub = call.new(*plan.state_shape(-(-places // 8)), dtype=plan.dtype)
     partial_type = torch.bfloat16 if plan.dtype == torch.bfloat16 else torch.float32
-    partial = call.new(2, -(-E // 16), B, places, 2 * N, dtype=partial_type)
-    da, dvec = call.new(*plan.state_shape(walks)), call.new(2, B, walks, 2, E)
-    call.set(sub=sub, adjoint=adjoint, dbc=partial, da=da, dvec=dvec)
+    partial = call.new(2, plan.backward.grid[0], B, places, dproj.shape[3], dtype=partial_type)
+    da, dvec, d_dt_w = call.new(*plan.state_shape(walks)), call.new(2, B, walks, 2, E), None
+    call.set(sub=sub, adjoint=adjoint, partial=partial, da=da, dvec=dvec)
+    if not plan.exact:
+        d_dt_w = call.new(2, B * walks, E, R)
+        call.set(d_dt_w=d_dt_w)
     for turn in range(plan.turns):
         call.run(plan.states.at(turn=-1 if plan.side_by_side else turn))
         call.run(plan.backward.at(turn=-1 if plan.side_by_side else turn))
         for direction in (0, 1):
             first = places * (turn if direction and not plan.ordered else plan.turns - 1 - turn)
             tokens = slice(first, min(first + places, L))
-            found = partial[direction, :, :, : tokens.stop - first].sum(0).to(plan.dtype)  # accumulates in float32
+            found = partial[direction, :, :, : tokens.stop - first].sum(0)  # accumulates in float32
             if direction and plan.ordered:
                 tokens = call.visits[tokens]
-            dbc[direction][:, tokens] = found
+            dproj[direction][:, tokens] = found.to(plan.dtype)
     if plan.ordered:
         call.run(plan.gate_backward)
     # (block, group, g, q, row, column): channel = block * 16 + g * 2 + row, state = group * 8 + 2q + column
     dA = da.sum(dim=(1, 2)).view(2, -1, -(-N // 8), 8, 4, 2, 2).permute(0, 1, 3, 5, 2, 4, 6)
     dA = dA.reshape(2, -(-E // 16) * 16, -1)[:, :E, :N]
-    return dA, dvec[..., 0, :].sum(dim=(1, 2)), dvec[..., 1, :].sum(dim=(1, 2))
+    d_skip, d_dt_bias = dvec.sum(dim=(1, 2)).unbind(1)
+    return dA, d_skip, d_dt_bias, None if plan.exact else d_dt_w.sum(1)
 
 
 @_backward_op.register_fake

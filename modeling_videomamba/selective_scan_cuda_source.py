@@ -287,6 +287,9 @@ extern "C" __global__ void rms_norm(const NormArgs p) {
 #ifndef W
 #define W 1  // warps a direction
 #endif
+#ifndef BUFFERS
+#define BUFFERS 2  // for what the warps of a direction add up: with one, they wait for each other once more
+#endif
 #ifndef SPLIT
 #define SPLIT 0  // each of them is two, which share the channels and have half of the states
 #endif
@@ -334,8 +337,8 @@ struct Args {
     io_t *out, *du, *ddelta, *y;
     float *states, *sums;
     kept_t *sub;
-    float *adjoint, *da, *dvec;
-    void *dbc;
+    float *adjoint, *da, *dvec, *d_dt_w;
+    void *partial;  // gradients of the projection, from the channels of a thread block
     int B, L;
     int mode;           // of `conv_backward` along an order: 1 + the direction; of `pass_states`: 1 for adjoint states
     int chunk, chunks;  // tokens in one, and how many
@@ -980,16 +983,49 @@ extern "C" __global__ void ungate(const Args p) {
 //     λ_k = C_k ∂y_k + exp(Δ_{k+1} A) λ_{k+1}
 #include "walk.cuh"
 
-// Bytes of shared memory of a warp.
-#define BACKWARD_SHARED                                                                                         \
-    (2 * (PROJ_TILE + 3 * TILE * 16 * (int)sizeof(io_t)) + 5 * TILE * 20 * 4 + NT * 128 * (int)sizeof(kept_t) + \
-     TILE * 16 * (int)sizeof(io_t) + 1536 + STEP_SIZE_BYTES(1) + (EXACT ? NT * 512 : 0))
+// Shared memory of a warp, and of all warps of a direction: these share the projection, and what they sum over their
+// channels.
+#define BACKWARD_SHARED                                                                       \
+    (6 * TILE * 16 * (int)sizeof(io_t) + 5 * TILE * 20 * 4 + NT * 128 * (int)sizeof(kept_t) + \
+     TILE * 16 * (int)sizeof(io_t) + 1536 + STEP_SIZE_BYTES(1) + (EXACT ? NT * 512 : EIGHTS * 512))
+#define SUMS_OF_WARP (NT * 128 + 128)  // words: the gradients of B and C of a tile, and those of its Δ
+#define BACKWARD_TEAM_SHARED (2 * PROJ_TILE + (EXACT ? 0 : BUFFERS * W * SUMS_OF_WARP * 4))
 
-#if IO == 2  // of the gradients of B and C, one a block of 16 channels
+// Of the gradients of B and C, one a thread block; but in float32, one that also holds the time step's gradient.
+#if IO == 2
 typedef u16 partial_t;
 #else
 typedef float partial_t;
 #endif
+#if EXACT
+#define PARTIAL (2 * N)
+#else
+#define PARTIAL PROJ
+#endif
+DEV void store_partial(partial_t *to, const float *two, bool both) {
+#if IO == 2
+    const u32 word = pack_bf16(two[0], two[1]);
+    if (PROJ % 2 == 0 && R % 2 == 0 && N % 2 == 0) *(u32 *)to = word;
+    else {
+        to[0] = (u16)word;
+        if (both) to[1] = (u16)(word >> 16);
+    }
+#else
+    to[0] = two[0];
+    if (both) to[1] = two[1];
+#endif
+}
+// A tile of the projection, by all warps that share it.
+DEV void load_projection(io_t *to, const io_t *from, const Walk &w, int begin, int thread, int threads) {
+    const int PER = PROJ_PIECE / sizeof(io_t), PIECES = PROJ / PER;
+    for (int i = thread; i < TILE * PIECES; i += threads) {
+        const int row = i / PIECES, column = i % PIECES * PER, place = w.place(begin, row);
+        const bool valid = place < w.last;
+        const io_t *source = cell(from, w.token(place), PROJ, column);
+        if (PROJ_PIECE >= 4) copy_async<(PROJ_PIECE < 4 ? 4 : PROJ_PIECE)>(to + row * PROJ + column, source, valid);
+        else to[row * PROJ + column] = valid ? source[0] : (io_t)0;
+    }
+}
 // Adds the outer products of a step's vectors over its states, x, and over the channels: rows are states, column j is
 // filled from what lanes (j, 0..3) have in `factor`, the values of channels 4q, 4q + 2 and 4q + 1, 4q + 3.
 DEV void outer_product(float d[(NT + 1) / 2][4], const float x[NT][4], u32 factor0, u32 factor1) {
@@ -1014,8 +1050,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
         return;
     }
     const int g = w.g, q = w.q, lane = w.lane, left = CHANNELS % 16 ? CHANNELS - w.channel : 16;
-    const int U_TILE = TILE * 16 * sizeof(io_t), STAGE = PROJ_TILE + 3 * U_TILE;
-    char *mine = shared + (threadIdx.x >> 5) * BACKWARD_SHARED;
+    const int U_TILE = TILE * 16 * sizeof(io_t), STAGE = 3 * U_TILE;
+    char *mine = shared + w.team * BACKWARD_SHARED;
+    char *ours = shared + 2 * W * BACKWARD_SHARED + w.dir * BACKWARD_TEAM_SHARED;
+    // The warps of this direction, and which of them this is.
+    const int teams = min(W, (CHANNELS - (int)blockIdx.x * W * 16 + 15) / 16), team = w.team >> 1;
     float *delta = (float *)(mine + 2 * STAGE), *dy = delta + TILE * LD, *dx = dy + TILE * LD, *ds = dx + TILE * LD,
           *ys = ds + TILE * LD;
     kept_t *saved = (kept_t *)(ys + TILE * LD);
@@ -1025,18 +1064,18 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
     float *d_skip_at = skip_at + 128, *d_bias_at = skip_at + 256;
     StepSize<1> step_size;
     step_size.load(p, w, (char *)before + U_TILE + 1536);
-#if EXACT
+    // Exactly: sums over channels. Otherwise the gradient of dt_proj's weight: of the channels 2g and 2g + 1, the ranks
+    // 8k + 2q and 8k + 2q + 1.
     float *sums = (float *)((char *)before + U_TILE + 1536 + STEP_SIZE_BYTES(1));
-#endif
     const io_t *proj_rows = p.proj + ((size_t)w.dir * p.B * p.L + w.row) * PROJ;
     const size_t rows = ((size_t)w.dir * p.B * p.L + w.row) * CHANNELS + w.channel;
     const io_t *dout_rows = p.dout + w.row * CHANNELS + w.channel;
     const io_t *z_rows = p.xz + (w.row * 2 + 1) * CHANNELS + w.channel;
     io_t *dz_rows = p.out + (w.row * 2 + 1) * CHANNELS + w.channel;
-    const size_t block = (size_t)w.dir * ((CHANNELS + 15) / 16) + w.channel / 16;
-    // [dir][block of 16 channels][b][place]
+    // [dir][block of 16 W channels][b][place]
     const int places = p.turn < 0 ? p.L : p.chunk;
-    partial_t *dbc = (partial_t *)p.dbc + ((block * p.B + w.b) * places - w.base) * 2 * N;
+    partial_t *partial =
+        (partial_t *)p.partial + ((((size_t)w.dir * gridDim.x + blockIdx.x) * p.B + w.b) * places - w.base) * PARTIAL;
 
     float a[1][NT][4], states[1][NT][4], (&lambda)[NT][4] = states[0], da[1][NT][4];
     load_A<1, NT>(p, w, a);
@@ -1063,12 +1102,47 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
         const Row row(w);
         const int from = w.begin(w.tiles - 1 - i);
         char *stage = mine + (i & 1) * STAGE;
-        io_t *tile = (io_t *)(stage + PROJ_TILE);
+        io_t *tile = (io_t *)stage;
         load_row<16, 16, CHANNELS, CHANNEL_PIECE>(tile, p.u + rows, left, w, row, from);
         load_row<16, 16, CHANNELS, CHANNEL_PIECE>(tile + TILE * 16, dout_rows, left, w, row, from);
         load_row<16, 16, 2 * CHANNELS, CHANNEL_PIECE>(tile + TILE * 32, z_rows, left, w, row, from);
-        load_row<PROJ, PROJ, PROJ, PROJ_PIECE>((io_t *)stage, proj_rows, PROJ, w, row, from);
+        load_projection((io_t *)(ours + (i & 1) * PROJ_TILE), proj_rows, w, from, team * 32 + lane, teams * 32);
     };
+#if !EXACT
+    for (int k = 0; k < EIGHTS * 4; k++) sums[k * 32 + lane] = 0.f;
+    const u32 one = g >> 1 != q ? 0 : g & 1 ? 0x3f800000 : 0x3f80;  // of the identity, in bfloat16
+    // Of tile i, sums over the channels of all these warps: a warp takes a few groups of eight columns.
+    auto sum_channels = [&](int i) {
+        const u32 *words = (const u32 *)(ours + 2 * PROJ_TILE) + (BUFFERS > 1 ? i & 1 : 0) * W * SUMS_OF_WARP;
+        for (int column = team; column < 2 * NT + EIGHTS; column += teams) {
+            float sum[4] = {0.f, 0.f, 0.f, 0.f};
+            const int k = column - 2 * NT;
+            for (int other = 0; other < teams; other++, words += SUMS_OF_WARP) {
+                if (k < 0) {
+                    const uint2 b = *(const uint2 *)(words + (column * 32 + lane) * 2);
+                    const u32 a[4] = {one, 0, 0, one};
+                    mma_bf16_k16(sum, a, b.x, b.y);
+                } else {
+                    const uint4 v = *(const uint4 *)(words + NT * 128 + lane * 4);
+                    const u32 a[4] = {v.x, v.z, v.y, v.w};
+                    const u32 *weight = step_size.weight + (2 * other - 2 * team) * (BACKWARD_SHARED / 4) + lane * 4;
+                    const int odd = EIGHTS + k;
+                    mma_k16(sum, a, transpose(weight[k / 4 * 128 + k % 4]),
+                            transpose(weight[odd / 4 * 128 + odd % 4]));
+                }
+            }
+            words -= teams * SUMS_OF_WARP;
+            const int first = k < 0 ? R + column / NT * N : 0, n = (k < 0 ? column % NT : k) * 8 + 2 * q;
+            const int count = k < 0 ? N : R;
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int place = w.place(w.begin(w.tiles - 1 - i), 8 * half + g);
+                if (place >= w.last || n >= count) continue;
+                store_partial(partial + (size_t)place * PROJ + first + n, sum + 2 * half, n + 1 < count);
+            }
+        }
+    };
+#endif
     float in_step[4];
 #pragma unroll
     for (int j = 0; j < 4; j++) in_step[j] = q == j;
@@ -1078,7 +1152,12 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
 
     for (int i = 0; i < w.tiles; i++) {
         copy_wait<0>();
-        sync_warp();
+        barrier(2 + w.dir, teams * 32);
+#if !EXACT
+        if (i) sum_channels(i - 1);
+        if (BUFFERS == 1) barrier(2 + w.dir, teams * 32);
+        u32 *words = (u32 *)(ours + 2 * PROJ_TILE) + ((BUFFERS > 1 ? i & 1 : 0) * W + team) * SUMS_OF_WARP;
+#endif
         const int begin = w.begin(w.tiles - 1 - i);
         const bool second = ORDERED    ? false
                             : !meeting ? 2 * p.turn > p.chunks - 1
@@ -1086,7 +1165,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
         if (meeting && w.dir && i == w.tiles / 2) barrier(1, BLOCK_THREADS);
         if (second) load_row<16, 16, 2 * CHANNELS, CHANNEL_PIECE>(before, dz_rows, left, w, Row(w), begin);
         char *stage = mine + (i & 1) * STAGE;
-        const io_t *proj = (io_t *)stage, *u = (io_t *)(stage + PROJ_TILE);
+        const io_t *proj = (io_t *)(ours + (i & 1) * PROJ_TILE), *u = (io_t *)stage;
         const io_t *dout = u + TILE * 16, *z = dout + TILE * 16;
         step_size.apply(p, w, proj, delta);
         sync_warp();
@@ -1117,7 +1196,12 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
                 if (i + 1 < w.tiles) load_stage(i + 1);
             } else if (i + 1 < w.tiles) fetch_states(part_of(i + 1, 8));
             copy_commit();
-            if (!valid) continue;
+            if (!valid) {
+#if !EXACT
+                for (int column = 0; column < 2 * NT; column++) words[(column * 32 + lane) * 2 + t8 / 8] = 0;
+#endif
+                continue;
+            }
             const io_t *proj_at = proj + t8 * PROJ;
             float *delta_at = delta + t8 * LD + g * S, *dy_at = dy + t8 * LD + g * S, *dx_at = dx + t8 * LD + g * S;
             float *ds_at = ds + t8 * LD + g * S, *ys_at = ys + t8 * LD + g * S;
@@ -1176,7 +1260,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
                     const float *from = sums + v / N * NT * 64 + v % N / 8 * 64 + v % N % 8;
                     float sum = 0.f;
                     for (int c = 0; c < 8; c++) sum += from[c * 8];
-                    if (place < w.last) dbc[(size_t)place * 2 * N + v] = stored(sum);
+                    if (place < w.last) partial[(size_t)place * 2 * N + v] = stored(sum);
                 }
                 sync_warp();
             }
@@ -1184,25 +1268,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
             // Gradients of B (0) and C (1): rows of `sums` are states, columns the 8 steps.
             auto store_sums = [&](int kind, float sums[(NT + 1) / 2][4]) {
 #pragma unroll
-                for (int nt = 0; nt < NT; nt++) {
-                    float low = sums[nt / 2][2 * (nt & 1)], high = sums[nt / 2][2 * (nt & 1) + 1];
-#if IO == 2
-                    u32 states = transpose(pack_bf16(low, high));  // of step g, states 2q and 2q + 1
-                    int place = w.place(begin, t8 + g), n = nt * 8 + 2 * q;
-                    partial_t *to = dbc + (long long)place * 2 * N + kind * N + n;
-                    if (place >= w.last || n >= N) continue;
-                    if (N % 2 == 0) *(u32 *)to = states;
-                    else {
-                        to[0] = (u16)states;
-                        if (n + 1 < N) to[1] = (u16)(states >> 16);
-                    }
-#else
-                    for (int e = 0; e < 2; e++) {
-                        int place = w.place(begin, t8 + 2 * q + e), n = nt * 8 + g;
-                        if (place < w.last && n < N) dbc[(long long)place * 2 * N + kind * N + n] = e ? high : low;
-                    }
-#endif
-                }
+                for (int nt = 0; nt < NT; nt++)
+                    words[((kind * NT + nt) * 32 + lane) * 2 + t8 / 8] =
+                        pack_bf16(sums[nt / 2][2 * (nt & 1)], sums[nt / 2][2 * (nt & 1) + 1]);
             };
             float dc[(NT + 1) / 2][4], v[4];
 #pragma unroll
@@ -1304,6 +1372,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
             load_vector<4>(vdx, dx + from);
             load_vector<4>(vds, ds + from);
             load_vector<4>(vy, ys + from);
+#if !EXACT
+            u32 *slopes = words + NT * 128 + lane * 4 + 2 * k;  // of Δ, as a left factor's words of this half
+            if (place >= w.last) slopes[0] = slopes[1] = 0;
+#endif
             if (place >= w.last) continue;
             const int token = w.token(place);
             load_vector<4>(skip, skip_at);
@@ -1333,14 +1405,42 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
                 if (p.y) store4(cell(p.y + w.row * CHANNELS + w.channel, token, CHANNELS, four), other, here);
             }
             store4(cell(p.du + rows, token, CHANNELS, four), r_du, here);
+#if EXACT
             store4(cell(p.ddelta + rows, token, CHANNELS, four), r_dd, here);
+#else
+            slopes[0] = pack16(r_dd[0], r_dd[2]), slopes[1] = pack16(r_dd[1], r_dd[3]);
+#endif
             // Along an order, each direction its own, for `gate_backward`.
             if (ORDERED && w.dir) store4(cell(p.y + w.row * CHANNELS + w.channel, token, CHANNELS, four), vy, here);
             else store4(cell(dz_rows, token, 2 * CHANNELS, four), vy, here);
         }
         if (meeting && !w.dir && i == (w.tiles - 1) / 2) barrier(1, BLOCK_THREADS);
         sync_warp();
+#if !EXACT
+        const uint4 v = *(const uint4 *)(words + NT * 128 + lane * 4);
+        const u32 rows_of_channels[4] = {transpose(v.x), transpose(v.y), transpose(v.z), transpose(v.w)};
+#pragma unroll
+        for (int k = 0; k < EIGHTS; k++) {
+            float sum[4];
+            load_vector<4>(sum, sums + (k * 32 + lane) * 4);
+            u32 low = ranks(proj + g * PROJ, 8 * k + 2 * q), high = ranks(proj + (g + 8) * PROJ, 8 * k + 2 * q);
+            mma_k16(sum, rows_of_channels, transpose(low), transpose(high));
+            store_vector<4>(sums + (k * 32 + lane) * 4, sum);
+        }
+#endif
     }
+#if !EXACT
+    barrier(2 + w.dir, teams * 32);
+    sum_channels(w.tiles - 1);
+#endif
+    const size_t walk = (size_t)(w.dir * p.B + w.b) * p.chunks + w.chunk;
+#if !EXACT
+    for (int k = 0; k < EIGHTS; k++)
+        for (int e = 0; e < 4; e++) {
+            const int c = 2 * g + (e >> 1), r = 8 * k + 2 * q + (e & 1);
+            if (c < left && r < R) p.d_dt_w[(walk * CHANNELS + w.channel + c) * R + r] = sums[(k * 32 + lane) * 4 + e];
+        }
+#endif
 #pragma unroll
     for (int nt = 0; nt < NT; nt++)
 #pragma unroll
@@ -1360,7 +1460,6 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
     if (lane < 4)
         for (int e = 0; e < 4; e++)
             if (e < here) {
-                size_t walk = (size_t)(w.dir * p.B + w.b) * p.chunks + w.chunk;
                 float *to = p.dvec + walk * 2 * CHANNELS + w.channel + four + e;
                 to[0] = d_skip[e], to[CHANNELS] = d_bias[e];
             }
@@ -1718,6 +1817,13 @@ DEV u32 single16(const io_t *p) {
 #endif
 }
 
+// Of a token's projection, the ranks r and r + 1 of the time step, r being even; those that do not exist are zero.
+DEV u32 ranks(const io_t *token, int r) {
+    const io_t *at = token + r;
+    if (IO && PROJ % 2 == 0 && R % 2 == 0) return R % 8 == 0 || r < R ? *(const u32 *)at : 0u;
+    return r + 1 < R ? pair16(at) : r < R ? single16(at) : 0u;
+}
+
 // What makes Δ of a warp's channels: dt_proj's rows as the tensor cores want a right factor, 8 ranks a word, and bias.
 #define EIGHTS ((R + 7) / 8)
 #define WORDS(M) ((2 * M * EIGHTS + 3) / 4 * 4)
@@ -1809,11 +1915,7 @@ template <int M> struct StepSize {
             u32 a[4];
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                int r = 8 * (k + (i >> 1)) + 2 * q;
-                const io_t *at = proj + (g + 8 * (i & 1)) * PROJ + r;
-                if (8 * (k + (i >> 1)) >= R) a[i] = 0;
-                else if (IO && PROJ % 2 == 0 && R % 2 == 0) a[i] = R % 8 == 0 || r < R ? *(const u32 *)at : 0u;
-                else a[i] = r + 1 < R ? pair16(at) : r < R ? single16(at) : 0u;
+                a[i] = k + (i >> 1) < EIGHTS ? ranks(proj + (g + 8 * (i & 1)) * PROJ, 8 * (k + (i >> 1)) + 2 * q) : 0u;
             }
 #pragma unroll
             for (int s = 0; s < COUNT; s++) {

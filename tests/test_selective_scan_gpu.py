@@ -503,9 +503,13 @@ def test_python_reserves_the_shared_memory_that_the_kernels_take(compile_for_cpu
                     continue
                 found = selective_scan_cuda.shared_bytes(kernel, blocks, split, rank, states, dtype)
                 assert found == scan.forward(blocks, kind), (kernel, blocks, split)
-    more = 'extern "C" int backward_shared() { return BACKWARD_SHARED; }'
-    backward = compile_for_cpu("scan_backward.cu", options[:-1], more)
-    assert backward.backward_shared() == selective_scan_cuda.shared_bytes("backward", 1, 0, rank, states, dtype)
+    for warps, buffers in ((1, 1), (6, 2)):
+        more = """extern "C" int backward_shared() { return BACKWARD_SHARED; }
+        extern "C" int team_shared() { return BACKWARD_TEAM_SHARED; }"""
+        settings = (*options[:-1], ("W", warps), ("BUFFERS", buffers))
+        backward = compile_for_cpu("scan_backward.cu", settings, more)
+        assert backward.backward_shared() == selective_scan_cuda.shared_bytes("backward", 1, 0, rank, states, dtype)
+        assert backward.team_shared() == selective_scan_cuda.team_bytes(warps, buffers, rank, states, dtype)
     more = 'extern "C" int simt_shared() { return SIMT_SHARED; }'
     simt = compile_for_cpu("simt.cu", (("IO", 0), ("N", states), ("SIMT_BACKWARD_KERNEL", 1)), more)
     assert simt.simt_shared() == selective_scan_cuda_simt.shared_bytes(states)
