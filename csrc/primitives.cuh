@@ -52,6 +52,9 @@
 #ifndef JOINED
 #define JOINED 0  // the scan itself passes states between the few chunks there are
 #endif
+#ifndef KEEP
+#define KEEP 0  // the scan keeps the state before every 8 tokens
+#endif
 #ifndef WIDE
 #define WIDE 0  // a sequence has 4 GiB or more: 64-bit offsets
 #endif

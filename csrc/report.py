@@ -31,7 +31,7 @@ def configurations():
         for kernel, share in backend.WALKS:
             if dtype == torch.float32 and share != 1:
                 continue
-            options, threads, shared = backend.walk_settings(kernel, share, RANK, STATES, dtype)
+            options, threads, shared = backend.walk_settings(kernel, share, RANK, STATES, CHANNELS, dtype)
             note = {0.5: "two warps for 16 channels", 1: "16 channels a warp", 2: "32 channels a warp"}[share]
             yield kernel, dtype, note, {**common, **options}, threads, shared
         for kernel in ("conv", "conv_backward"):

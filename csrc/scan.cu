@@ -1,7 +1,7 @@
 // The forward scan, and the walks that differ little from it: states and adjoint states of chunks.
 #include "walk.cuh"
 
-// Kinds of walk. SCAN: outputs, and (if p.kept) the states on the way. STATES: the state before every 8 tokens, from
+// Kinds of walk. SCAN: outputs, and the states before every p.kept tokens or, with KEEP, every 8. STATES: the state before every 8 tokens, from
 // p.states. ENDS: the state a chunk ends with, from zero. ADJOINT: the adjoint state that a chunk passes back, from
 // zero; u is then the gradient of the ungated output.
 #define SCAN 0
@@ -73,9 +73,10 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
     // The next part of which the state before is stored, and where; SCAN: the place that this is at.
     const int way = w.reversed ? -1 : 1;
     int part = 0, keep_at = -1;
-    if (KIND == STATES) part = w.begin(0) / 8 + w.reversed;
-    if (KIND == SCAN && p.kept) keep_at = w.begin(0), part = keep_at / p.kept;
-    kept_t *sub_at = KIND == STATES ? fragment<M>(p.sub, p, w, sub_parts(p), part - w.base / 8) : 0;
+    const bool keeping = KIND == STATES || (KIND == SCAN && KEEP);
+    if (keeping) part = w.begin(0) / 8 + w.reversed;
+    if (KIND == SCAN && !KEEP && p.kept) keep_at = w.begin(0), part = keep_at / p.kept;
+    kept_t *sub_at = keeping ? fragment<M>(p.sub, p, w, sub_parts(p), part - w.base / 8) + first_group * 128 : 0;
     const int four = lane % (4 * M) * 4, here = left - four;  // channels of this lane in the epilogue
     const int ROUNDS = M * 2, PER = 8 / M;
     Row row(w);
@@ -136,7 +137,7 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
         float *d_at = delta + g * S, *y_at = ys + w.half * TILE * LD + g * S;
 #pragma unroll UNROLL
         for (int t4 = 0; t4 < TILE; t4 += 4) {
-            if (KIND == STATES && t4 % 8 == 0) {
+            if (keeping && t4 % 8 == 0) {
                 if (part * 8 < p.L) keep_states<M, GROUPS>(sub_at, h, w);
                 part += way, sub_at += way * STATES_OF_PART;
             }

@@ -74,7 +74,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
     char *mine = shared + w.team * BACKWARD_SHARED;
     char *ours = shared + 2 * W * BACKWARD_SHARED + w.dir * BACKWARD_TEAM_SHARED;
     // The warps of this direction, and which of them this is.
-    const int teams = min(W, (CHANNELS - (int)blockIdx.x * W * 16 + 15) / 16), team = w.team >> 1;
+    const int teams = CHANNELS % (16 * W) ? min(W, (CHANNELS - (int)blockIdx.x * W * 16 + 15) / 16) : W;
+    const int team = w.team >> 1;
     float *delta = (float *)(mine + 2 * STAGE), *dy = delta + TILE * LD, *dx = dy + TILE * LD, *ds = dx + TILE * LD,
           *ys = ds + TILE * LD;
     kept_t *saved = (kept_t *)(ys + TILE * LD);
@@ -137,21 +138,22 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
         for (int column = team; column < 2 * NT + EIGHTS; column += teams) {
             float sum[4] = {0.f, 0.f, 0.f, 0.f};
             const int k = column - 2 * NT;
-            for (int other = 0; other < teams; other++, words += SUMS_OF_WARP) {
-                if (k < 0) {
-                    const uint2 b = *(const uint2 *)(words + (column * 32 + lane) * 2);
-                    const u32 a[4] = {one, 0, 0, one};
-                    mma_bf16_k16(sum, a, b.x, b.y);
-                } else {
-                    const uint4 v = *(const uint4 *)(words + NT * 128 + lane * 4);
+            if (k < 0) {
+                const u32 a[4] = {one, 0, 0, one}, *from = words + (column * 32 + lane) * 2;
+#pragma unroll
+                for (int other = 0; other < teams; other++, from += SUMS_OF_WARP)
+                    mma_bf16_k16(sum, a, from[0], from[1]);
+            } else {
+                const u32 *from = words + NT * 128 + lane * 4;
+                const u32 *even = step_size.weight - 2 * team * (BACKWARD_SHARED / 4) + lane * 4 + k / 4 * 128 + k % 4;
+                const int odd = (EIGHTS + k) / 4 * 128 + (EIGHTS + k) % 4 - k / 4 * 128 - k % 4;
+#pragma unroll
+                for (int other = 0; other < teams; other++, from += SUMS_OF_WARP, even += 2 * (BACKWARD_SHARED / 4)) {
+                    const uint4 v = *(const uint4 *)from;
                     const u32 a[4] = {v.x, v.z, v.y, v.w};
-                    const u32 *weight = step_size.weight + (2 * other - 2 * team) * (BACKWARD_SHARED / 4) + lane * 4;
-                    const int odd = EIGHTS + k;
-                    mma_k16(sum, a, transpose(weight[k / 4 * 128 + k % 4]),
-                            transpose(weight[odd / 4 * 128 + odd % 4]));
+                    mma_k16(sum, a, transpose(even[0]), transpose(even[odd]));
                 }
             }
-            words -= teams * SUMS_OF_WARP;
             const int first = k < 0 ? R + column / NT * N : 0, n = (k < 0 ? column % NT : k) * 8 + 2 * q;
             const int count = k < 0 ? N : R;
 #pragma unroll

@@ -43,6 +43,7 @@ ELEMENTWISE_THREADS = 256
 # Each copy of this code in a process (one travels with every Hub repository) has operators of its own.
 _NAMESPACE = __package__.replace("modeling_videomamba", "videomamba").replace(".", "_")
 
+KEEP_STATES = False  # the scan keeps the state before every 8 tokens for the backward pass
 TURN_TOKENS = 32768  # about as many tokens the backward pass recomputes the states of at a time
 JOINED_CHUNKS = 20  # so few chunks a scan passes states between by itself
 PARAMETER_NAMES = ("conv_w", "conv_b", "dt_w", "dt_b", "a_log", "skip")  # the kernels' names
@@ -125,14 +126,18 @@ class ScanPlan:
         numbers = {"chunk": self.chunk, "chunks": self.chunks, "turn": -1, "span": 1, "mode": 0, "kept": 0, **numbers}
         return Launch(name, {**self.options, **(options or {})}, grid, threads, shared, self.device, numbers)
 
-    def walk(self, name, side_by_side=1, joined=False, **numbers):
+    def walk(self, name, side_by_side=1, joined=False, keep=False, **numbers):
         """Launch of a kernel whose warps walk over the sequence, or over chunks of it `side_by_side`."""
         tf32 = self.tf32 and name in ("scan", "ends")
         share = self.share(name, side_by_side, tf32)
-        options, threads, shared = walk_settings(name, share, self.R, self.N, self.dtype, tf32)
+        options, threads, shared = walk_settings(
+            name, share, self.R, self.N, self.E, self.dtype, tf32, _shared_memory(self.device)
+        )
         channels = 16 * options["BLOCKS"] * options["W"]  # of a thread block
         grid = (-(-self.E // channels), side_by_side, self.B)
         options |= {"TF32": int(tf32), "JOINED": int(joined)}
+        if keep:
+            options["KEEP"] = 1
         return self.launch(name, grid, threads, shared, options, **numbers)
 
     def share(self, name, side_by_side, tf32):
@@ -195,6 +200,20 @@ class ScanPlan:
         return {keep: self.walk("scan", kept=kept if keep else 0, **whole) for keep in (False, True)}
 
     @functools.cached_property
+    def keeping_scan(self):
+        """The forward scan that keeps the state before every 8 tokens."""
+        if self.side_by_side:
+            return self.walk("scan", self.chunks, keep=True)
+        return self.walk("scan", chunk=self.chunk * self.chunks, chunks=1, keep=True)
+
+    @functools.cached_property
+    def backward_of_kept(self):
+        """The adjoint walk, if the scan kept all it starts from."""
+        if self.side_by_side:
+            return self.backward
+        return self.walk("backward", chunk=self.chunk * self.chunks, chunks=1)
+
+    @functools.cached_property
     def states(self):
         return self.walk("states", self.chunks if self.side_by_side else self.span, span=self.walked)
 
@@ -238,6 +257,14 @@ def _rows(batch, channels):
 @functools.cache
 def _multiprocessors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _shared_memory(device):
+    """Bytes of a multiprocessor."""
+    if device.type != "cuda":
+        return SHARED_OF_HOPPER
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin + 1024
 
 
 def split_length(batch, length, channels, multiprocessors, turn_tokens):
@@ -295,18 +322,19 @@ WALKS = {
     ("adjoint", 2): (1, 7),
     ("backward", 1): (6, 1),
 }
-SHARED_OF_MULTIPROCESSOR = 233_472  # bytes; a thread block takes 1,024 more than it asks for
+SHARED_OF_HOPPER = 233_472  # bytes of a multiprocessor; a thread block takes 1,024 more than it asks for
 
 
-def walk_settings(kernel, share, rank, states, dtype, tf32=False):
+def walk_settings(kernel, share, rank, states, channels, dtype, tf32=False, capacity=SHARED_OF_HOPPER):
     """
     How a walk is compiled and launched.
 
     Args:
         kernel (`str`), share (`float`): a key of `WALKS`; 0.5 are two warps for one block of 16 channels.
-        rank, states (`int`): R and N.
+        rank, states, channels (`int`): R, N and E.
         dtype (`torch.dtype`): of the activations.
         tf32 (`bool`): whether float32 may be multiplied on the tensor cores.
+        capacity (`int`): bytes of shared memory of a multiprocessor.
 
     Returns:
         its options (`dict`), threads of a block, bytes of shared memory of a block.
@@ -315,13 +343,25 @@ def walk_settings(kernel, share, rank, states, dtype, tf32=False):
     # What the settings promise does not hold for float32 and many states, which want more registers.
     plain = dtype == torch.float32 or states > 16
     warps, resident = (1, 1) if plain else WALKS[kernel, share]
-    options = {"BLOCKS": blocks, "W": warps, "MINBLOCKS": resident, "SPLIT": split, "BUFFERS": 2}
-    shared = shared_bytes(kernel, blocks, split, rank, states, dtype, tf32) * 2 * warps
-    if kernel == "backward":
-        teams = [2 * team_bytes(warps, buffers, rank, states, dtype) for buffers in (2, 1)]
-        options["BUFFERS"] = 2 if shared + teams[0] <= SHARED_OF_MULTIPROCESSOR // resident - 1024 else 1
-        shared += teams[2 - options["BUFFERS"]]
-    return options, 64 * warps << split, shared
+    shared = shared_bytes(kernel, blocks, split, rank, states, dtype, tf32)
+    options = {"BLOCKS": blocks, "W": warps, "MINBLOCKS": resident, "SPLIT": split}
+    if kernel != "backward":
+        return options, 64 * warps << split, shared * 2 * warps
+
+    def filling(warps, buffers):
+        """Bytes of a block; of warps that have channels, how many a multiprocessor takes; blocks there."""
+        size = 2 * warps * shared + 2 * team_bytes(warps, buffers, rank, states, dtype)
+        resident = max(1, min(most // warps, capacity // (size + 1024)))
+        groups = -(-channels // 16)
+        return resident * warps * groups / (-(-groups // warps) * warps), size, resident
+
+    # As many warps as can be; then as few blocks, since the warps of one add up their gradients.
+    most = warps * resident
+    choices = [(w, buffers) for w in (6, 3, 2, 1) if w <= most for buffers in (2, 1)]
+    choices = [c for c in choices if filling(*c)[1] + 1024 <= capacity] or choices[-1:]
+    warps, buffers = max(choices, key=lambda choice: filling(*choice)[0])
+    _, size, resident = filling(warps, buffers)
+    return options | {"W": warps, "MINBLOCKS": resident, "BUFFERS": buffers}, 64 * warps, size
 
 
 def shared_bytes(kernel, blocks, split, rank, states, dtype, tf32=False):
@@ -458,16 +498,20 @@ def _forward(xz, conv_w, conv_b, x_proj_weight, dt_w, dt_b, A_log, D, visits, st
     u = call.convolve()
     proj = _project(u, x_proj_weight)
     call.set(proj=proj, out=out)
-    scan, states = plan.scan[for_backward], None
+    scan, states = plan.scan[for_backward > 0], None
+    if for_backward == 2:
+        scan = plan.keeping_scan
+        sub = call.new(*plan.state_shape(-(-plan.L // 8)), dtype=plan.dtype)
+        call.set(sub=sub)
     if plan.side_by_side:
         states, sums = call.chunk_states(scan.options["JOINED"])  # kept until the scan is queued
-    elif for_backward and plan.chunks > 1:
+    elif for_backward == 1 and plan.chunks > 1:
         states = call.new(*plan.state_shape(plan.chunks))
         call.set(states=states)
     call.run(scan)
     if plan.ordered:
         call.run(plan.gate)
-    return out, proj, states if for_backward else None
+    return out, proj, sub if for_backward == 2 else states if for_backward else None
 
 
 def _check_memory(plan):
@@ -498,7 +542,7 @@ def _scan_op(
     out_proj_weight: torch.Tensor | None,
     visits: torch.Tensor | None,
     structure: list[int],
-    for_backward: bool,
+    for_backward: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
     with _on(xz):
@@ -516,10 +560,12 @@ def _(xz, *rest):
     side_by_side, _, chunks, _ = split_length(batch, length, channels, _multiprocessors(xz.device), TURN_TOKENS)
     keep = for_backward and (side_by_side or chunks > 1)
     states = _state_shape(batch, chunks, channels, A_log.shape[2]) if keep else (0,)
+    if for_backward == 2:
+        states = _state_shape(batch, -(-length // 8), channels, A_log.shape[2])
     return (
         xz.new_empty(batch, length, outputs),
         xz.new_empty(2, batch, length, x_proj_weight.shape[1]),
-        xz.new_empty(states, dtype=torch.float32),
+        xz.new_empty(states, dtype=xz.dtype if for_backward == 2 else torch.float32),
     )
 
 
@@ -539,6 +585,7 @@ def _backward_op(
     proj: torch.Tensor,
     states: torch.Tensor,
     structure: list[int],
+    kept: bool,
 ) -> list[torch.Tensor]:
     dxz = torch.empty_like(xz)
     dout = dout.contiguous()
@@ -560,12 +607,12 @@ def _backward_op(
         if plan.exact:
             ddelta = torch.empty_like(u)
             call.set(ddelta=ddelta)
-            dA, d_skip, d_dt_bias, _ = _walk_back(call, dout, dproj[..., R:])
+            dA, d_skip, d_dt_bias, _ = _walk_back(call, dout, dproj[..., R:], states if kept else None)
             ddelta, rows = ddelta.view(2, -1, E), dproj.view(2, -1, R + 2 * N)
             torch.bmm(ddelta, dt_proj_weight.to(xz.dtype), out=rows[..., :R])
             d_dt_weight = torch.bmm(ddelta.transpose(1, 2), proj.view(2, -1, R + 2 * N)[..., :R])
         else:
-            dA, d_skip, d_dt_bias, d_dt_weight = _walk_back(call, dout, dproj)
+            dA, d_skip, d_dt_bias, d_dt_weight = _walk_back(call, dout, dproj, states if kept else None)
         u, du, dproj = u.view(2, -1, E), du.view(2, -1, E), dproj.view(2, -1, R + 2 * N)
         d_x_weight = torch.bmm(dproj.transpose(1, 2), u)
         du.baddbmm_(dproj, x_proj_weight)
@@ -582,7 +629,7 @@ def _backward_op(
     return [dxz, *(g.contiguous().to(p.dtype) for g, p in zip(gradients, parameters, strict=True))]
 
 
-def _walk_back(call, dout, dproj):
+def _walk_back(call, dout, dproj, sub):
     """
     Writes `out`, `du` and `y` of the call, and into `dproj` (2, B, L, R + 2N) the gradients of the projection. In
     float32, `dproj` are those of B and C alone (2, B, L, 2N), and `ddelta` is written.
@@ -592,9 +639,13 @@ def _walk_back(call, dout, dproj):
     """
     plan = call.plan
     B, L, E, R, N, places = plan.B, plan.L, plan.E, plan.R, plan.N, plan.places
+    kept, turns, backward = sub is not None, plan.turns, plan.backward
+    if kept:
+        turns, places, backward = 1, L, plan.backward_of_kept
     adjoint = call.chunk_adjoints(dout) if plan.side_by_side else call.new(*plan.state_shape(1))
-    walks = plan.chunks if plan.side_by_side else plan.turns
-    sub = call.new(*plan.state_shape(-(-places // 8)), dtype=plan.dtype)
+    walks = plan.chunks if plan.side_by_side else turns
+    if not kept:
+        sub = call.new(*plan.state_shape(-(-places // 8)), dtype=plan.dtype)
     partial_type = torch.bfloat16 if plan.dtype == torch.bfloat16 else torch.float32
     partial = call.new(2, plan.backward.grid[0], B, places, dproj.shape[3], dtype=partial_type)
     da, dvec, d_dt_w = call.new(*plan.state_shape(walks)), call.new(2, B, walks, 2, E), None
@@ -602,11 +653,13 @@ def _walk_back(call, dout, dproj):
     if not plan.exact:
         d_dt_w = call.new(2, B * walks, E, R)
         call.set(d_dt_w=d_dt_w)
-    for turn in range(plan.turns):
-        call.run(plan.states.at(turn=-1 if plan.side_by_side else turn))
-        call.run(plan.backward.at(turn=-1 if plan.side_by_side else turn))
+    for turn in range(turns):
+        at = -1 if plan.side_by_side or kept else turn
+        if not kept:
+            call.run(plan.states.at(turn=at))
+        call.run(backward.at(turn=at))
         for direction in (0, 1):
-            first = places * (turn if direction and not plan.ordered else plan.turns - 1 - turn)
+            first = places * (turn if direction and not plan.ordered else turns - 1 - turn)
             tokens = slice(first, min(first + places, L))
             found = partial[direction, :, :, : tokens.stop - first].sum(0)  # accumulates in float32
             if direction and plan.ordered:
@@ -623,19 +676,21 @@ def _walk_back(call, dout, dproj):
 
 @_backward_op.register_fake
 def _(dout, xz, *rest):
-    *parameters, _, _, _, _ = rest  # visits, proj, states, structure
+    *parameters, _, _, _, _, _ = rest  # visits, proj, states, structure, kept
     tensors = [xz, *(p for p in parameters if p is not None)]
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.structure, _ = inputs  # for_backward
+    *tensors, ctx.structure, ctx.for_backward = inputs
     ctx.save_for_backward(*tensors, *output[1:])
 
 
 def _backward(ctx, dout, dproj, dstates):
     *inputs, out_proj_weight, visits, proj, states = ctx.saved_tensors
-    gradients = _backward_op(dout, *inputs, out_proj_weight, visits, proj, states, ctx.structure)
+    gradients = _backward_op(
+        dout, *inputs, out_proj_weight, visits, proj, states, ctx.structure, ctx.for_backward == 2
+    )
     return *gradients, *([None] if out_proj_weight is None else []), None, None, None
 
 
@@ -654,10 +709,10 @@ def bidirectional_selective_scan(
     visits, structure = (None, [0, 1, -1]) if order is None else (order.visits, _structure(order))
     if out_proj_weight is None and nobody_looks_on((xz, *parameters)):
         with _on(xz) if _must_switch(xz) else contextlib.nullcontext():
-            return _forward(xz.contiguous(), *parameters, visits, structure, False)[0]
+            return _forward(xz.contiguous(), *parameters, visits, structure, 0)[0]
     if out_proj_weight is not None:
         out_proj_weight = out_proj_weight.to(xz.dtype)
-    keep = torch.is_grad_enabled()
+    keep = (2 if KEEP_STATES else 1) if torch.is_grad_enabled() else 0
     return _scan_op(xz.contiguous(), *parameters, out_proj_weight, visits, structure, keep)[0]
 
 

@@ -201,7 +201,10 @@ class KernelArguments(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in "xz u proj dout conv_w conv_b dt_w dt_b a_log skip order".split()),
-        *((name, ctypes.c_void_p) for name in "out du ddelta y states sums sub adjoint da dvec d_dt_w partial".split()),
+        *(
+            (name, ctypes.c_void_p)
+            for name in "out du ddelta y states sums sub adjoint da dvec d_dt_w partial".split()
+        ),
         *((name, ctypes.c_int) for name in "B L mode chunk chunks turn span kept".split()),
         *((name, ctypes.c_int) for name in "reversal frames frame class_token".split()),
     ]

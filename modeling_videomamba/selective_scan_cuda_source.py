@@ -302,6 +302,9 @@ extern "C" __global__ void rms_norm(const NormArgs p) {
 #ifndef JOINED
 #define JOINED 0  // the scan itself passes states between the few chunks there are
 #endif
+#ifndef KEEP
+#define KEEP 0  // the scan keeps the state before every 8 tokens
+#endif
 #ifndef WIDE
 #define WIDE 0  // a sequence has 4 GiB or more: 64-bit offsets
 #endif
@@ -603,7 +606,7 @@ DEV int visited(const Args &p, int step) {
     "scan.cu": r"""// The forward scan, and the walks that differ little from it: states and adjoint states of chunks.
 #include "walk.cuh"
 
-// Kinds of walk. SCAN: outputs, and (if p.kept) the states on the way. STATES: the state before every 8 tokens, from
+// Kinds of walk. SCAN: outputs, and the states before every p.kept tokens or, with KEEP, every 8. STATES: the state before every 8 tokens, from
 // p.states. ENDS: the state a chunk ends with, from zero. ADJOINT: the adjoint state that a chunk passes back, from
 // zero; u is then the gradient of the ungated output.
 #define SCAN 0
@@ -675,9 +678,10 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
     // The next part of which the state before is stored, and where; SCAN: the place that this is at.
     const int way = w.reversed ? -1 : 1;
     int part = 0, keep_at = -1;
-    if (KIND == STATES) part = w.begin(0) / 8 + w.reversed;
-    if (KIND == SCAN && p.kept) keep_at = w.begin(0), part = keep_at / p.kept;
-    kept_t *sub_at = KIND == STATES ? fragment<M>(p.sub, p, w, sub_parts(p), part - w.base / 8) : 0;
+    const bool keeping = KIND == STATES || (KIND == SCAN && KEEP);
+    if (keeping) part = w.begin(0) / 8 + w.reversed;
+    if (KIND == SCAN && !KEEP && p.kept) keep_at = w.begin(0), part = keep_at / p.kept;
+    kept_t *sub_at = keeping ? fragment<M>(p.sub, p, w, sub_parts(p), part - w.base / 8) + first_group * 128 : 0;
     const int four = lane % (4 * M) * 4, here = left - four;  // channels of this lane in the epilogue
     const int ROUNDS = M * 2, PER = 8 / M;
     Row row(w);
@@ -738,7 +742,7 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
         float *d_at = delta + g * S, *y_at = ys + w.half * TILE * LD + g * S;
 #pragma unroll UNROLL
         for (int t4 = 0; t4 < TILE; t4 += 4) {
-            if (KIND == STATES && t4 % 8 == 0) {
+            if (keeping && t4 % 8 == 0) {
                 if (part * 8 < p.L) keep_states<M, GROUPS>(sub_at, h, w);
                 part += way, sub_at += way * STATES_OF_PART;
             }
@@ -1054,7 +1058,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
     char *mine = shared + w.team * BACKWARD_SHARED;
     char *ours = shared + 2 * W * BACKWARD_SHARED + w.dir * BACKWARD_TEAM_SHARED;
     // The warps of this direction, and which of them this is.
-    const int teams = min(W, (CHANNELS - (int)blockIdx.x * W * 16 + 15) / 16), team = w.team >> 1;
+    const int teams = CHANNELS % (16 * W) ? min(W, (CHANNELS - (int)blockIdx.x * W * 16 + 15) / 16) : W;
+    const int team = w.team >> 1;
     float *delta = (float *)(mine + 2 * STAGE), *dy = delta + TILE * LD, *dx = dy + TILE * LD, *ds = dx + TILE * LD,
           *ys = ds + TILE * LD;
     kept_t *saved = (kept_t *)(ys + TILE * LD);
@@ -1117,21 +1122,22 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
         for (int column = team; column < 2 * NT + EIGHTS; column += teams) {
             float sum[4] = {0.f, 0.f, 0.f, 0.f};
             const int k = column - 2 * NT;
-            for (int other = 0; other < teams; other++, words += SUMS_OF_WARP) {
-                if (k < 0) {
-                    const uint2 b = *(const uint2 *)(words + (column * 32 + lane) * 2);
-                    const u32 a[4] = {one, 0, 0, one};
-                    mma_bf16_k16(sum, a, b.x, b.y);
-                } else {
-                    const uint4 v = *(const uint4 *)(words + NT * 128 + lane * 4);
+            if (k < 0) {
+                const u32 a[4] = {one, 0, 0, one}, *from = words + (column * 32 + lane) * 2;
+#pragma unroll
+                for (int other = 0; other < teams; other++, from += SUMS_OF_WARP)
+                    mma_bf16_k16(sum, a, from[0], from[1]);
+            } else {
+                const u32 *from = words + NT * 128 + lane * 4;
+                const u32 *even = step_size.weight - 2 * team * (BACKWARD_SHARED / 4) + lane * 4 + k / 4 * 128 + k % 4;
+                const int odd = (EIGHTS + k) / 4 * 128 + (EIGHTS + k) % 4 - k / 4 * 128 - k % 4;
+#pragma unroll
+                for (int other = 0; other < teams; other++, from += SUMS_OF_WARP, even += 2 * (BACKWARD_SHARED / 4)) {
+                    const uint4 v = *(const uint4 *)from;
                     const u32 a[4] = {v.x, v.z, v.y, v.w};
-                    const u32 *weight = step_size.weight + (2 * other - 2 * team) * (BACKWARD_SHARED / 4) + lane * 4;
-                    const int odd = EIGHTS + k;
-                    mma_k16(sum, a, transpose(weight[k / 4 * 128 + k % 4]),
-                            transpose(weight[odd / 4 * 128 + odd % 4]));
+                    mma_k16(sum, a, transpose(even[0]), transpose(even[odd]));
                 }
             }
-            words -= teams * SUMS_OF_WARP;
             const int first = k < 0 ? R + column / NT * N : 0, n = (k < 0 ? column % NT : k) * 8 + 2 * q;
             const int count = k < 0 ? N : R;
 #pragma unroll

@@ -174,6 +174,47 @@ def test_kernels_on_the_cpu_in_bfloat16(on_cpu, multiprocessors, batch, length, 
     assert_close_to_reference(tensors, grad, make_order(order, length), TOLERANCE[torch.bfloat16])
 
 
+# Of the projection's gradients, the warps of a thread block add up those of its 96 channels: of two blocks, the second
+# is not full. With a rank of 36, shared memory has room for one buffer of these sums.
+@pytest.mark.parametrize(
+    "length, channels, order, dtype, rank",
+    [
+        (37, 120, "reversal", torch.bfloat16, 6),
+        (24, 104, "any", torch.float16, 5),
+        (20, 96, "temporal", torch.bfloat16, 36),
+    ],
+)
+def test_gradients_of_the_projection_from_many_channels(on_cpu, length, channels, order, dtype, rank):
+    on_cpu(0.1)
+    length += order == "temporal"  # 7 frames
+    tensors, grad = make_inputs(1, length, channels, dtype, rank=rank)
+    assert_close_to_reference(tensors, grad, make_order(order, length), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    "multiprocessors, batch, length, channels, order, dtype",
+    [
+        (1, 2, 37, 24, "reversal", torch.bfloat16),  # two warps take half of the states each
+        (0.1, 2, 36, 40, "temporal", torch.bfloat16),  # a warp takes 32 channels
+        (132, 1, 70, 24, "reversal", torch.float16),  # in chunks
+        (132, 1, 35, 24, "any", torch.float32),
+    ],
+)
+def test_the_scan_keeps_the_states_of_the_backward_pass(
+    on_cpu, monkeypatch, multiprocessors, batch, length, channels, order, dtype
+):
+    on_cpu(multiprocessors)
+    monkeypatch.setattr(selective_scan_cuda, "KEEP_STATES", True)
+    launched = []
+    queue = runtime.Launch.queue
+    monkeypatch.setattr(
+        runtime.Launch, "queue", lambda launch, *arguments: launched.append(launch.name) or queue(launch, *arguments)
+    )
+    tensors, grad = make_inputs(batch, length, channels, dtype)
+    assert_close_to_reference(tensors, grad, make_order(order, length), TOLERANCE[dtype])
+    assert "backward" in launched and "states" not in launched
+
+
 # Steps so small that nothing decays, and so large that everything does.
 @pytest.mark.parametrize(
     "multiprocessors, length, order, shift", [(1, 18, "reversal", -9.0), (132, 35, "reversal", 3.0)]
@@ -241,8 +282,9 @@ def test_the_operator_is_a_good_citizen(on_cpu):
     on_cpu(1)
     tensors, _ = make_inputs(1, 18, 24, torch.float32)
     for out_proj_weight in (None, torch.randn(12, 24, requires_grad=True)):
-        arguments = (*(t.requires_grad_() for t in tensors), out_proj_weight, None, [0, 1, -1], True)
-        torch.library.opcheck(torch.ops.videomamba.bidirectional_scan_cuda.default, arguments)
+        arguments = (*(t.requires_grad_() for t in tensors), out_proj_weight, None, [0, 1, -1])
+        for keep in (1, 2):
+            torch.library.opcheck(torch.ops.videomamba.bidirectional_scan_cuda.default, (*arguments, keep))
 
 
 def test_whoever_looks_on_sees_an_operator(on_cpu):
