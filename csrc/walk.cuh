@@ -285,11 +285,14 @@ DEV void projected2(float to[2], const io_t *proj, int t, int offset, int n) {
         to[0] = v.x, to[1] = v.y;
     } else to[0] = projected(proj, t, offset, n), to[1] = projected(proj, t, offset, n + 1);
 }
-// The same two as float16.
-DEV u32 projected_half2(const io_t *proj, int t, int offset, int n) {
+// The same two in the type of activations, of float ones as float16; and as float16.
+DEV u32 projected_pair(const io_t *proj, int t, int offset, int n) {
     const io_t *at = proj + t * PROJ + offset + n;
     if (N % 8 != 0 && n >= N) return 0;
-    u32 v = IO && R % 2 == 0 && N % 2 == 0 ? *(const u32 *)at : N % 8 == 0 || n + 1 < N ? pair16(at) : single16(at);
+    return IO && R % 2 == 0 && N % 2 == 0 ? *(const u32 *)at : N % 8 == 0 || n + 1 < N ? pair16(at) : single16(at);
+}
+DEV u32 projected_half2(const io_t *proj, int t, int offset, int n) {
+    const u32 v = projected_pair(proj, t, offset, n);
     return IO != 2 ? v : pack_half_finite(load16((u16)v, false), load16((u16)(v >> 16), false));
 }
 // S neighbouring activations, at a multiple of S.

@@ -1030,17 +1030,31 @@ DEV void load_projection(io_t *to, const io_t *from, const Walk &w, int begin, i
         else to[row * PROJ + column] = valid ? source[0] : (io_t)0;
     }
 }
+// A lane's states or adjoint states in bfloat16.
+DEV void pack_states(u32 words[NT][2], const float x[NT][4]) {
+#pragma unroll
+    for (int nt = 0; nt < NT; nt++)
+        words[nt][0] = pack_bf16(x[nt][0], x[nt][1]), words[nt][1] = pack_bf16(x[nt][2], x[nt][3]);
+}
 // Adds the outer products of a step's vectors over its states, x, and over the channels: rows are states, column j is
 // filled from what lanes (j, 0..3) have in `factor`, the values of channels 4q, 4q + 2 and 4q + 1, 4q + 3.
-DEV void outer_product(float d[(NT + 1) / 2][4], const float x[NT][4], u32 factor0, u32 factor1) {
+DEV void outer_product(float d[(NT + 1) / 2][4], const u32 x[NT][2], u32 factor0, u32 factor1) {
 #pragma unroll
     for (int nt = 0; nt < NT; nt += 2) {
-        u32 a[4] = {transpose(pack_bf16(x[nt][0], x[nt][1])), 0, transpose(pack_bf16(x[nt][2], x[nt][3])), 0};
-        if (nt + 1 < NT) {
-            const float *more = x[nt + 1 < NT ? nt + 1 : 0];
-            a[1] = transpose(pack_bf16(more[0], more[1])), a[3] = transpose(pack_bf16(more[2], more[3]));
-        }
+        const u32 *more = x[nt + 1 < NT ? nt + 1 : 0];
+        u32 a[4] = {transpose(x[nt][0]), 0, transpose(x[nt][1]), 0};
+        if (nt + 1 < NT) a[1] = transpose(more[0]), a[3] = transpose(more[1]);
         mma_bf16_k16(d[nt / 2], a, factor0, factor1);
+    }
+}
+// `contract_states` of states in bfloat16, with a factor in bfloat16.
+DEV void contract_words(float *sum, const u32 x[NT][2], const u32 *factor, u32 mask) {
+#pragma unroll
+    for (int nt = 0; nt < NT; nt += 2) {
+        const int more = nt + 1 < NT ? nt + 1 : 0;
+        u32 rows[4] = {x[nt][0], x[nt][1], x[more][0], x[more][1]};
+        if (nt + 1 < NT) mma_bf16_k16(sum, rows, factor[nt] & mask, factor[more] & mask);
+        else mma_bf16_k8(sum, rows, factor[nt] & mask);
     }
 }
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(const Args p) {
@@ -1294,7 +1308,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
                 in[0] = round_tf32(in[0]), in[1] = round_tf32(in[1]);
 #pragma unroll
                 for (int nt = 0; nt < NT; nt++) {
-                    c[nt] = projected_half2(across, t4, N, nt * 8 + 2 * q);
+                    c[nt] = IO == 2 ? projected_pair(across, t4, N, nt * 8 + 2 * q)
+                                    : projected_half2(across, t4, N, nt * 8 + 2 * q);
                     b[nt] = projected(down, t4, 0, nt * 8 + g);
                 }
 #pragma unroll
@@ -1308,8 +1323,12 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
                         for (int e = 0; e < 4; e++) decayed[k][nt][e] = h[nt][e] *= decay(d[e >> 1], a[0][nt][e]);
                         mma_tf32_k4(h[nt], in[0], in[1], b[nt] * in_step[j]);
                     }
-                    contract_states<NT>(sum, h, c, g >> 1 == j ? ~0u : 0);
-                    outer_product(dc, h, g == k ? dy0 : 0, g == k ? dy1 : 0);
+                    const u32 mask = g >> 1 == j ? ~0u : 0;
+                    u32 words[NT][2];
+                    pack_states(words, h);
+                    if (IO == 2) contract_words(sum, words, c, mask);
+                    else contract_states<NT>(sum, h, c, mask);
+                    outer_product(dc, words, g == k ? dy0 : 0, g == k ? dy1 : 0);
                 }
                 float y[S] = {sum[0], sum[2]};
                 store_vector<S>(ys_at + (t4 + q) * LD, y);
@@ -1344,7 +1363,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
                         mma_tf32_k4(lambda[nt], in[0], in[1], c[nt] * in_step[j]);
                         contract_adjoints(low, high, lambda[nt], g >> 1 == j ? b[nt] : 0.f);
                     }
-                    outer_product(db, lambda, now ? dx0 : 0, now ? dx1 : 0);
+                    u32 words[NT][2];
+                    pack_states(words, lambda);
+                    outer_product(db, words, now ? dx0 : 0, now ? dx1 : 0);
 #pragma unroll
                     for (int nt = 0; nt < NT; nt++)
 #pragma unroll
@@ -1997,11 +2018,14 @@ DEV void projected2(float to[2], const io_t *proj, int t, int offset, int n) {
         to[0] = v.x, to[1] = v.y;
     } else to[0] = projected(proj, t, offset, n), to[1] = projected(proj, t, offset, n + 1);
 }
-// The same two as float16.
-DEV u32 projected_half2(const io_t *proj, int t, int offset, int n) {
+// The same two in the type of activations, of float ones as float16; and as float16.
+DEV u32 projected_pair(const io_t *proj, int t, int offset, int n) {
     const io_t *at = proj + t * PROJ + offset + n;
     if (N % 8 != 0 && n >= N) return 0;
-    u32 v = IO && R % 2 == 0 && N % 2 == 0 ? *(const u32 *)at : N % 8 == 0 || n + 1 < N ? pair16(at) : single16(at);
+    return IO && R % 2 == 0 && N % 2 == 0 ? *(const u32 *)at : N % 8 == 0 || n + 1 < N ? pair16(at) : single16(at);
+}
+DEV u32 projected_half2(const io_t *proj, int t, int offset, int n) {
+    const u32 v = projected_pair(proj, t, offset, n);
     return IO != 2 ? v : pack_half_finite(load16((u16)v, false), load16((u16)(v >> 16), false));
 }
 // S neighbouring activations, at a multiple of S.
