@@ -1030,6 +1030,11 @@ DEV void load_projection(io_t *to, const io_t *from, const Walk &w, int begin, i
         else to[row * PROJ + column] = valid ? source[0] : (io_t)0;
     }
 }
+// Of eight tokens, the last so many's decays are kept for the way back: as many as registers are left for.
+#ifndef KEPT_DECAYS
+#define KEPT_DECAYS 2
+#endif
+#define DECAY_OF(k) ((k) < 8 - KEPT_DECAYS ? 0 : (k) - 8 + KEPT_DECAYS)
 // A lane's states or adjoint states in bfloat16.
 DEV void pack_states(u32 words[NT][2], const float x[NT][4]) {
 #pragma unroll
@@ -1292,7 +1297,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
                     words[((kind * NT + nt) * 32 + lane) * 2 + t8 / 8] =
                         pack_bf16(sums[nt / 2][2 * (nt & 1)], sums[nt / 2][2 * (nt & 1) + 1]);
             };
-            float dc[(NT + 1) / 2][4], v[4];
+            float dc[(NT + 1) / 2][4], v[4], decays[KEPT_DECAYS][NT][4];
 #pragma unroll
             for (int i = 0; i < (NT + 1) / 2; i++)
 #pragma unroll
@@ -1320,7 +1325,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
 #pragma unroll
                     for (int nt = 0; nt < NT; nt++) {
 #pragma unroll
-                        for (int e = 0; e < 4; e++) decayed[k][nt][e] = h[nt][e] *= decay(d[e >> 1], a[0][nt][e]);
+                        for (int e = 0; e < 4; e++) {
+                            const float factor = decay(d[e >> 1], a[0][nt][e]);
+                            decayed[k][nt][e] = h[nt][e] *= factor;
+                            if (k >= 8 - KEPT_DECAYS) decays[DECAY_OF(k)][nt][e] = factor;
+                        }
                         mma_tf32_k4(h[nt], in[0], in[1], b[nt] * in_step[j]);
                     }
                     const u32 mask = g >> 1 == j ? ~0u : 0;
@@ -1373,7 +1382,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
                             float &l = lambda[nt][e], v = l * decayed[k][nt][e];
                             da[0][nt][e] = fmaf(v, d[e >> 1], da[0][nt][e]);
                             ss[e >> 1] = fmaf(v, a[0][nt][e], ss[e >> 1]);
-                            l *= decay(d[e >> 1], a[0][nt][e]);
+                            l *= k >= 8 - KEPT_DECAYS ? decays[DECAY_OF(k)][nt][e] : decay(d[e >> 1], a[0][nt][e]);
                         }
                     mma_tf32_k4(s, ss[0], ss[1], now ? 1.f : 0.f);
                 }
