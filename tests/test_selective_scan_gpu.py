@@ -174,18 +174,25 @@ def test_kernels_on_the_cpu_in_bfloat16(on_cpu, multiprocessors, batch, length, 
     assert_close_to_reference(tensors, grad, make_order(order, length), TOLERANCE[torch.bfloat16])
 
 
-# Of the projection's gradients, the warps of a thread block add up those of its 96 channels: of two blocks, the second
-# is not full. With a rank of 36, shared memory has room for one buffer of these sums.
+# Of the projection's gradients, the warps of a thread block add up those of its 96 channels, with a rank of 36 in one
+# buffer. A multiprocessor with less shared memory takes 48 channels; of the third block of 16, there are none here.
 @pytest.mark.parametrize(
-    "length, channels, order, dtype, rank",
+    "length, channels, order, dtype, rank, capacity, warps, buffers",
     [
-        (37, 120, "reversal", torch.bfloat16, 6),
-        (24, 104, "any", torch.float16, 5),
-        (20, 96, "temporal", torch.bfloat16, 36),
+        (37, 184, "reversal", torch.bfloat16, 6, 228, 6, 2),
+        (20, 96, "temporal", torch.bfloat16, 36, 228, 6, 1),
+        (24, 24, "any", torch.float16, 5, 100, 3, 1),
     ],
 )
-def test_gradients_of_the_projection_from_many_channels(on_cpu, length, channels, order, dtype, rank):
+def test_gradients_of_the_projection_from_many_channels(
+    on_cpu, monkeypatch, length, channels, order, dtype, rank, capacity, warps, buffers
+):
     on_cpu(0.1)
+    monkeypatch.setattr(selective_scan_cuda, "_shared_memory", lambda device: capacity * 1024)
+    options, _, _ = selective_scan_cuda.walk_settings(
+        "backward", 1, rank, 16, channels, dtype, capacity=capacity * 1024
+    )
+    assert (options["W"], options["BUFFERS"]) == (warps, buffers)
     length += order == "temporal"  # 7 frames
     tensors, grad = make_inputs(1, length, channels, dtype, rank=rank)
     assert_close_to_reference(tensors, grad, make_order(order, length), TOLERANCE[dtype])
