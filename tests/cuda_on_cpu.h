@@ -32,7 +32,7 @@ static Index threadIdx, blockIdx, blockDim, gridDim;
 char shared[1 << 18] __attribute__((aligned(16)));
 
 struct Warp { int count = 0; unsigned generation = 0; float exchanged[32]; float a[32][2], b[32]; unsigned a16[32][4], b16[32][2]; };
-struct Fiber { ucontext_t context; bool done; std::vector<char> stack; };
+struct Fiber { ucontext_t context; bool done, waiting; std::vector<char> stack; };  // waiting: at a barrier
 static std::vector<Fiber> fibers;
 static std::vector<Warp> warps;
 static int current;
@@ -49,7 +49,8 @@ static void sync_warp() {
 static void barrier(int which, int threads) {
     unsigned generation = barriers[which].generation;
     if (++barriers[which].count == threads) barriers[which].count = 0, barriers[which].generation++;
-    else while (barriers[which].generation == generation) yield_();
+    else while (barriers[which].generation == generation) fibers[current].waiting = true, yield_();
+    fibers[current].waiting = false;
 }
 static float broadcast(float v, int lane) {
     Warp &w = warps[current / 32];
@@ -143,7 +144,7 @@ static void run_on_cpu(std::function<void()> kernel, int x, int y, int z, int th
                 warps.assign((threads + 31) / 32, Warp());
                 for (Barrier &b : barriers) b.count = 0;
                 for (Fiber &fiber : fibers) {
-                    fiber.done = false;
+                    fiber.done = fiber.waiting = false;
                     fiber.stack.resize(1 << 17);
                     getcontext(&fiber.context);
                     fiber.context.uc_stack.ss_sp = fiber.stack.data();
@@ -151,12 +152,20 @@ static void run_on_cpu(std::function<void()> kernel, int x, int y, int z, int th
                     fiber.context.uc_link = &scheduler;
                     makecontext(&fiber.context, run_thread, 0);
                 }
-                for (int alive = threads; alive;)
-                    for (int t = 0; t < threads; t++)
-                        if (!fibers[t].done) {
-                            current = t, threadIdx = {t, 0, 0};
-                            swapcontext(&scheduler, &fibers[t].context);
-                            alive -= fibers[t].done;
+                // A warp runs until a barrier holds it, as far ahead of the others as it can; each round from the other end.
+                for (int alive = threads, round = 0; alive; round++)
+                    for (int i = 0; i < (int)warps.size(); i++) {
+                        int first = (round % 2 ? (int)warps.size() - 1 - i : i) * 32, last = min(first + 32, threads);
+                        for (bool runs = true; runs;) {
+                            runs = false;
+                            for (int t = first; t < last; t++)
+                                if (!fibers[t].done) {
+                                    current = t, threadIdx = {t, 0, 0};
+                                    swapcontext(&scheduler, &fibers[t].context);
+                                    alive -= fibers[t].done;
+                                    runs |= !fibers[t].done && !fibers[t].waiting;
+                                }
                         }
+                    }
             }
 }
