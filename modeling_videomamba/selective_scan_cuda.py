@@ -21,6 +21,7 @@ What was tried, and how fast it is: docs/kernels.md.
 import contextlib
 import functools
 import math
+import os
 
 import torch
 
@@ -43,8 +44,9 @@ ELEMENTWISE_THREADS = 256
 # Each copy of this code in a process (one travels with every Hub repository) has operators of its own.
 _NAMESPACE = __package__.replace("modeling_videomamba", "videomamba").replace(".", "_")
 
-KEEP_STATES = False  # the scan keeps the state before every 8 tokens for the backward pass
-TURN_TOKENS = 32768  # about as many tokens the backward pass recomputes the states of at a time
+# Whether the scan keeps the state before every 8 tokens for the backward pass: faster, for more memory.
+KEEP_STATES = os.environ.get("VIDEOMAMBA_KEEP_STATES") == "1"
+TURN_TOKENS = 131072  # about as many tokens the backward pass recomputes the states of at a time
 JOINED_CHUNKS = 20  # so few chunks a scan passes states between by itself
 PARAMETER_NAMES = ("conv_w", "conv_b", "dt_w", "dt_b", "a_log", "skip")  # the kernels' names
 
