@@ -583,6 +583,17 @@ def test_sizes(batch, length, channels, dtype):
 @gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
+    "batch, length, channels, order", [(1, 1569, 48, "reversal"), (300, 33, 100, "reversal"), (3, 17, 15, "any")]
+)
+def test_kept_states(monkeypatch, batch, length, channels, order, dtype):
+    monkeypatch.setattr(selective_scan_cuda, "KEEP_STATES", True)
+    tensors, grad = make_inputs(batch, length, channels, dtype, device="cuda")
+    assert_close_to_reference(tensors, grad, make_order(order, length, "cuda"), TOLERANCE[dtype])
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
     "batch, length, channels, order",
     [(1, 1, 24, "reversal"), (3, 17, 15, "any"), (1, 1569, 48, "reversal"), (300, 33, 100, "reversal")],
 )
