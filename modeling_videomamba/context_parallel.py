@@ -132,7 +132,8 @@ class ContextParallel(nn.Module):
         )
         u = F.silu(convolved[:, :, halo:])
         delta, B, C = selection(u, mixer.x_proj_weight, mixer.dt_proj_weight, mixer.dt_proj_bias)
-        y = self.scan(u, delta, -torch.exp(mixer.A_log.float()), B, C) + u * mixer.D.to(u.dtype)[:, None, None]
+        y = self.scan(u, delta, -torch.exp(mixer.A_log.float()), B, C) + u.float() * mixer.D.float()[:, None, None]
+        y = y.to(u.dtype)
         return mixer.out_proj((y[0] + y[1].flip(1)) * (F.silu(z) / 2))
 
     def neighbours(self, x, count):

@@ -92,3 +92,18 @@ def test_clips_with_fewer_steps_than_processes_are_refused(alone):
     split.processes = 3
     with pytest.raises(ValueError, match="Clips of 2 steps in time, each of 4 tubelets, .* over 3 processes"):
         split(torch.zeros(1, 4, 3, 32, 32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_weights_and_autocast(alone, dtype):
+    torch.manual_seed(0)
+    model = tiny_model()
+    clips = torch.randn(2, 4, 3, 32, 32)
+    expected = model(clips).logits
+    with torch.autocast("cpu", dtype):
+        found = [model.context_parallel()(clips).logits]
+    model.to(dtype)
+    found += [model.context_parallel()(clips.to(dtype)).logits]
+    assert found[1].dtype == dtype
+    for logits in found:
+        assert (logits - expected).norm() < 2e-2 * expected.norm()
