@@ -30,6 +30,8 @@ from video_classification_data import first_line
 
 logger = logging.getLogger(__name__)
 
+# Of a new model, if the flags do not say; a trained one has its own.
+NEW_MODEL = {"hidden_size": 384, "num_hidden_layers": 24, "num_frames": 16, "frame_stride": 2, "image_size": 224}
 MANIFEST = "complete.json"  # of a checkpoint: the sizes and checksums of its files, written when all else is
 
 
@@ -53,17 +55,19 @@ class ModelArguments:
     ignore_mismatched_sizes: bool = field(
         default=False, metadata={"help": "Give the model a new head if the clips have other labels than it knows."}
     )
-    hidden_size: int = field(default=384, metadata={"help": "Width of a new model."})
-    num_hidden_layers: int = field(default=24, metadata={"help": "Layers of a new model."})
-    num_frames: int = field(default=16, metadata={"help": "Frames a new model sees of a clip."})
-    frame_stride: int = field(
-        default=2,
+    hidden_size: int | None = field(default=None, metadata={"help": "Width of a new model (384)."})
+    num_hidden_layers: int | None = field(default=None, metadata={"help": "Layers of a new model (24)."})
+    num_frames: int | None = field(default=None, metadata={"help": "Frames a new model sees of a clip (16)."})
+    frame_stride: int | None = field(
+        default=None,
         metadata={
-            "help": "Every n-th frame around the middle is read, unless the model's processor says; 0 spreads the "
+            "help": "Every n-th frame around the middle is read (2), unless the model's processor says; 0 spreads the "
             "frames over the whole clip."
         },
     )
-    image_size: int = field(default=224, metadata={"help": "Height and width of a new model's frames in pixels."})
+    image_size: int | None = field(
+        default=None, metadata={"help": "Height and width of a new model's frames in pixels (224)."}
+    )
     class_token_position: str = field(default="first", metadata={"help": "first, middle or none, for a new model."})
     drop_path_rate: float | None = field(
         default=None,
@@ -98,31 +102,33 @@ def load_model(args, names, training):
         model (a stock video processor cannot read files without torchcodec).
     """
     trust = {"trust_remote_code": args.trust_remote_code}
-    stride = args.frame_stride or None
+    given = {name: getattr(args, name) for name in NEW_MODEL if getattr(args, name) is not None}
+    sizes = NEW_MODEL | given
+    stride = sizes.pop("frame_stride") or None
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
     if args.config_name is not None and args.model_name_or_path is not None:
         raise ValueError("Name either a model to start from (--model_name_or_path) or one to build (--config_name).")
     if args.model_name_or_path is None:
         own = {
             **labels,
-            "num_frames": args.num_frames,
-            "image_size": args.image_size,
+            "num_frames": sizes["num_frames"],
+            "image_size": sizes["image_size"],
             "drop_path_rate": args.drop_path_rate or 0.0,
         }
         if args.config_name is None:
-            own |= {"hidden_size": args.hidden_size, "num_hidden_layers": args.num_hidden_layers}
+            own |= sizes
             own["class_token_position"] = args.class_token_position
             config = VideoMambaConfig(**own | parse_overrides(args.config_overrides, VideoMambaConfig()))
         else:
             config = AutoConfig.from_pretrained(args.config_name, **own, **trust)
             config = override_config(config, args.config_overrides)
         model = AutoModelForVideoClassification.from_config(config, **trust)
-        sizes = {
+        geometry = {
             "size": {"shortest_edge": config.image_size},
             "crop_size": {"height": config.image_size, "width": config.image_size},
         }
-        processor = VideoMambaVideoProcessor(num_frames=config.num_frames, frame_stride=stride, **sizes)
-        return model, names, processor, processor, VideoMambaImageProcessor(**sizes)
+        processor = VideoMambaVideoProcessor(num_frames=config.num_frames, frame_stride=stride, **geometry)
+        return model, names, processor, processor, VideoMambaImageProcessor(**geometry)
 
     config = AutoConfig.from_pretrained(args.model_name_or_path, **trust)
     known = [config.id2label[number] for number in range(config.num_labels)]
@@ -149,6 +155,13 @@ def load_model(args, names, training):
     reader = processor
     if not hasattr(processor, "frame_stride"):
         reader = VideoMambaVideoProcessor(num_frames=config.num_frames, frame_stride=stride)
+    kept = {name: getattr(config, name, value) for name, value in given.items()}
+    if "frame_stride" in kept:
+        kept["frame_stride"] = reader.frame_stride or 0
+    for name in (name for name, value in given.items() if kept[name] != value):
+        logger.warning(
+            "--%s %s is for new models: %s keeps its %s.", name, given[name], args.model_name_or_path, kept[name]
+        )
     return model, names, reader, processor, image_processor
 
 

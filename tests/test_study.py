@@ -296,6 +296,9 @@ def test_errors_before_anything_trains(tmp_path, clips, capsys, monkeypatch):
         run("table3", "--image_checkpoint", tmp_path / "nowhere", common=two)
     with pytest.raises(SystemExit, match="table6 needs two --image_checkpoint"):
         run("table6", "--image_checkpoint", CAMERA, common=two)
+    for table in ("table5", "table6", "single_frame"):
+        with pytest.raises(SystemExit, match=f"{table} compares models of other sizes"):
+            run(table, common=[*two, "--model_name_or_path", CAMERA])
     with pytest.raises(SystemExit, match="one class.*zoom in"):
         run("table2", common=["--train_dir", clips / "one", "--validation_dir", clips / "one"])
     with pytest.raises(SystemExit, match="an even number of frames.* 7 "):

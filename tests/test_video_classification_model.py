@@ -38,6 +38,28 @@ def test_any_field_of_the_config_can_be_set(tmp_path):
             load(model_name_or_path=str(tmp_path), config_overrides=bad)
 
 
+def test_a_trained_model_keeps_its_size_and_says_so(tmp_path, caplog):
+    """Flags of new models, as recipes have them, change no trained one; those that ask for another are named."""
+
+    def load(**arguments):
+        return models.load_model(models.ModelArguments(**arguments), NAMES, True)
+
+    new = {"hidden_size": 16, "num_hidden_layers": 1, "image_size": 32, "num_frames": 4, "frame_stride": 0}
+    model, _, reader, *processors = load(**new)
+    assert reader.frame_stride is None
+    for part in (model, *processors):
+        part.save_pretrained(tmp_path)
+    load(model_name_or_path=str(tmp_path), **new)
+    load(model_name_or_path=str(tmp_path))
+    assert not caplog.records
+    again, _, reader, *_ = load(model_name_or_path=str(tmp_path), num_frames=8, frame_stride=2, image_size=32)
+    assert again.config.num_frames == reader.num_frames == 4 and reader.frame_stride is None
+    assert [record.args[:2] + record.args[3:] for record in caplog.records] == [
+        ("num_frames", 8, 4),
+        ("frame_stride", 2, 0),
+    ]
+
+
 def test_weight_decay_and_layer_decay_reach_the_right_weights():
     config = VideoMambaConfig(hidden_size=16, num_hidden_layers=2, image_size=32, num_frames=4)
     model = VideoMambaForVideoClassification(config)
