@@ -1,9 +1,9 @@
 // The forward scan, and the walks that differ little from it: states and adjoint states of chunks.
 #include "walk.cuh"
 
-// Kinds of walk. SCAN: outputs, and the states before every p.kept tokens or, with KEEP, every 8. STATES: the state before every 8 tokens, from
-// p.states. ENDS: the state a chunk ends with, from zero. ADJOINT: the adjoint state that a chunk passes back, from
-// zero; u is then the gradient of the ungated output.
+// Kinds of walk. SCAN: outputs, and the states before every p.kept tokens or, with KEEP, every 8. STATES: the state
+// before every 8 tokens, from p.states. ENDS: the state a chunk ends with, from zero. ADJOINT: the adjoint state that a
+// chunk passes back, from zero; u is then the gradient of the ungated output.
 #define SCAN 0
 #define STATES 1
 #define ENDS 2

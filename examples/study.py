@@ -286,12 +286,14 @@ def check(names, arguments, common):
         for option in TABLES[name].needs if name in TABLES else ():
             if not getattr(arguments, option):
                 sys.exit(f"{name} needs --{option}: see --help.")
-        sized = {flag for row in TABLES[name].rows for flag in row.flags} if name in TABLES else set()
-        if sized & {"num_frames", "hidden_size"} and "model_name_or_path" in common:
-            sys.exit(
-                f"{name} compares models of other sizes, but the one of --model_name_or_path keeps its own. Leave it "
-                "out to train from scratch, or start from --image_checkpoint."
-            )
+        if name in TABLES and "model_name_or_path" in common:
+            from video_classification_model import NEW_MODEL
+
+            if any(flag in NEW_MODEL for row in TABLES[name].rows for flag in row.flags):
+                sys.exit(
+                    f"{name} compares models of other sizes, but the one of --model_name_or_path keeps its own. "
+                    "Leave it out to train from scratch, or start from --image_checkpoint."
+                )
         if name == "table6" and len(arguments.image_checkpoint) == 1:
             sys.exit("table6 needs two --image_checkpoint, of width 192 and 384, or none, to train from scratch.")
         if name in PUBLISHED and not arguments.checkpoints and common:

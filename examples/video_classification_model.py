@@ -155,13 +155,12 @@ def load_model(args, names, training):
     reader = processor
     if not hasattr(processor, "frame_stride"):
         reader = VideoMambaVideoProcessor(num_frames=config.num_frames, frame_stride=stride)
-    kept = {name: getattr(config, name, value) for name, value in given.items()}
-    if "frame_stride" in kept:
-        kept["frame_stride"] = reader.frame_stride or 0
-    for name in (name for name, value in given.items() if kept[name] != value):
-        logger.warning(
-            "--%s %s is for new models: %s keeps its %s.", name, given[name], args.model_name_or_path, kept[name]
-        )
+    own = config.to_dict() | {"frame_stride": reader.frame_stride or 0}
+    for name, value in given.items():
+        if own.get(name, value) != value:
+            logger.warning(
+                "--%s %s is for new models: %s keeps its %s.", name, value, args.model_name_or_path, own[name]
+            )
     return model, names, reader, processor, image_processor
 
 

@@ -132,8 +132,7 @@ class ContextParallel(nn.Module):
         )
         u = F.silu(convolved[:, :, halo:])
         delta, B, C = selection(u, mixer.x_proj_weight, mixer.dt_proj_weight, mixer.dt_proj_bias)
-        y = self.scan(u, delta, -torch.exp(mixer.A_log.float()), B, C) + u.float() * mixer.D.float()[:, None, None]
-        y = y.to(u.dtype)
+        y = self.scan(u, delta, -torch.exp(mixer.A_log.float()), B, C) + u * mixer.D.to(u.dtype)[:, None, None]
         return mixer.out_proj((y[0] + y[1].flip(1)) * (F.silu(z) / 2))
 
     def neighbours(self, x, count):
@@ -146,7 +145,7 @@ class ContextParallel(nn.Module):
 
     def scan(self, u, delta, A, B, C):
         """The scan of a part of each direction, (2, B, L, E) in the order of visits, from what parts before left."""
-        u, B, C = u.float(), B.float(), C.float()
+        dtype, u, B, C = u.dtype, u.float(), B.float(), C.float()
         on_gpu = cuda_unusable_reason(u.device, u.dtype) is None
         scan = cuda_selective_scan if on_gpu else torch_selective_scan
         # N tokens more stand for the states: read by C = 1 and written by B = 1, one state each.
@@ -160,7 +159,7 @@ class ContextParallel(nn.Module):
         ends = scan(joined(u, silent), joined(delta, silent), A, joined(B, none), joined(C, one))[:, :, -states:]
         start = self.start(ends.transpose(2, 3), delta.sum(2), A).transpose(2, 3)
         u, delta = joined(start / TINY_STEP, u), joined(torch.full_like(silent, TINY_STEP), delta)
-        return scan(u, delta, A, joined(one, B), joined(none, C))[:, :, states:]
+        return scan(u, delta, A, joined(one, B), joined(none, C))[:, :, states:].to(dtype)
 
     def start(self, ends, sums, A):
         """

@@ -137,9 +137,7 @@ class ScanPlan:
         )
         channels = 16 * options["BLOCKS"] * options["W"]  # of a thread block
         grid = (-(-self.E // channels), side_by_side, self.B)
-        options |= {"TF32": int(tf32), "JOINED": int(joined)}
-        if keep:
-            options["KEEP"] = 1
+        options |= {"TF32": int(tf32), "JOINED": int(joined), "KEEP": int(keep)}
         return self.launch(name, grid, threads, shared, options, **numbers)
 
     def share(self, name, side_by_side, tf32):
@@ -192,32 +190,28 @@ class ScanPlan:
         return [self.launch("pass_states", (-(-size // 128), self.B, 2), 128, mode=mode) for mode in (0, 1)]
 
     @functools.cached_property
-    def scan(self):
-        """The forward scan, by whether the backward pass will want the states at the borders of chunks."""
+    def whole(self):
+        """How a walk goes that takes all chunks in one launch: side by side, or as one."""
         if self.side_by_side:
-            joined = self.chunks <= JOINED_CHUNKS
-            return {keep: self.walk("scan", self.chunks, joined and not keep) for keep in (False, True)}
-        whole = {"chunk": self.chunk * self.chunks, "chunks": 1}
-        kept = self.chunk if self.chunks > 1 else 0
-        return {keep: self.walk("scan", kept=kept if keep else 0, **whole) for keep in (False, True)}
+            return {"side_by_side": self.chunks}
+        return {"chunk": self.chunk * self.chunks, "chunks": 1}
 
     @functools.cached_property
-    def keeping_scan(self):
-        """The forward scan that keeps the state before every 8 tokens."""
-        if self.side_by_side:
-            return self.walk("scan", self.chunks, keep=True)
-        return self.walk("scan", chunk=self.chunk * self.chunks, chunks=1, keep=True)
+    def scan(self):
+        """The forward scan, by what it keeps for the backward pass: see `_forward`."""
+        joined = self.side_by_side and self.chunks <= JOINED_CHUNKS
+        kept = 0 if self.side_by_side or self.chunks == 1 else self.chunk
+        options = {"joined": joined}, {"kept": kept}, {"keep": True}
+        return [self.walk("scan", **self.whole, **own) for own in options]
 
     @functools.cached_property
     def backward_of_kept(self):
         """The adjoint walk, if the scan kept all it starts from."""
-        if self.side_by_side:
-            return self.backward
-        return self.walk("backward", chunk=self.chunk * self.chunks, chunks=1)
+        return self.walk("backward", **self.whole)
 
     @functools.cached_property
     def states(self):
-        return self.walk("states", self.chunks if self.side_by_side else self.span, span=self.walked)
+        return self.walk("states", self.walked, span=self.walked)
 
     @functools.cached_property
     def walked(self):
@@ -227,7 +221,7 @@ class ScanPlan:
     @functools.cached_property
     def backward(self):
         if self.side_by_side:
-            return self.walk("backward", self.chunks)
+            return self.backward_of_kept
         return self.walk("backward", chunk=self.places, chunks=self.turns)
 
     @functools.cached_property
@@ -347,29 +341,49 @@ def walk_settings(kernel, share, rank, states, channels, dtype, tf32=False, capa
     warps, resident = (1, 1) if plain else WALKS[kernel, share]
     shared = shared_bytes(kernel, blocks, split, rank, states, dtype, tf32)
     options = {"BLOCKS": blocks, "W": warps, "MINBLOCKS": resident, "SPLIT": split}
-    if kernel != "backward":
-        return options, 64 * warps << split, shared * 2 * warps
+    size = shared * 2 * warps
+    if kernel == "backward":
+        team, size = team_settings(warps * resident, shared, rank, states, channels, dtype, capacity)
+        options |= team
+    return options, 64 * options["W"] << split, size
+
+
+def team_settings(most, shared, rank, states, channels, dtype, capacity):
+    """
+    Of the adjoint walk, how many warps a direction make a thread block: they add up their gradients. As many as can be
+    are on a multiprocessor, then in as few blocks as can be.
+
+    Args:
+        most (`int`): warps a direction that its registers take.
+        shared (`int`): bytes of shared memory of a warp.
+        rank, states, channels, dtype, capacity: see `walk_settings`.
+
+    Returns:
+        options (`dict`), bytes of shared memory of a block.
+    """
 
     def filling(warps, buffers):
-        """Bytes of a block; of warps that have channels, how many a multiprocessor takes; blocks there."""
+        """Of warps that have channels, how many a multiprocessor takes; bytes of a block; blocks there."""
         size = 2 * warps * shared + 2 * team_bytes(warps, buffers, rank, states, dtype)
         resident = max(1, min(most // warps, capacity // (size + 1024)))
         groups = -(-channels // 16)
         return resident * warps * groups / (-(-groups // warps) * warps), size, resident
 
-    # As many warps as can be; then as few blocks, since the warps of one add up their gradients.
-    most = warps * resident
     choices = [(w, buffers) for w in (6, 3, 2, 1) if w <= most for buffers in (2, 1)]
     choices = [c for c in choices if filling(*c)[1] + 1024 <= capacity] or choices[-1:]
     warps, buffers = max(choices, key=lambda choice: filling(*choice)[0])
     _, size, resident = filling(warps, buffers)
-    return options | {"W": warps, "MINBLOCKS": resident, "BUFFERS": buffers}, 64 * warps, size
+    return {"W": warps, "MINBLOCKS": resident, "BUFFERS": buffers}, size
+
+
+def projection_bytes(rank, states, dtype):
+    """Shared memory of a tile of the projection: `PROJ_TILE`."""
+    return -(-TILE * (rank + 2 * states) * dtype.itemsize // 16) * 16
 
 
 def shared_bytes(kernel, blocks, split, rank, states, dtype, tf32=False):
     """Shared memory of a warp, or of the two of a split one: `FORWARD_SHARED` and `BACKWARD_SHARED` of csrc/."""
     size, exact = dtype.itemsize, dtype == torch.float32 and not tf32
-    proj_tile = -(-TILE * (rank + 2 * states) * size // 16) * 16
     if exact:
         step_size = 16 * blocks * (-(-rank // 4) * 4 + 4) * 4
     else:
@@ -380,14 +394,14 @@ def shared_bytes(kernel, blocks, split, rank, states, dtype, tf32=False):
         sums = 4 * group if exact else -(-rank // 8) * 512
         return 7 * tile + 5 * TILE * 20 * 4 + group * size + 1536 + step_size + sums
     steps = TILE * (16 * blocks + 4) * 4  # Δ, and the outputs of each half
-    return 2 * proj_tile + (4 if kernel == "scan" else 2) * tile + (3 if split else 1) * steps + step_size
+    tiles = 2 * projection_bytes(rank, states, dtype) + (4 if kernel == "scan" else 2) * tile
+    return tiles + (3 if split else 1) * steps + step_size
 
 
 def team_bytes(warps, buffers, rank, states, dtype):
     """Shared memory of the `warps` of a direction of the adjoint walk: `BACKWARD_TEAM_SHARED`."""
-    proj_tile = -(-TILE * (rank + 2 * states) * dtype.itemsize // 16) * 16
     sums = 0 if dtype == torch.float32 else buffers * warps * (-(-states // 8) * 512 + 512)
-    return 2 * proj_tile + sums
+    return 2 * projection_bytes(rank, states, dtype) + sums
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -492,7 +506,10 @@ def _project(u, weight):
 
 
 def _forward(xz, conv_w, conv_b, x_proj_weight, dt_w, dt_b, A_log, D, visits, structure, for_backward):
-    """The gated mean of both directions (B, L, E), the small projection, the states at the borders of chunks."""
+    """
+    The gated mean of both directions (B, L, E), the small projection, and what is kept for the backward pass: nothing
+    (`for_backward` 0), the states at the borders of chunks (1), or the state before every 8 tokens (2).
+    """
     call = _Call(xz, conv_w, conv_b, dt_w, dt_b, A_log, D, visits, structure)
     plan = call.plan
     _check_memory(plan)
@@ -500,20 +517,20 @@ def _forward(xz, conv_w, conv_b, x_proj_weight, dt_w, dt_b, A_log, D, visits, st
     u = call.convolve()
     proj = _project(u, x_proj_weight)
     call.set(proj=proj, out=out)
-    scan, states = plan.scan[for_backward > 0], None
-    if for_backward == 2:
-        scan = plan.keeping_scan
-        sub = call.new(*plan.state_shape(-(-plan.L // 8)), dtype=plan.dtype)
-        call.set(sub=sub)
+    scan, states = plan.scan[for_backward], None
     if plan.side_by_side:
         states, sums = call.chunk_states(scan.options["JOINED"])  # kept until the scan is queued
     elif for_backward == 1 and plan.chunks > 1:
         states = call.new(*plan.state_shape(plan.chunks))
         call.set(states=states)
+    kept = states if for_backward else None
+    if for_backward == 2:
+        kept = call.new(*plan.state_shape(-(-plan.L // 8)), dtype=plan.dtype)
+        call.set(sub=kept)
     call.run(scan)
     if plan.ordered:
         call.run(plan.gate)
-    return out, proj, sub if for_backward == 2 else states if for_backward else None
+    return out, proj, kept
 
 
 def _check_memory(plan):
@@ -560,10 +577,9 @@ def _(xz, *rest):
     batch, length, channels = xz.shape[0], xz.shape[1], xz.shape[2] // 2
     outputs = channels if out_proj_weight is None else out_proj_weight.shape[0]
     side_by_side, _, chunks, _ = split_length(batch, length, channels, _multiprocessors(xz.device), TURN_TOKENS)
-    keep = for_backward and (side_by_side or chunks > 1)
-    states = _state_shape(batch, chunks, channels, A_log.shape[2]) if keep else (0,)
-    if for_backward == 2:
-        states = _state_shape(batch, -(-length // 8), channels, A_log.shape[2])
+    parts = chunks if side_by_side or chunks > 1 else 0
+    parts = (0, parts, -(-length // 8))[for_backward]
+    states = _state_shape(batch, parts, channels, A_log.shape[2]) if parts else (0,)
     return (
         xz.new_empty(batch, length, outputs),
         xz.new_empty(2, batch, length, x_proj_weight.shape[1]),
