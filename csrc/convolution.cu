@@ -70,7 +70,7 @@ DEV float silu_of_scaled(float y) {
     return y * rcp(fmaf(LOG2E, ex2(-y), LOG2E));
 #endif
 }
-extern "C" __global__ void __launch_bounds__(CONV_THREADS, IO ? 20 : 12) conv(const Args p) {
+extern "C" __global__ void __launch_bounds__(CONV_THREADS, !IO ? 12 : ORDERED ? 16 : 20) conv(const Args p) {
     const int groups = (CHANNELS + CV - 1) / CV, at = blockIdx.x * CONV_THREADS + threadIdx.x;
     const int dir = at / groups, channel = at % groups * CV, b = blockIdx.z, start = blockIdx.y * RUN;
     if (dir >= 2 / WALKED) return;
@@ -84,28 +84,37 @@ extern "C" __global__ void __launch_bounds__(CONV_THREADS, IO ? 20 : 12) conv(co
     const long long other = (long long)p.B * p.L * CHANNELS - HALO * CHANNELS;
     // Pointers advance and the places left are counted down, so that nothing is left to work out at a step.
     int done = 0, inputs = p.L - start, outputs = min(inputs, RUN);
-    auto load = [&](int i, bool exists) {
-        const io_t *row = x_now + i * 2 * CHANNELS;
-        return load_few(ORDERED ? x + (long long)token_at(p, dir, start + done + i) * 2 * CHANNELS : row, exists);
+    // Along an order, tokens are looked up well before they are wanted: those of the inputs that are under way, and the
+    // next.
+    int token_ahead[K], token_after[K];
+    auto load = [&](int i, int token, bool exists) {
+        return load_few(ORDERED ? x + (long long)token * 2 * CHANNELS : x_now + i * 2 * CHANNELS, exists);
     };
 #pragma unroll
-    for (int k = 0; k < HALO; k++) unpack(window[k], load(k - HALO, start + k - HALO >= 0));
+    for (int k = 0; k < HALO; k++)
+        unpack(window[k], load(k - HALO, token_at(p, dir, start + k - HALO), start + k - HALO >= 0));
 #pragma unroll
-    for (int j = 0; j < K; j++) ahead[j] = load(j, inputs > j);
+    for (int j = 0; j < K; j++) {
+        token_ahead[j] = token_at(p, dir, start + j), token_after[j] = token_at(p, dir, start + K + j);
+        ahead[j] = load(j, token_ahead[j], inputs > j);
+    }
 #pragma unroll 1
     for (; outputs > -HALO * (WALKED - 1); done += K, inputs -= K, outputs -= K) {
 #pragma unroll
         for (int j = 0; j < K; j++) {
             const int newest = (j + HALO) % K;
             unpack(window[newest], ahead[j]);
-            ahead[j] = load(K + j, inputs > K + j);
+            ahead[j] = load(K + j, token_after[j], inputs > K + j);
+            const int token = token_ahead[j];
+            token_ahead[j] = token_after[j];
+            token_after[j] = token_at(p, dir, start + done + 2 * K + j);
 #pragma unroll
             for (int d = 0; d < WALKED; d++) {
                 float y[CV];
 #pragma unroll
                 for (int c = 0; c < CV; c++) y[c] = silu_of_scaled(taps.sum(d, c, window, newest));
                 if (outputs <= j - d * HALO || done < d * HALO - j) continue;
-                if (ORDERED) store_few(u + (long long)token_at(p, dir, start + done + j) * CHANNELS, y);
+                if (ORDERED) store_few(u + (long long)token * CHANNELS, y);
                 else store_few(u_now + d * other + j * CHANNELS, y);
             }
         }

@@ -1,5 +1,6 @@
-// RMSNorm of the float32 residual stream, out in the type of the weights: one launch instead of three. A warp takes a
-// row of CHANNELS values, a multiple of four, and keeps it in registers.
+// RMSNorm of the float32 residual stream, out in the type of the weights: one launch instead of three. With an update,
+// of that type too, it is added first, and the sum is left as well. A warp takes a row of CHANNELS values, a multiple of
+// four, and keeps it in registers.
 #include "primitives.cuh"
 
 #define NORM_ROUNDS ((CHANNELS + 127) / 128)  // of four values a lane
@@ -9,6 +10,8 @@ struct NormArgs {
     const float *x;
     const void *weight;
     io_t *out;
+    const io_t *update;  // or null
+    float *sum;
     long long rows;
     float eps;
 };
@@ -24,6 +27,13 @@ extern "C" __global__ void rms_norm(const NormArgs p) {
         const int at = i * 128 + lane * 4;
         if (CHANNELS % 128 && at >= CHANNELS) break;
         load_vector<4>(v[i], x + at);
+        if (p.update) {
+            float more[4];
+            unpack4(more, p.update + row * CHANNELS + at);
+#pragma unroll
+            for (int e = 0; e < 4; e++) v[i][e] += more[e];
+            store_vector<4>(p.sum + row * CHANNELS + at, v[i]);
+        }
 #pragma unroll
         for (int e = 0; e < 4; e++) sum = fmaf(v[i][e], v[i][e], sum);
     }

@@ -3,8 +3,7 @@
 #pragma once
 
 // Python reads these from here.
-#define TILE 16  // tokens a warp takes at a time
-#define RUN 61   // places a thread of the convolution takes; with the K - 1 it walks further, a multiple of K = 4
+#define TILE 16          // tokens a warp takes at a time
 #define CONV_THREADS 64  // of a block of the convolution
 #define CONV_CHANNELS 2  // that a thread of the convolution takes, if rows are aligned
 
@@ -54,6 +53,9 @@
 #endif
 #ifndef KEEP
 #define KEEP 0  // the scan keeps the state before every 8 tokens
+#endif
+#ifndef RUN  // places a thread of the convolution takes; with the K - 1 it walks further, a multiple of K = 4
+#define RUN 61
 #endif
 #ifndef WIDE
 #define WIDE 0  // a sequence has 4 GiB or more: 64-bit offsets
@@ -303,6 +305,14 @@ template <int COUNT> DEV void store_vector(float *to, const float *from) {
 
 // As precise as exp2f, but for results below 2^-126, which become zero.
 DEV float decay(float delta, float a) { return ex2(delta * a); }
+// The same on the multiply-add units: 2^n by the exponent, 2^f for |f| <= 1/2 by a polynomial of relative error 1.5e-5
+// in 1 - 2^f, so that slow decays stay as slow.
+DEV float polynomial_decay(float delta, float a) {
+    const float x = fmaxf(delta * a, -126.f), magic = 12582912.f, shifted = x + magic, f = x - (shifted - magic);
+    float p = fmaf(fmaf(0.00967605f, f, 0.05583833f), f, 0.24022168f);
+    p = fmaf(fmaf(p, f, 0.69313673f), f, 1.f);
+    return __uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23));
+}
 DEV float softplus(float v) {
 #if EXACT
     return v > 20.f ? v : log1pf(expf(v));

@@ -15,6 +15,43 @@
      (KIND == SCAN ? 2 * TILE * ROW(M) * (int)sizeof(io_t) : 0) + STEP_SIZE_BYTES(M) + \
      2 * SPLIT * TILE * (16 * M + 4) * 4)
 
+// Without outputs to make, the multiply-add units are idle where the special-function unit is not: of a lane's decays
+// they take every fourth, of ENDS and ADJOINT, where more instructions compete, every eighth.
+template <int KIND> DEV bool by_polynomial(int group, int e) {
+    return KIND != SCAN && e == 3 && (KIND == STATES || group % 2);
+}
+
+// The state a chunk starts with, from those that the chunks before it end with from zero. A few are asked for at once:
+// one after the other, each would wait for memory.
+template <int M, int GROUPS> DEV void join_chunks(const Args &p, const Walk &w, float h[M][GROUPS][4],
+                                                  const float a[M][GROUPS][4], int first_group, int left) {
+    const int S = 2 * M, FEW = GROUPS * M > 4 ? 1 : 4 / (GROUPS * M);
+    const int before = w.reversed ? p.chunks - 1 - w.chunk : w.chunk;
+    for (int first = 0; first < before; first += FEW) {
+        float end[FEW][M][GROUPS][4] = {}, sum[FEW][S] = {};
+#pragma unroll
+        for (int f = 0; f < FEW; f++) {
+            if (first + f >= before) continue;
+            const int k = w.reversed ? p.chunks - 1 - first - f : first + f;
+            load_states<M, GROUPS>(end[f], fragment<M>(p.states, p, w, p.chunks, k) + first_group * 128, w);
+            const float *sums = p.sums + ((size_t)(w.dir * p.B + w.b) * p.chunks + k) * CHANNELS + w.channel + w.g * S;
+#pragma unroll
+            for (int s = 0; s < S; s++)
+                if (w.g * S + s < left) sum[f][s] = sums[s];
+        }
+#pragma unroll
+        for (int f = 0; f < FEW; f++)
+#pragma unroll
+            for (int i = 0; i < M; i++)
+#pragma unroll
+                for (int nt = 0; nt < GROUPS; nt++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        h[i][nt][e] =
+                            fmaf(h[i][nt][e], decay(sum[f][2 * i + (e >> 1)], a[i][nt][e]), end[f][i][nt][e]);
+    }
+}
+
 template <int M, int KIND> DEV void walk_forward(const Args &p) {
     const int LD = 16 * M + 4, S = 2 * M, LU = ROW(M), GROUPS = NT / (SPLIT + 1);  // of eight states
     extern __shared__ __align__(16) char shared[];
@@ -53,21 +90,7 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
             for (int e = 0; e < 4; e++) h[i][nt][e] = 0.f;
 #pragma unroll
     for (int s = 0; s < S; s++) total[s] = 0.f;
-    if (JOINED && KIND == SCAN)
-        for (int k = w.reversed ? p.chunks - 1 : 0; k != w.chunk; k += w.reversed ? -1 : 1) {
-            float end[M][GROUPS][4] = {}, sum[S];
-            load_states<M, GROUPS>(end, fragment<M>(p.states, p, w, p.chunks, k) + first_group * 128, w);
-            const float *sums = p.sums + ((size_t)(w.dir * p.B + w.b) * p.chunks + k) * CHANNELS + w.channel + g * S;
-#pragma unroll
-            for (int s = 0; s < S; s++) sum[s] = g * S + s < left ? sums[s] : 0.f;
-#pragma unroll
-            for (int i = 0; i < M; i++)
-#pragma unroll
-                for (int nt = 0; nt < GROUPS; nt++)
-#pragma unroll
-                    for (int e = 0; e < 4; e++)
-                        h[i][nt][e] = fmaf(h[i][nt][e], decay(sum[2 * i + (e >> 1)], a[i][nt][e]), end[i][nt][e]);
-        }
+    if (JOINED && KIND == SCAN) join_chunks<M, GROUPS>(p, w, h, a, first_group, left);
     else if (p.chunks > 1 && (KIND == SCAN || KIND == STATES))
         load_states<M, GROUPS>(h, fragment<M>(p.states, p, w, p.chunks, w.chunk) + first_group * 128, w);
     // The next part of which the state before is stored, and where; SCAN: the place that this is at.
@@ -212,7 +235,10 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
 #pragma unroll
                     for (int nt = 0; nt < GROUPS; nt++)
 #pragma unroll
-                        for (int e = 0; e < 4; e++) factor[i][nt][e] = decay(d[2 * i + (e >> 1)], a[i][nt][e]);
+                        for (int e = 0; e < 4; e++)
+                            factor[i][nt][e] = by_polynomial<KIND>(nt, e)
+                                                   ? polynomial_decay(d[2 * i + (e >> 1)], a[i][nt][e])
+                                                   : decay(d[2 * i + (e >> 1)], a[i][nt][e]);
 #pragma unroll
                 for (int i = 0; i < M; i++)
 #pragma unroll
@@ -309,14 +335,24 @@ extern "C" __global__ void pass_states(const Args p) {
     bool down = (dir && !ORDERED) != (p.mode == 1);
     float *states = (p.mode ? p.adjoint : p.states) + (size_t)(dir * p.B + b) * p.chunks * per + i;
     const float *sums = p.sums + (size_t)(dir * p.B + b) * p.chunks * CHANNELS + channel;
-#pragma unroll 8
-    for (int k = 0; k < p.chunks; k++) {
-        int chunk = down ? p.chunks - 1 - k : k;
-        float end = 0.f, factor = 0.f;
-        if (exists && k + 1 < p.chunks)
-            end = states[(size_t)chunk * per], factor = exp2f(a * sums[(size_t)chunk * CHANNELS]);
-        states[(size_t)chunk * per] = h;
-        h = fmaf(h, factor, end);
+    // A few are asked for at once: one after the other, each would wait for memory.
+    const int FEW = 16;
+    for (int first = 0; first < p.chunks; first += FEW) {
+        float end[FEW], factor[FEW];
+#pragma unroll
+        for (int i = 0; i < FEW; i++) {
+            const int k = first + i;
+            const size_t chunk = down ? p.chunks - 1 - k : k;
+            const bool wanted = exists && k + 1 < p.chunks;
+            end[i] = wanted ? states[chunk * per] : 0.f;
+            factor[i] = wanted ? exp2f(a * sums[chunk * CHANNELS]) : 0.f;
+        }
+#pragma unroll
+        for (int i = 0; i < FEW; i++) {
+            const int k = first + i;
+            if (k < p.chunks) states[(size_t)(down ? p.chunks - 1 - k : k) * per] = h;
+            h = fmaf(h, factor[i], end[i]);
+        }
     }
 }
 #endif

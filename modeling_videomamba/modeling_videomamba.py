@@ -1,6 +1,7 @@
 """PyTorch VideoMamba model."""
 
 import copy
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_videomamba import VideoMambaConfig, count_parameters_and_macs, height_and_width, tubelet_grid
-from .rms_norm_cuda import can_fuse_rms_norm, fused_rms_norm
+from .rms_norm_cuda import can_fuse_rms_norm, fused_add_rms_norm, fused_rms_norm
 from .selective_scan import ScanOrder, bidirectional_selective_scan
 from .selective_scan_torch import at_own_tokens, causal_convolution, in_order_of_visits, selection, selective_scan
 
@@ -277,6 +278,14 @@ class VideoMambaRMSNorm(nn.Module):
         normed = F.rms_norm(hidden_states.float(), self.weight.shape, self.weight.float(), self.eps)
         return normed.to(self.weight.dtype)
 
+    def of_sum(self, hidden_states, update):
+        """The residual stream with a layer's update added, and the norm of it."""
+        same = update.dtype == self.weight.dtype and update.is_contiguous()
+        if same and can_fuse_rms_norm(hidden_states, self.weight):
+            return fused_add_rms_norm(hidden_states, update, self.weight, self.eps)
+        hidden_states = hidden_states + update
+        return hidden_states, self(hidden_states)
+
     def linearized(self, hidden_states):
         """The same, with the scale that it finds held fixed."""
         scale = torch.rsqrt(hidden_states.square().mean(-1, keepdim=True) + self.eps).detach()
@@ -345,21 +354,25 @@ class VideoMambaMixer(nn.Module):
         return self.out_proj((y[0] + at_own_tokens(y[1], order)) * (F.silu(z) / 2).detach())
 
 
-def is_plain_linear(module):
+def is_untouched(module, kind):
     """
-    Whether a module is a product with a matrix and nothing else, so that its weight may be used in its place.
+    Whether a module is of this class and does what it does and nothing else, so that it need not be called for it.
 
-    It is not if anything was attached to it (a bias, a hook, another `forward`, as Accelerate's offloading gives it),
-    if something stands in its place (an adapter, a quantised layer), or if its weight is not a plain tensor (torchao).
+    It is not if anything was attached to it (a hook, another `forward`, as Accelerate's offloading gives it) or if
+    something stands in its place (an adapter, a quantised layer, a sharded one).
     """
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return (
-        type(module) is nn.Linear
-        and type(module.weight) in (nn.Parameter, torch.Tensor)
-        and module.bias is None
+        type(module) is kind
         and "forward" not in module.__dict__  # PyTorch 2.7 cannot trace `vars`
         and not any(getattr(module, name) for name in hooks)
     )
+
+
+def is_plain_linear(module):
+    """Whether a module is a product with a matrix and nothing else; the matrix may be no other tensor (torchao)."""
+    plain = is_untouched(module, nn.Linear) and module.bias is None
+    return plain and type(module.weight) in (nn.Parameter, torch.Tensor)
 
 
 class VideoMambaLayer(GradientCheckpointingLayer):
@@ -384,6 +397,12 @@ class VideoMambaLayer(GradientCheckpointingLayer):
             keep = 1 - self.drop_path_rate
             update = update * update.new_empty(update.shape[0], 1, 1).bernoulli_(keep).div_(keep)
         return hidden_states + update
+
+    def may_join(self):
+        """Whether its parts may be called without it, so that its sum is made with the norm of the next layer."""
+        return (
+            not self.training and is_untouched(self, VideoMambaLayer) and is_untouched(self.norm, VideoMambaRMSNorm)
+        )
 
     def linearized(self, hidden_states, order=None):
         """The same output without stochastic depth, see [`VideoMambaMixer.linearized`]."""
@@ -645,8 +664,7 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
         pixel_values, grid = checked_clips(self.config, pixel_values, interpolate_pos_encoding)
         hidden_states = self.embeddings(pixel_values, grid).float()
         order = self.order_for(grid, hidden_states.device)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, order, **kwargs)
+        hidden_states = self.run_layers(hidden_states, order, **kwargs)
         last_hidden_state = self.norm(hidden_states)
         if self.embeddings.has_class_token:
             # Not of `last_hidden_state`: so `torch.compile` leaves that out of a classifier, which wants no more.
@@ -654,6 +672,18 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
         else:
             pooled = last_hidden_state.mean(dim=1)
         return BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=pooled)
+
+    def run_layers(self, hidden_states, order, **kwargs):
+        """The residual stream after all layers; in inference on a GPU, each sum is made with the norm after it."""
+        layers = list(self.layers)
+        if not (can_fuse_rms_norm(hidden_states, self.norm.weight) and all(layer.may_join() for layer in layers)):
+            for layer in layers:
+                hidden_states = layer(hidden_states, order, **kwargs)
+            return hidden_states
+        normed = layers[0].norm(hidden_states)
+        for layer, after in itertools.pairwise(layers):
+            hidden_states, normed = after.norm.of_sum(hidden_states, layer.mixer(normed, order))
+        return hidden_states + layers[-1].mixer(normed, order)
 
     def split_class_token(self, tokens):
         """Values of all tokens (..., L): the class token's (..., 1), empty without one, and the tubelets'."""

@@ -1,5 +1,6 @@
 """
-RMSNorm of the float32 residual stream on NVIDIA GPUs, without gradients: one kernel, where PyTorch takes three.
+RMSNorm of the float32 residual stream on NVIDIA GPUs, without gradients: one kernel where PyTorch takes three, or with
+the sum before it four.
 
 With gradients, in a compiled model or elsewhere the model's own lines run.
 """
@@ -20,7 +21,7 @@ class NormArguments(ctypes.Structure):
     """`NormArgs` of csrc/norm.cu."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "out")),
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "out", "update", "sum")),
         ("rows", ctypes.c_longlong),
         ("eps", ctypes.c_float),
     ]
@@ -55,10 +56,30 @@ def fused_rms_norm(hidden_states, weight, eps):
     Returns:
         `torch.Tensor` of shape `(..., D)` and the type of `weight`; computed in float32.
     """
+    return _run(hidden_states, weight, eps)
+
+
+def fused_add_rms_norm(hidden_states, update, weight, eps):
+    """
+    The sum of the residual stream and what a layer adds to it, and its norm.
+
+    Args:
+        hidden_states, weight, eps: see [`fused_rms_norm`].
+        update (`torch.Tensor` of shape `(..., D)`): contiguous, in the type of `weight`.
+
+    Returns:
+        the sum `(..., D)` in float32, and the norm of it, `(..., D)` in the type of `weight`.
+    """
+    total = torch.empty_like(hidden_states)
+    return total, _run(hidden_states, weight, eps, update=update.data_ptr(), sum=total.data_ptr())
+
+
+def _run(hidden_states, weight, eps, **more):
     out = torch.empty_like(hidden_states, dtype=weight.dtype)
     rows = hidden_states.numel() // weight.shape[0]
     if rows:
-        arguments = NormArguments(hidden_states.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, eps)
+        pointers = {"x": hidden_states.data_ptr(), "weight": weight.data_ptr(), "out": out.data_ptr(), **more}
+        arguments = NormArguments(rows=rows, eps=eps, **pointers)
         stream = torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else 0
         _launch(weight.device, weight.dtype, weight.shape[0], rows)(arguments, stream)
     return out

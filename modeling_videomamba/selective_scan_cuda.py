@@ -39,12 +39,14 @@ from .selective_scan_cuda_runtime import (
 
 TILE, RUN = source_constant("TILE"), source_constant("RUN")
 CONV_THREADS, CONV_CHANNELS = source_constant("CONV_THREADS"), source_constant("CONV_CHANNELS")
+SHORT_RUN, FEW_TOKENS = 13, 32768  # of so few tokens the convolution takes shorter runs, to have more threads
 ELEMENTWISE_THREADS = 256
 
 # Each copy of this code in a process (one travels with every Hub repository) has operators of its own.
 _NAMESPACE = __package__.replace("modeling_videomamba", "videomamba").replace(".", "_")
 
-# Whether the scan keeps the state before every 8 tokens for the backward pass: faster, for more memory.
+# Whether the state before every 8 tokens and the convolution's output are kept for the backward pass: faster, for more
+# memory.
 KEEP_STATES = os.environ.get("VIDEOMAMBA_KEEP_STATES") == "1"
 TURN_TOKENS = 131072  # about as many tokens the backward pass recomputes the states of at a time
 JOINED_CHUNKS = 20  # so few chunks a scan passes states between by itself
@@ -166,7 +168,9 @@ class ScanPlan:
     @functools.cached_property
     def conv(self):
         walks = 2 * self.conv_groups if self.ordered else self.conv_groups  # for each direction, or for both
-        return self.launch("conv", (-(-walks // CONV_THREADS), -(-self.L // RUN), self.B), CONV_THREADS)
+        run = SHORT_RUN if self.B * self.L <= FEW_TOKENS else RUN
+        grid = (-(-walks // CONV_THREADS), -(-self.L // run), self.B)
+        return self.launch("conv", grid, CONV_THREADS, options={"RUN": run})
 
     @functools.cached_property
     def conv_backward(self):
@@ -288,10 +292,10 @@ def split_length(batch, length, channels, multiprocessors, turn_tokens):
 
 def _chunks_side_by_side(rows, tiles, schedulers):
     """
-    Three warps for each scheduler, if there are as many tiles; of long sequences up to twelve, in chunks of six tiles
-    or more, and so many that rounds of two warps a scheduler are full: the last round runs alone.
+    Two warps for each scheduler, if there are as many tiles; up to twelve, in chunks of six tiles or more, and so many
+    that rounds of two warps a scheduler are full: the last round runs alone.
     """
-    few = -(-3 * schedulers // rows)
+    few = 2 * schedulers // rows
     most = min(tiles // 6, int(12 * schedulers / rows))
     if most <= few:
         return min(few, -(-tiles // 2))
@@ -508,7 +512,8 @@ def _project(u, weight):
 def _forward(xz, conv_w, conv_b, x_proj_weight, dt_w, dt_b, A_log, D, visits, structure, for_backward):
     """
     The gated mean of both directions (B, L, E), the small projection, and what is kept for the backward pass: nothing
-    (`for_backward` 0), the states at the borders of chunks (1), or the state before every 8 tokens (2).
+    (`for_backward` 0), the states at the borders of chunks (1), or the state before every 8 tokens and the
+    convolution's output, unless an order has put the scan's in its place (2).
     """
     call = _Call(xz, conv_w, conv_b, dt_w, dt_b, A_log, D, visits, structure)
     plan = call.plan
@@ -530,7 +535,7 @@ def _forward(xz, conv_w, conv_b, x_proj_weight, dt_w, dt_b, A_log, D, visits, st
     call.run(scan)
     if plan.ordered:
         call.run(plan.gate)
-    return out, proj, kept
+    return out, proj, kept, u if for_backward == 2 and not plan.ordered else None
 
 
 def _check_memory(plan):
@@ -562,18 +567,20 @@ def _scan_op(
     visits: torch.Tensor | None,
     structure: list[int],
     for_backward: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
     with _on(xz):
-        out, proj, states = _forward(xz, *parameters, visits, structure, for_backward)
+        out, proj, states, u = _forward(xz, *parameters, visits, structure, for_backward)
         if out_proj_weight is not None:
             out = torch.nn.functional.linear(out, out_proj_weight)
-    return out, proj, xz.new_empty(0, dtype=torch.float32) if states is None else states
+    if states is None:
+        states = xz.new_empty(0, dtype=torch.float32)
+    return out, proj, states, xz.new_empty(0) if u is None else u
 
 
 @_scan_op.register_fake
 def _(xz, *rest):
-    _, _, x_proj_weight, _, _, A_log, _, out_proj_weight, _, _, for_backward = rest
+    _, _, x_proj_weight, _, _, A_log, _, out_proj_weight, visits, _, for_backward = rest
     batch, length, channels = xz.shape[0], xz.shape[1], xz.shape[2] // 2
     outputs = channels if out_proj_weight is None else out_proj_weight.shape[0]
     side_by_side, _, chunks, _ = split_length(batch, length, channels, _multiprocessors(xz.device), TURN_TOKENS)
@@ -584,6 +591,7 @@ def _(xz, *rest):
         xz.new_empty(batch, length, outputs),
         xz.new_empty(2, batch, length, x_proj_weight.shape[1]),
         xz.new_empty(states, dtype=xz.dtype if for_backward == 2 else torch.float32),
+        xz.new_empty((2, batch, length, channels) if for_backward == 2 and visits is None else 0),
     )
 
 
@@ -602,6 +610,7 @@ def _backward_op(
     visits: torch.Tensor | None,
     proj: torch.Tensor,
     states: torch.Tensor,
+    u: torch.Tensor,
     structure: list[int],
     kept: bool,
 ) -> list[torch.Tensor]:
@@ -619,9 +628,10 @@ def _backward_op(
         if out_proj_weight is not None or plan.ordered:
             y = torch.empty_like(dout)
             call.set(y=y)
-        u = call.convolve()
+        if not (kept and visits is None):
+            u = call.convolve()
         du, dproj = torch.empty_like(u), torch.empty_like(proj)
-        call.set(proj=proj, dout=dout, out=dxz, du=du, states=states)
+        call.set(u=u, proj=proj, dout=dout, out=dxz, du=du, states=states)
         if plan.exact:
             ddelta = torch.empty_like(u)
             call.set(ddelta=ddelta)
@@ -694,7 +704,7 @@ def _walk_back(call, dout, dproj, sub):
 
 @_backward_op.register_fake
 def _(dout, xz, *rest):
-    *parameters, _, _, _, _, _ = rest  # visits, proj, states, structure, kept
+    *parameters, _, _, _, _, _, _ = rest  # visits, proj, states, u, structure, kept
     tensors = [xz, *(p for p in parameters if p is not None)]
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
 
@@ -702,12 +712,13 @@ def _(dout, xz, *rest):
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.structure, ctx.for_backward = inputs
     ctx.save_for_backward(*tensors, *output[1:])
+    ctx.set_materialize_grads(False)  # nobody wants those of what is kept, which are as large
 
 
-def _backward(ctx, dout, dproj, dstates):
-    *inputs, out_proj_weight, visits, proj, states = ctx.saved_tensors
+def _backward(ctx, dout, *_):
+    *inputs, out_proj_weight, visits, proj, states, u = ctx.saved_tensors
     gradients = _backward_op(
-        dout, *inputs, out_proj_weight, visits, proj, states, ctx.structure, ctx.for_backward == 2
+        dout, *inputs, out_proj_weight, visits, proj, states, u, ctx.structure, ctx.for_backward == 2
     )
     return *gradients, *([None] if out_proj_weight is None else []), None, None, None
 

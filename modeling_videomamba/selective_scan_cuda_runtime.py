@@ -29,6 +29,7 @@ KERNEL_FILES = {
     "rms_norm": "norm.cu",
     **dict.fromkeys(("simt_ends", "simt_pass", "simt_scan", "simt_backward"), "simt.cu"),
 }
+INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the option IO of csrc/primitives.cuh
 
 
@@ -252,8 +253,20 @@ class Launch:
         if self.function is None:
             self.function = _function(self.name, tuple(self.options.items()), self.device.index)
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        status = _launch_kernel()(self.function, *self.grid, self.threads, 1, 1, self.shared, stream, parameters, None)
+        launch = self.function, *self.grid, self.threads, 1, 1, self.shared, stream, parameters, None
+        status = _launch_kernel()(*launch)
+        if status == INVALID_CONTEXT:  # the first that a thread has to do with the GPU, as autograd's may
+            _enter_context(self.device.index)
+            status = _launch_kernel()(*launch)
         _check(status, f"launching the kernel {self.name} on a grid of {self.grid}")
+
+
+def _enter_context(device_index):
+    """Make the GPU's context, which PyTorch shares, this thread's."""
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    _check(driver().cuDeviceGet(ctypes.byref(device), device_index), "finding the GPU")
+    _check(driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "finding the GPU's context")
+    _check(driver().cuCtxSetCurrent(context), "entering the GPU's context")
 
 
 def nobody_looks_on(tensors):

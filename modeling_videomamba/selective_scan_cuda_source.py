@@ -72,7 +72,7 @@ DEV float silu_of_scaled(float y) {
     return y * rcp(fmaf(LOG2E, ex2(-y), LOG2E));
 #endif
 }
-extern "C" __global__ void __launch_bounds__(CONV_THREADS, IO ? 20 : 12) conv(const Args p) {
+extern "C" __global__ void __launch_bounds__(CONV_THREADS, !IO ? 12 : ORDERED ? 16 : 20) conv(const Args p) {
     const int groups = (CHANNELS + CV - 1) / CV, at = blockIdx.x * CONV_THREADS + threadIdx.x;
     const int dir = at / groups, channel = at % groups * CV, b = blockIdx.z, start = blockIdx.y * RUN;
     if (dir >= 2 / WALKED) return;
@@ -86,28 +86,37 @@ extern "C" __global__ void __launch_bounds__(CONV_THREADS, IO ? 20 : 12) conv(co
     const long long other = (long long)p.B * p.L * CHANNELS - HALO * CHANNELS;
     // Pointers advance and the places left are counted down, so that nothing is left to work out at a step.
     int done = 0, inputs = p.L - start, outputs = min(inputs, RUN);
-    auto load = [&](int i, bool exists) {
-        const io_t *row = x_now + i * 2 * CHANNELS;
-        return load_few(ORDERED ? x + (long long)token_at(p, dir, start + done + i) * 2 * CHANNELS : row, exists);
+    // Along an order, tokens are looked up well before they are wanted: those of the inputs that are under way, and the
+    // next.
+    int token_ahead[K], token_after[K];
+    auto load = [&](int i, int token, bool exists) {
+        return load_few(ORDERED ? x + (long long)token * 2 * CHANNELS : x_now + i * 2 * CHANNELS, exists);
     };
 #pragma unroll
-    for (int k = 0; k < HALO; k++) unpack(window[k], load(k - HALO, start + k - HALO >= 0));
+    for (int k = 0; k < HALO; k++)
+        unpack(window[k], load(k - HALO, token_at(p, dir, start + k - HALO), start + k - HALO >= 0));
 #pragma unroll
-    for (int j = 0; j < K; j++) ahead[j] = load(j, inputs > j);
+    for (int j = 0; j < K; j++) {
+        token_ahead[j] = token_at(p, dir, start + j), token_after[j] = token_at(p, dir, start + K + j);
+        ahead[j] = load(j, token_ahead[j], inputs > j);
+    }
 #pragma unroll 1
     for (; outputs > -HALO * (WALKED - 1); done += K, inputs -= K, outputs -= K) {
 #pragma unroll
         for (int j = 0; j < K; j++) {
             const int newest = (j + HALO) % K;
             unpack(window[newest], ahead[j]);
-            ahead[j] = load(K + j, inputs > K + j);
+            ahead[j] = load(K + j, token_after[j], inputs > K + j);
+            const int token = token_ahead[j];
+            token_ahead[j] = token_after[j];
+            token_after[j] = token_at(p, dir, start + done + 2 * K + j);
 #pragma unroll
             for (int d = 0; d < WALKED; d++) {
                 float y[CV];
 #pragma unroll
                 for (int c = 0; c < CV; c++) y[c] = silu_of_scaled(taps.sum(d, c, window, newest));
                 if (outputs <= j - d * HALO || done < d * HALO - j) continue;
-                if (ORDERED) store_few(u + (long long)token_at(p, dir, start + done + j) * CHANNELS, y);
+                if (ORDERED) store_few(u + (long long)token * CHANNELS, y);
                 else store_few(u_now + d * other + j * CHANNELS, y);
             }
         }
@@ -206,8 +215,9 @@ extern "C" __global__ void __launch_bounds__(CONV_THREADS, IO ? 10 : 7) conv_bac
 }
 #endif
 """,
-    "norm.cu": r"""// RMSNorm of the float32 residual stream, out in the type of the weights: one launch instead of three. A warp takes a
-// row of CHANNELS values, a multiple of four, and keeps it in registers.
+    "norm.cu": r"""// RMSNorm of the float32 residual stream, out in the type of the weights: one launch instead of three. With an update,
+// of that type too, it is added first, and the sum is left as well. A warp takes a row of CHANNELS values, a multiple of
+// four, and keeps it in registers.
 #include "primitives.cuh"
 
 #define NORM_ROUNDS ((CHANNELS + 127) / 128)  // of four values a lane
@@ -217,6 +227,8 @@ struct NormArgs {
     const float *x;
     const void *weight;
     io_t *out;
+    const io_t *update;  // or null
+    float *sum;
     long long rows;
     float eps;
 };
@@ -232,6 +244,13 @@ extern "C" __global__ void rms_norm(const NormArgs p) {
         const int at = i * 128 + lane * 4;
         if (CHANNELS % 128 && at >= CHANNELS) break;
         load_vector<4>(v[i], x + at);
+        if (p.update) {
+            float more[4];
+            unpack4(more, p.update + row * CHANNELS + at);
+#pragma unroll
+            for (int e = 0; e < 4; e++) v[i][e] += more[e];
+            store_vector<4>(p.sum + row * CHANNELS + at, v[i]);
+        }
 #pragma unroll
         for (int e = 0; e < 4; e++) sum = fmaf(v[i][e], v[i][e], sum);
     }
@@ -253,8 +272,7 @@ extern "C" __global__ void rms_norm(const NormArgs p) {
 #pragma once
 
 // Python reads these from here.
-#define TILE 16  // tokens a warp takes at a time
-#define RUN 61   // places a thread of the convolution takes; with the K - 1 it walks further, a multiple of K = 4
+#define TILE 16          // tokens a warp takes at a time
 #define CONV_THREADS 64  // of a block of the convolution
 #define CONV_CHANNELS 2  // that a thread of the convolution takes, if rows are aligned
 
@@ -304,6 +322,9 @@ extern "C" __global__ void rms_norm(const NormArgs p) {
 #endif
 #ifndef KEEP
 #define KEEP 0  // the scan keeps the state before every 8 tokens
+#endif
+#ifndef RUN  // places a thread of the convolution takes; with the K - 1 it walks further, a multiple of K = 4
+#define RUN 61
 #endif
 #ifndef WIDE
 #define WIDE 0  // a sequence has 4 GiB or more: 64-bit offsets
@@ -553,6 +574,14 @@ template <int COUNT> DEV void store_vector(float *to, const float *from) {
 
 // As precise as exp2f, but for results below 2^-126, which become zero.
 DEV float decay(float delta, float a) { return ex2(delta * a); }
+// The same on the multiply-add units: 2^n by the exponent, 2^f for |f| <= 1/2 by a polynomial of relative error 1.5e-5
+// in 1 - 2^f, so that slow decays stay as slow.
+DEV float polynomial_decay(float delta, float a) {
+    const float x = fmaxf(delta * a, -126.f), magic = 12582912.f, shifted = x + magic, f = x - (shifted - magic);
+    float p = fmaf(fmaf(0.00967605f, f, 0.05583833f), f, 0.24022168f);
+    p = fmaf(fmaf(p, f, 0.69313673f), f, 1.f);
+    return __uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23));
+}
 DEV float softplus(float v) {
 #if EXACT
     return v > 20.f ? v : log1pf(expf(v));
@@ -620,6 +649,43 @@ DEV int visited(const Args &p, int step) {
      (KIND == SCAN ? 2 * TILE * ROW(M) * (int)sizeof(io_t) : 0) + STEP_SIZE_BYTES(M) + \
      2 * SPLIT * TILE * (16 * M + 4) * 4)
 
+// Without outputs to make, the multiply-add units are idle where the special-function unit is not: of a lane's decays
+// they take every fourth, of ENDS and ADJOINT, where more instructions compete, every eighth.
+template <int KIND> DEV bool by_polynomial(int group, int e) {
+    return KIND != SCAN && e == 3 && (KIND == STATES || group % 2);
+}
+
+// The state a chunk starts with, from those that the chunks before it end with from zero. A few are asked for at once:
+// one after the other, each would wait for memory.
+template <int M, int GROUPS> DEV void join_chunks(const Args &p, const Walk &w, float h[M][GROUPS][4],
+                                                  const float a[M][GROUPS][4], int first_group, int left) {
+    const int S = 2 * M, FEW = GROUPS * M > 4 ? 1 : 4 / (GROUPS * M);
+    const int before = w.reversed ? p.chunks - 1 - w.chunk : w.chunk;
+    for (int first = 0; first < before; first += FEW) {
+        float end[FEW][M][GROUPS][4] = {}, sum[FEW][S] = {};
+#pragma unroll
+        for (int f = 0; f < FEW; f++) {
+            if (first + f >= before) continue;
+            const int k = w.reversed ? p.chunks - 1 - first - f : first + f;
+            load_states<M, GROUPS>(end[f], fragment<M>(p.states, p, w, p.chunks, k) + first_group * 128, w);
+            const float *sums = p.sums + ((size_t)(w.dir * p.B + w.b) * p.chunks + k) * CHANNELS + w.channel + w.g * S;
+#pragma unroll
+            for (int s = 0; s < S; s++)
+                if (w.g * S + s < left) sum[f][s] = sums[s];
+        }
+#pragma unroll
+        for (int f = 0; f < FEW; f++)
+#pragma unroll
+            for (int i = 0; i < M; i++)
+#pragma unroll
+                for (int nt = 0; nt < GROUPS; nt++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        h[i][nt][e] =
+                            fmaf(h[i][nt][e], decay(sum[f][2 * i + (e >> 1)], a[i][nt][e]), end[f][i][nt][e]);
+    }
+}
+
 template <int M, int KIND> DEV void walk_forward(const Args &p) {
     const int LD = 16 * M + 4, S = 2 * M, LU = ROW(M), GROUPS = NT / (SPLIT + 1);  // of eight states
     extern __shared__ __align__(16) char shared[];
@@ -658,21 +724,7 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
             for (int e = 0; e < 4; e++) h[i][nt][e] = 0.f;
 #pragma unroll
     for (int s = 0; s < S; s++) total[s] = 0.f;
-    if (JOINED && KIND == SCAN)
-        for (int k = w.reversed ? p.chunks - 1 : 0; k != w.chunk; k += w.reversed ? -1 : 1) {
-            float end[M][GROUPS][4] = {}, sum[S];
-            load_states<M, GROUPS>(end, fragment<M>(p.states, p, w, p.chunks, k) + first_group * 128, w);
-            const float *sums = p.sums + ((size_t)(w.dir * p.B + w.b) * p.chunks + k) * CHANNELS + w.channel + g * S;
-#pragma unroll
-            for (int s = 0; s < S; s++) sum[s] = g * S + s < left ? sums[s] : 0.f;
-#pragma unroll
-            for (int i = 0; i < M; i++)
-#pragma unroll
-                for (int nt = 0; nt < GROUPS; nt++)
-#pragma unroll
-                    for (int e = 0; e < 4; e++)
-                        h[i][nt][e] = fmaf(h[i][nt][e], decay(sum[2 * i + (e >> 1)], a[i][nt][e]), end[i][nt][e]);
-        }
+    if (JOINED && KIND == SCAN) join_chunks<M, GROUPS>(p, w, h, a, first_group, left);
     else if (p.chunks > 1 && (KIND == SCAN || KIND == STATES))
         load_states<M, GROUPS>(h, fragment<M>(p.states, p, w, p.chunks, w.chunk) + first_group * 128, w);
     // The next part of which the state before is stored, and where; SCAN: the place that this is at.
@@ -817,7 +869,10 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
 #pragma unroll
                     for (int nt = 0; nt < GROUPS; nt++)
 #pragma unroll
-                        for (int e = 0; e < 4; e++) factor[i][nt][e] = decay(d[2 * i + (e >> 1)], a[i][nt][e]);
+                        for (int e = 0; e < 4; e++)
+                            factor[i][nt][e] = by_polynomial<KIND>(nt, e)
+                                                   ? polynomial_decay(d[2 * i + (e >> 1)], a[i][nt][e])
+                                                   : decay(d[2 * i + (e >> 1)], a[i][nt][e]);
 #pragma unroll
                 for (int i = 0; i < M; i++)
 #pragma unroll
@@ -914,14 +969,24 @@ extern "C" __global__ void pass_states(const Args p) {
     bool down = (dir && !ORDERED) != (p.mode == 1);
     float *states = (p.mode ? p.adjoint : p.states) + (size_t)(dir * p.B + b) * p.chunks * per + i;
     const float *sums = p.sums + (size_t)(dir * p.B + b) * p.chunks * CHANNELS + channel;
-#pragma unroll 8
-    for (int k = 0; k < p.chunks; k++) {
-        int chunk = down ? p.chunks - 1 - k : k;
-        float end = 0.f, factor = 0.f;
-        if (exists && k + 1 < p.chunks)
-            end = states[(size_t)chunk * per], factor = exp2f(a * sums[(size_t)chunk * CHANNELS]);
-        states[(size_t)chunk * per] = h;
-        h = fmaf(h, factor, end);
+    // A few are asked for at once: one after the other, each would wait for memory.
+    const int FEW = 16;
+    for (int first = 0; first < p.chunks; first += FEW) {
+        float end[FEW], factor[FEW];
+#pragma unroll
+        for (int i = 0; i < FEW; i++) {
+            const int k = first + i;
+            const size_t chunk = down ? p.chunks - 1 - k : k;
+            const bool wanted = exists && k + 1 < p.chunks;
+            end[i] = wanted ? states[chunk * per] : 0.f;
+            factor[i] = wanted ? exp2f(a * sums[chunk * CHANNELS]) : 0.f;
+        }
+#pragma unroll
+        for (int i = 0; i < FEW; i++) {
+            const int k = first + i;
+            if (k < p.chunks) states[(size_t)(down ? p.chunks - 1 - k : k) * per] = h;
+            h = fmaf(h, factor[i], end[i]);
+        }
     }
 }
 #endif

@@ -162,7 +162,7 @@ def on_cpu(monkeypatch, compile_for_cpu):
         (1, 1, 1, 24, "reversal", 16),
         (1, 2, 17, 24, "reversal", 16),
         (1, 2, 15, 15, "any", 5),
-        (132, 1, 70, 24, "reversal", 16),
+        (132, 1, 600, 24, "reversal", 16),  # 19 chunks
         (132, 1, 49, 24, "spatial", 16),
         (0.1, 2, 36, 40, "temporal", 16),
         (0.1, 2, 33, 40, "reversal", 16),
@@ -172,6 +172,14 @@ def test_kernels_on_the_cpu_in_bfloat16(on_cpu, multiprocessors, batch, length, 
     on_cpu(multiprocessors)
     tensors, grad = make_inputs(batch, length, channels, torch.bfloat16, states)
     assert_close_to_reference(tensors, grad, make_order(order, length), TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("order", ["reversal", "temporal"])
+def test_long_runs_of_the_convolution(on_cpu, monkeypatch, order):
+    on_cpu(1)
+    monkeypatch.setattr(selective_scan_cuda, "FEW_TOKENS", 0)
+    tensors, grad = make_inputs(2, 126, 24, torch.bfloat16)
+    assert_close_to_reference(tensors, grad, make_order(order, 126), TOLERANCE[torch.bfloat16])
 
 
 # Of the projection's gradients, the warps of a thread block add up those of its 96 channels, with a rank of 36 in one
@@ -416,6 +424,11 @@ def test_rms_norm_on_the_cpu(on_cpu, dtype):
     found = rms_norm_cuda.fused_rms_norm(x, weight, 1e-5)
     expected = torch.nn.functional.rms_norm(x.double(), (36,), weight.double(), 1e-5)
     assert found.dtype == dtype
+    assert (found.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+    update = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    total, found = rms_norm_cuda.fused_add_rms_norm(x, update, weight, 1e-5)
+    torch.testing.assert_close(total, x + update, rtol=0, atol=0)
+    expected = torch.nn.functional.rms_norm(x.double() + update, (36,), weight.double(), 1e-5)
     assert (found.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
 
 
@@ -700,6 +713,20 @@ def test_rms_norm(size, dtype):
     expected = torch.nn.functional.rms_norm(x.double(), (size,), weight.double(), 1e-5)
     assert found.dtype == dtype
     assert (found - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_made_with_norms_are_those_of_the_layers(dtype):
+    config = VideoMambaConfig(hidden_size=64, num_hidden_layers=3, image_size=32, num_frames=4)
+    model = VideoMambaForVideoClassification(config).cuda().eval()
+    clips = torch.randn(2, 4, 3, 32, 32, device="cuda")
+    with torch.no_grad():
+        joined = model.to(dtype)(clips.to(dtype)).logits
+        hook = model.videomamba.layers[1].register_forward_hook(lambda *_: None)
+        apart = model(clips.to(dtype)).logits
+        hook.remove()
+    torch.testing.assert_close(joined, apart, rtol=0, atol=TOLERANCE[dtype] * apart.abs().max().item())
 
 
 @gpu
