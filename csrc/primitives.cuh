@@ -3,9 +3,10 @@
 #pragma once
 
 // Python reads these from here.
-#define TILE 16          // tokens a warp takes at a time
-#define CONV_THREADS 64  // of a block of the convolution
-#define CONV_CHANNELS 2  // that a thread of the convolution takes, if rows are aligned
+#define TILE 16                    // tokens a warp takes at a time
+#define CONV_THREADS 64            // of a block of the convolution
+#define CONV_BACKWARD_THREADS 128  // of a block of its backward pass, if the projection's goes along
+#define CONV_CHANNELS 2            // that a thread of the convolution takes, if rows are aligned
 
 // Options, given as -DNAME=value. The defaults are those of VideoMamba-S in bfloat16, so that an editor or a plain
 // `nvcc -arch=sm_90 -cubin -DSCAN_KERNEL scan.cu` sees a whole program.
@@ -96,14 +97,15 @@ struct Args {
     void *partial;  // gradients of the projection, from the channels of a thread block
     int B, L;
     int mode;           // of `conv_backward` along an order: 1 + the direction; of `pass_states`: 1 for adjoint states
-    int chunk, chunks;  // tokens in one, and how many
+    int chunk, chunks;  // tokens in one, and how many; of `proj_conv_backward`: places that a lane takes
     int turn;           // -1: all chunks at once; otherwise they take turns, the last first: whose turn it is
     int span;           // chunks in a turn
     int kept;           // tokens between the states that the scan keeps; 0: none
     // The order of the backward direction: 0 is any, in `order`; else tokens are `frames` frames of `frame` tokens.
     int reversal;
     int frames, frame;
-    int class_token;  // index of a token that belongs to no frame; -1: none
+    int class_token;          // index of a token that belongs to no frame; -1: none
+    const io_t *x_w, *dproj;  // of `proj_conv_backward`: x_proj_weight, and the gradient of the projection
 };
 #define SPATIAL 1   // frame by frame, each from its last token on
 #define TEMPORAL 2  // the last frame first, each from its first token on

@@ -36,6 +36,10 @@ def configurations():
             yield kernel, dtype, note, {**common, **options}, threads, shared
         for kernel in ("conv", "conv_backward"):
             yield kernel, dtype, f"{backend.CONV_CHANNELS} channels a thread", common, backend.CONV_THREADS, 0
+        if dtype != torch.float32:
+            shared = backend.conv_backward_bytes(RANK, STATES)
+            note = "2 channels a thread, with the projection"
+            yield "proj_conv_backward", dtype, note, common, backend.CONV_BACKWARD_THREADS, shared
         yield "pass_states", dtype, "a state a thread", common, 128, 0
 
 

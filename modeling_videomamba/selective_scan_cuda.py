@@ -40,6 +40,10 @@ from .selective_scan_cuda_runtime import (
 TILE, RUN = source_constant("TILE"), source_constant("RUN")
 CONV_THREADS, CONV_CHANNELS = source_constant("CONV_THREADS"), source_constant("CONV_CHANNELS")
 SHORT_RUN, FEW_TOKENS = 13, 32768  # of so few tokens the convolution takes shorter runs, to have more threads
+CONV_BACKWARD_THREADS = source_constant("CONV_BACKWARD_THREADS")
+CONV_RUNS, CONV_STAGES, CONV_BACKWARD_BLOCKS = (
+    source_constant(name, "convolution.cu") for name in ("RUNS", "STAGES", "CONV_BACKWARD_BLOCKS")
+)
 ELEMENTWISE_THREADS = 256
 
 # Each copy of this code in a process (one travels with every Hub repository) has operators of its own.
@@ -172,9 +176,22 @@ class ScanPlan:
         grid = (-(-walks // CONV_THREADS), -(-self.L // run), self.B)
         return self.launch("conv", grid, CONV_THREADS, options={"RUN": run})
 
+    @property
+    def conv_takes_projection(self):
+        """Whether the convolution's backward pass takes that of `x_proj` along, which is written for these alone."""
+        width = self.R + 2 * self.N  # of which a warp keeps its part of the weight in registers
+        aligned = self.options["VEC"] == 1 and width % 2 == 0
+        return aligned and width <= 96 and self.K == 4 and not (self.exact or self.ordered)
+
     @functools.cached_property
     def conv_backward(self):
         """One launch, or along an order one for each direction."""
+        if self.conv_takes_projection:
+            groups = -(-self.E // (CONV_BACKWARD_THREADS // 2))
+            places = run_places(self.L, groups * self.B, self.multiprocessors)
+            grid = (groups, -(-self.L // (CONV_RUNS * places)), self.B)
+            shared = conv_backward_bytes(self.R, self.N)
+            return [self.launch("proj_conv_backward", grid, CONV_BACKWARD_THREADS, shared, chunk=places)]
         grid = (-(-self.conv_groups // CONV_THREADS), -(-self.L // RUN), self.B)
         modes = (1, 2) if self.ordered else (0,)
         return [self.launch("conv_backward", grid, CONV_THREADS, mode=mode) for mode in modes]
@@ -308,6 +325,22 @@ def _chunks_side_by_side(rows, tiles, schedulers):
     return max(range(few, most + 1), key=fullness)
 
 
+def run_places(length, blocks, multiprocessors):
+    """
+    Places in a run of `proj_conv_backward`, of which a thread block has a few. It walks over three more at either end,
+    four at a step: long runs waste little; short ones, if there are few sequences, fill the GPU.
+
+    Args:
+        length (`int`): tokens.
+        blocks (`int`): thread blocks with the same places: those of all channels and sequences.
+        multiprocessors (`int`): of the GPU.
+    """
+    shortest, longest = 26, 122
+    filling = -(-CONV_BACKWARD_BLOCKS * multiprocessors // blocks)
+    parts = max(-(-length // (CONV_RUNS * longest)), min(filling, -(-length // (CONV_RUNS * shortest))))
+    return -(-(-(-length // (CONV_RUNS * parts)) + 6) // 4) * 4 - 6
+
+
 # (kernel, blocks of 16 channels a warp): (warps a direction in a thread block, thread blocks on a multiprocessor);
 # measured on an H200 and an H100
 WALKS = {
@@ -406,6 +439,13 @@ def team_bytes(warps, buffers, rank, states, dtype):
     """Shared memory of the `warps` of a direction of the adjoint walk: `BACKWARD_TEAM_SHARED`."""
     sums = 0 if dtype == torch.float32 else buffers * warps * (-(-states // 8) * 512 + 512)
     return 2 * projection_bytes(rank, states, dtype) + sums
+
+
+def conv_backward_bytes(rank, states):
+    """Shared memory of a block of `proj_conv_backward`: `CONV_BACKWARD_SHARED`."""
+    projection = (4 * -(-(rank + 2 * states) // 8) + 15) // 32 * 64 + 32  # values of a row
+    channels = CONV_BACKWARD_THREADS // 2
+    return CONV_STAGES * CONV_RUNS * (3 * (4 * channels + 16) + 2 * (4 * projection + 16)) * 2
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -621,7 +661,7 @@ def _backward_op(
     with _on(xz):
         call = _Call(xz, conv_weight, conv_bias, dt_proj_weight, dt_proj_bias, A_log, D, visits, structure)
         plan = call.plan
-        B, L, E, R, N, K = plan.B, plan.L, plan.E, plan.R, plan.N, plan.K
+        B, E, R, N, K = plan.B, plan.E, plan.R, plan.N, plan.K
         dprojected, y = dout, None
         if out_proj_weight is not None:
             dout = dprojected @ out_proj_weight
@@ -643,8 +683,12 @@ def _backward_op(
             dA, d_skip, d_dt_bias, d_dt_weight = _walk_back(call, dout, dproj, states if kept else None)
         u, du, dproj = u.view(2, -1, E), du.view(2, -1, E), dproj.view(2, -1, R + 2 * N)
         d_x_weight = torch.bmm(dproj.transpose(1, 2), u)
-        du.baddbmm_(dproj, x_proj_weight)
-        dconv = call.new(B, -(-L // RUN), 2, K + 1, E)
+        if plan.conv_takes_projection:
+            x_proj_weight = x_proj_weight.contiguous()
+            call.set(x_w=x_proj_weight, dproj=dproj)
+        else:
+            du.baddbmm_(dproj, x_proj_weight)
+        dconv = call.new(B, plan.conv_backward[0].grid[1], 2, K + 1, E)
         for launch in plan.conv_backward:
             call.run(launch, dvec=dconv)
         dconv = dconv.sum(dim=(0, 1))

@@ -24,7 +24,7 @@ from .selective_scan_cuda_source import SOURCES
 KERNEL_FILES = {
     **dict.fromkeys(("scan", "states", "ends", "adjoint", "pass_states"), "scan.cu"),
     **dict.fromkeys(("gate", "gate_backward", "ungate"), "scan.cu"),
-    **dict.fromkeys(("conv", "conv_backward"), "convolution.cu"),
+    **dict.fromkeys(("conv", "conv_backward", "proj_conv_backward"), "convolution.cu"),
     "backward": "scan_backward.cu",
     "rms_norm": "norm.cu",
     **dict.fromkeys(("simt_ends", "simt_pass", "simt_scan", "simt_backward"), "simt.cu"),
@@ -208,6 +208,7 @@ class KernelArguments(ctypes.Structure):
         ),
         *((name, ctypes.c_int) for name in "B L mode chunk chunks turn span kept".split()),
         *((name, ctypes.c_int) for name in "reversal frames frame class_token".split()),
+        *((name, ctypes.c_void_p) for name in "x_w dproj".split()),
     ]
 
 

@@ -206,6 +206,34 @@ def test_gradients_of_the_projection_from_many_channels(
     assert_close_to_reference(tensors, grad, make_order(order, length), TOLERANCE[dtype])
 
 
+# A thread block takes 64 channels and four runs of the length; of the first shape, a block has all runs, of the second
+# there are two. Rows of the projection are read 16, 8 or 4 bytes at a time.
+@pytest.mark.parametrize(
+    "multiprocessors, length, channels, order, dtype, rank, taps, together",
+    [
+        (0.1, 150, 72, "reversal", torch.bfloat16, 24, 4, True),
+        (132, 130, 72, "reversal", torch.float16, 12, 4, True),
+        (1, 9, 200, "reversal", torch.bfloat16, 6, 4, True),
+        (1, 70, 24, "reversal", torch.bfloat16, 7, 4, False),
+        (1, 20, 36, "reversal", torch.float16, 6, 4, False),
+        (1, 20, 24, "reversal", torch.bfloat16, 6, 3, False),
+        (1, 20, 24, "any", torch.float16, 6, 4, False),
+    ],
+)
+def test_the_backward_pass_of_the_projection_goes_along_with_that_of_the_convolution(
+    on_cpu, monkeypatch, multiprocessors, length, channels, order, dtype, rank, taps, together
+):
+    on_cpu(multiprocessors)
+    launched = []
+    queue = runtime.Launch.queue
+    monkeypatch.setattr(
+        runtime.Launch, "queue", lambda launch, *arguments: launched.append(launch.name) or queue(launch, *arguments)
+    )
+    tensors, grad = make_inputs(2, length, channels, dtype, rank=rank, taps=taps)
+    assert_close_to_reference(tensors, grad, make_order(order, length), TOLERANCE[dtype])
+    assert ("proj_conv_backward" in launched, "conv_backward" in launched) == (together, not together)
+
+
 @pytest.mark.parametrize(
     "multiprocessors, batch, length, channels, order, dtype",
     [
@@ -452,7 +480,8 @@ SMALL = {"IO": 2, "PT": 0, "N": 16, "R": 6, "K": 4, "VEC": 1, "CHANNELS": 64, "B
 
 
 @pytest.mark.parametrize(
-    "kernel, io, architecture", [("scan", 2, "sm_80"), ("backward", 1, "sm_90"), ("conv", 0, "sm_90")]
+    "kernel, io, architecture",
+    [("scan", 2, "sm_80"), ("backward", 1, "sm_90"), ("conv", 0, "sm_90"), ("proj_conv_backward", 1, "sm_80")],
 )
 def test_nvrtc_compiles_the_kernels(nvrtc, kernel, io, architecture):
     """An ELF file for CUDA and that architecture, in which the kernel has machine code."""
@@ -549,7 +578,7 @@ def test_arguments_are_laid_out_as_the_kernels_read_them(compile_for_cpu, file, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rank, states", [(24, 16), (3, 20)])
+@pytest.mark.parametrize("rank, states", [(24, 16), (3, 20), (6, 5)])
 def test_python_reserves_the_shared_memory_that_the_kernels_take(compile_for_cpu, dtype, rank, states):
     io = {torch.float32: 0, torch.bfloat16: 2}[dtype]
     for split in (0, 1):
@@ -572,6 +601,11 @@ def test_python_reserves_the_shared_memory_that_the_kernels_take(compile_for_cpu
         backward = compile_for_cpu("scan_backward.cu", settings, more)
         assert backward.backward_shared() == selective_scan_cuda.shared_bytes("backward", 1, 0, rank, states, dtype)
         assert backward.team_shared() == selective_scan_cuda.team_bytes(warps, buffers, rank, states, dtype)
+    if (rank + 2 * states) % 2 == 0 and io:
+        more = 'extern "C" int conv_shared() { return CONV_BACKWARD_SHARED; }'
+        options = (("IO", io), ("R", rank), ("N", states), ("PROJ_CONV_BACKWARD_KERNEL", 1))
+        conv = compile_for_cpu("convolution.cu", options, more)
+        assert conv.conv_shared() == selective_scan_cuda.conv_backward_bytes(rank, states)
     more = 'extern "C" int simt_shared() { return SIMT_SHARED; }'
     simt = compile_for_cpu("simt.cu", (("IO", 0), ("N", states), ("SIMT_BACKWARD_KERNEL", 1)), more)
     assert simt.simt_shared() == selective_scan_cuda_simt.shared_bytes(states)
