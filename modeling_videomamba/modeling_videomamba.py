@@ -400,9 +400,7 @@ class VideoMambaLayer(GradientCheckpointingLayer):
 
     def may_join(self):
         """Whether its parts may be called without it, so that its sum is made with the norm of the next layer."""
-        return (
-            not self.training and is_untouched(self, VideoMambaLayer) and is_untouched(self.norm, VideoMambaRMSNorm)
-        )
+        return not self.training and is_untouched(self, VideoMambaLayer) and is_untouched(self.norm, VideoMambaRMSNorm)
 
     def linearized(self, hidden_states, order=None):
         """The same output without stochastic depth, see [`VideoMambaMixer.linearized`]."""

@@ -485,8 +485,11 @@ class _Call:
         if visits is not None:
             self.visits = visits.to(device, torch.int64).contiguous()
             reversal, frames, class_token = structure
-            self.set(order=self.visits, reversal=reversal, frames=frames, class_token=class_token)
-            self.set(frame=(plan.L - (class_token >= 0)) // frames)
+            frame = (plan.L - (class_token >= 0)) // frames
+            if frame > 1 and plan.L * frame < 2**32:  # otherwise `frame_inverse` would not be exact
+                self.set(reversal=reversal, frames=frames, frame=frame, class_token=class_token)
+                self.set(frame_inverse=-(-(2**32) // frame))
+            self.set(order=self.visits)
 
     def set(self, **arguments):
         for name, value in arguments.items():
@@ -733,10 +736,13 @@ def _walk_back(call, dout, dproj, sub):
         for direction in (0, 1):
             first = places * (turn if direction and not plan.ordered else turns - 1 - turn)
             tokens = slice(first, min(first + places, L))
-            found = partial[direction, :, :, : tokens.stop - first].sum(0)  # accumulates in float32
+            found = partial[direction, :, :, : tokens.stop - first]
+            if partial_type == plan.dtype and not (direction and plan.ordered):
+                torch.sum(found, 0, out=dproj[direction, :, tokens])  # accumulates in float32
+                continue
             if direction and plan.ordered:
                 tokens = call.visits[tokens]
-            dproj[direction][:, tokens] = found.to(plan.dtype)
+            dproj[direction][:, tokens] = found.sum(0).to(plan.dtype)
     if plan.ordered:
         call.run(plan.gate_backward)
     # (block, group, g, q, row, column): channel = block * 16 + g * 2 + row, state = group * 8 + 2q + column

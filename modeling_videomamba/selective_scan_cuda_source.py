@@ -562,6 +562,7 @@ struct Args {
     int reversal;
     int frames, frame;
     int class_token;          // index of a token that belongs to no frame; -1: none
+    u32 frame_inverse;        // 2^32 / frame, rounded up: divides by multiplication
     const io_t *x_w, *dproj;  // of `proj_conv_backward`: x_proj_weight, and the gradient of the projection
 };
 #define SPATIAL 1   // frame by frame, each from its last token on
@@ -817,7 +818,7 @@ DEV int visited(const Args &p, int step) {
         if (step == mirrored) return p.class_token;
         patch -= step > mirrored;
     }
-    const int row = patch % p.frame;
+    const int row = patch - (int)__umulhi((u32)patch, p.frame_inverse) * p.frame;
     patch = p.reversal == SPATIAL ? patch + p.frame - 1 - 2 * row : p.frames * p.frame - p.frame - patch + 2 * row;
     return patch + (p.class_token >= 0 && patch >= p.class_token);
 }
