@@ -660,9 +660,7 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
             ValueError: if `pixel_values` has another rank, size or type than the model takes, or contains NaN.
         """
         pixel_values, grid = checked_clips(self.config, pixel_values, interpolate_pos_encoding)
-        hidden_states = self.embeddings(pixel_values, grid).float()
-        order = self.order_for(grid, hidden_states.device)
-        hidden_states = self.run_layers(hidden_states, order, **kwargs)
+        hidden_states = self.encode(pixel_values, grid, **kwargs)
         last_hidden_state = self.norm(hidden_states)
         if self.embeddings.has_class_token:
             # Not of `last_hidden_state`: so `torch.compile` leaves that out of a classifier, which wants no more.
@@ -671,8 +669,10 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
             pooled = last_hidden_state.mean(dim=1)
         return BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=pooled)
 
-    def run_layers(self, hidden_states, order, **kwargs):
+    def encode(self, pixel_values, grid, **kwargs):
         """The residual stream after all layers; in inference on a GPU, each sum is made with the norm after it."""
+        hidden_states = self.embeddings(pixel_values, grid).float()
+        order = self.order_for(grid, hidden_states.device)
         layers = list(self.layers)
         if not (can_fuse_rms_norm(hidden_states, self.norm.weight) and all(layer.may_join() for layer in layers)):
             for layer in layers:

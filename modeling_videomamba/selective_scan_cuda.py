@@ -139,7 +139,15 @@ class ScanPlan:
         tf32 = self.tf32 and name in ("scan", "ends")
         share = self.share(name, side_by_side, tf32)
         options, threads, shared = walk_settings(
-            name, share, self.R, self.N, self.E, self.dtype, tf32, _shared_memory(self.device)
+            name,
+            share,
+            self.R,
+            self.N,
+            self.E,
+            self.dtype,
+            tf32,
+            _shared_memory(self.device),
+            widest_team(self.E, self.B * side_by_side, self.multiprocessors),
         )
         channels = 16 * options["BLOCKS"] * options["W"]  # of a thread block
         grid = (-(-self.E // channels), side_by_side, self.B)
@@ -358,7 +366,31 @@ WALKS = {
 SHARED_OF_HOPPER = 233_472  # bytes of a multiprocessor; a thread block takes 1,024 more than it asks for
 
 
-def walk_settings(kernel, share, rank, states, channels, dtype, tf32=False, capacity=SHARED_OF_HOPPER):
+TEAMS = 6, 3, 2, 1  # warps a direction in a thread block of the adjoint walk
+
+
+def widest_team(channels, walks, multiprocessors):
+    """
+    Warps that may share a thread block of the adjoint walk: as many as can be, if that fills the GPU; else as many as
+    leave the fewest on the busiest multiprocessor, but not one alone, whose sums over few channels cost more.
+
+    Args:
+        channels (`int`): E.
+        walks (`int`): sequences, or chunks of them side by side.
+        multiprocessors (`int`): of the GPU.
+    """
+
+    def blocks(warps):
+        return -(-channels // (16 * warps)) * walks
+
+    if blocks(TEAMS[0]) > multiprocessors:
+        return TEAMS[0]
+    return min(TEAMS[:-1], key=lambda warps: -(-blocks(warps) // multiprocessors) * warps)
+
+
+def walk_settings(
+    kernel, share, rank, states, channels, dtype, tf32=False, capacity=SHARED_OF_HOPPER, widest=TEAMS[0]
+):
     """
     How a walk is compiled and launched.
 
@@ -368,6 +400,7 @@ def walk_settings(kernel, share, rank, states, channels, dtype, tf32=False, capa
         dtype (`torch.dtype`): of the activations.
         tf32 (`bool`): whether float32 may be multiplied on the tensor cores.
         capacity (`int`): bytes of shared memory of a multiprocessor.
+        widest (`int`): see `widest_team`.
 
     Returns:
         its options (`dict`), threads of a block, bytes of shared memory of a block.
@@ -380,12 +413,12 @@ def walk_settings(kernel, share, rank, states, channels, dtype, tf32=False, capa
     options = {"BLOCKS": blocks, "W": warps, "MINBLOCKS": resident, "SPLIT": split}
     size = shared * 2 * warps
     if kernel == "backward":
-        team, size = team_settings(warps * resident, shared, rank, states, channels, dtype, capacity)
+        team, size = team_settings(warps * resident, shared, rank, states, channels, dtype, capacity, widest)
         options |= team
     return options, 64 * options["W"] << split, size
 
 
-def team_settings(most, shared, rank, states, channels, dtype, capacity):
+def team_settings(most, shared, rank, states, channels, dtype, capacity, widest):
     """
     Of the adjoint walk, how many warps a direction make a thread block: they add up their gradients. As many as can be
     are on a multiprocessor, then in as few blocks as can be.
@@ -393,7 +426,7 @@ def team_settings(most, shared, rank, states, channels, dtype, capacity):
     Args:
         most (`int`): warps a direction that its registers take.
         shared (`int`): bytes of shared memory of a warp.
-        rank, states, channels, dtype, capacity: see `walk_settings`.
+        rank, states, channels, dtype, capacity, widest: see `walk_settings`.
 
     Returns:
         options (`dict`), bytes of shared memory of a block.
@@ -406,7 +439,7 @@ def team_settings(most, shared, rank, states, channels, dtype, capacity):
         groups = -(-channels // 16)
         return resident * warps * groups / (-(-groups // warps) * warps), size, resident
 
-    choices = [(w, buffers) for w in (6, 3, 2, 1) if w <= most for buffers in (2, 1)]
+    choices = [(w, buffers) for w in TEAMS if w <= min(most, widest) for buffers in (2, 1)]
     choices = [c for c in choices if filling(*c)[1] + 1024 <= capacity] or choices[-1:]
     warps, buffers = max(choices, key=lambda choice: filling(*choice)[0])
     _, size, resident = filling(warps, buffers)

@@ -234,6 +234,13 @@ def test_the_backward_pass_of_the_projection_goes_along_with_that_of_the_convolu
     assert ("proj_conv_backward" in launched, "conv_backward" in launched) == (together, not together)
 
 
+# 768 channels are 48 warps a direction. Six a block are 8 blocks a sequence: 128 for 16 sequences. For 8 sequences
+# that would leave half of 132 multiprocessors idle.
+@pytest.mark.parametrize("walks, warps", [(64, 6), (16, 6), (12, 6), (9, 2), (8, 3), (2, 2)])
+def test_few_sequences_are_spread_over_all_multiprocessors(walks, warps):
+    assert selective_scan_cuda.widest_team(768, walks, 132) == warps
+
+
 @pytest.mark.parametrize(
     "multiprocessors, batch, length, channels, order, dtype",
     [
