@@ -307,6 +307,33 @@ def test_out_proj_is_handed_over_only_if_nothing_is_attached_to_it(monkeypatch):
 # ---- outputs, losses, training
 
 
+def test_a_sum_is_made_with_the_norm_after_it_unless_somebody_looks_on(monkeypatch):
+    model, joined = tiny_model().eval(), []
+    layers = model.videomamba.layers
+
+    def norm(x, weight, eps):
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    def add_and_norm(x, update, weight, eps):
+        joined.append(weight)
+        return x + update, norm(x + update, weight, eps)
+
+    expected = model(clip()).logits.detach()
+    monkeypatch.setattr(module, "can_fuse_rms_norm", lambda *_: not torch.is_grad_enabled())
+    monkeypatch.setattr(module, "fused_rms_norm", norm)
+    monkeypatch.setattr(module, "fused_add_rms_norm", add_and_norm)
+    with torch.no_grad():
+        torch.testing.assert_close(model(clip()).logits, expected)
+        assert [id(weight) for weight in joined] == [id(layer.norm.weight) for layer in layers[1:]]
+        joined.clear()
+        called = []
+        hook = layers[0].register_forward_hook(lambda *_: called.append("hook"))
+        torch.testing.assert_close(model(clip()).logits, expected)
+        hook.remove()
+        assert called == ["hook"] and not joined
+        assert len(model(clip(), output_hidden_states=True).hidden_states) == len(layers) + 1
+
+
 def test_hidden_states_are_the_float32_residual_stream():
     model = tiny_model().to(torch.bfloat16)
     outputs = model.videomamba(clip(), output_hidden_states=True)
