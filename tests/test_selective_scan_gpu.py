@@ -215,9 +215,9 @@ def test_gradients_of_the_projection_from_many_channels(
         (132, 130, 72, "reversal", torch.float16, 12, 4, True),
         (1, 9, 200, "reversal", torch.bfloat16, 6, 4, True),
         (1, 70, 24, "reversal", torch.bfloat16, 7, 4, False),
-        (1, 20, 36, "reversal", torch.float16, 6, 4, False),
-        (1, 20, 24, "reversal", torch.bfloat16, 6, 3, False),
-        (1, 20, 24, "any", torch.float16, 6, 4, False),
+        pytest.param(1, 20, 36, "reversal", torch.float16, 6, 4, False, marks=pytest.mark.slow),
+        pytest.param(1, 20, 24, "reversal", torch.bfloat16, 6, 3, False, marks=pytest.mark.slow),
+        pytest.param(1, 20, 24, "any", torch.float16, 6, 4, False, marks=pytest.mark.slow),
     ],
 )
 def test_the_backward_pass_of_the_projection_goes_along_with_that_of_the_convolution(
