@@ -184,7 +184,7 @@ class ScanPlan:
         grid = (-(-walks // CONV_THREADS), -(-self.L // run), self.B)
         return self.launch("conv", grid, CONV_THREADS, options={"RUN": run})
 
-    @property
+    @functools.cached_property
     def conv_takes_projection(self):
         """Whether the convolution's backward pass takes that of `x_proj` along, which is written for these alone."""
         width = self.R + 2 * self.N  # of which a warp keeps its part of the weight in registers

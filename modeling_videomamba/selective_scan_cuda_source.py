@@ -1162,12 +1162,13 @@ extern "C" __global__ void pass_states(const Args p) {
     const float *sums = p.sums + (size_t)(dir * p.B + b) * p.chunks * CHANNELS + channel;
     // A few are asked for at once: one after the other, each would wait for memory.
     const int FEW = 16;
+    auto chunk_at = [&](int k) -> size_t { return down ? p.chunks - 1 - k : k; };
     for (int first = 0; first < p.chunks; first += FEW) {
         float end[FEW], factor[FEW];
 #pragma unroll
         for (int i = 0; i < FEW; i++) {
             const int k = first + i;
-            const size_t chunk = down ? p.chunks - 1 - k : k;
+            const size_t chunk = chunk_at(k);
             const bool wanted = exists && k + 1 < p.chunks;
             end[i] = wanted ? states[chunk * per] : 0.f;
             factor[i] = wanted ? exp2f(a * sums[chunk * CHANNELS]) : 0.f;
@@ -1175,7 +1176,7 @@ extern "C" __global__ void pass_states(const Args p) {
 #pragma unroll
         for (int i = 0; i < FEW; i++) {
             const int k = first + i;
-            if (k < p.chunks) states[(size_t)(down ? p.chunks - 1 - k : k) * per] = h;
+            if (k < p.chunks) states[chunk_at(k) * per] = h;
             h = fmaf(h, factor[i], end[i]);
         }
     }

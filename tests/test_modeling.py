@@ -304,9 +304,6 @@ def test_out_proj_is_handed_over_only_if_nothing_is_attached_to_it(monkeypatch):
     assert called == ["hook", "forward"]
 
 
-# ---- outputs, losses, training
-
-
 def test_a_sum_is_made_with_the_norm_after_it_unless_somebody_looks_on(monkeypatch):
     model, joined = tiny_model().eval(), []
     layers = model.videomamba.layers
@@ -332,6 +329,9 @@ def test_a_sum_is_made_with_the_norm_after_it_unless_somebody_looks_on(monkeypat
         hook.remove()
         assert called == ["hook"] and not joined
         assert len(model(clip(), output_hidden_states=True).hidden_states) == len(layers) + 1
+
+
+# ---- outputs, losses, training
 
 
 def test_hidden_states_are_the_float32_residual_stream():

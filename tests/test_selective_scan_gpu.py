@@ -154,6 +154,16 @@ def on_cpu(monkeypatch, compile_for_cpu):
     return plan_for
 
 
+@pytest.fixture
+def launched(on_cpu, monkeypatch):
+    """The names of the kernels that were launched."""
+    names, queue = [], runtime.Launch.queue
+    monkeypatch.setattr(
+        runtime.Launch, "queue", lambda launch, *arguments: names.append(launch.name) or queue(launch, *arguments)
+    )
+    return names
+
+
 # How the work is cut depends on how it fills the GPU: for 132 multiprocessors these lengths are cut into chunks, for a
 # tenth of one a warp takes 32 channels, and where there are few, two warps share 16.
 @pytest.mark.parametrize(
@@ -221,14 +231,9 @@ def test_gradients_of_the_projection_from_many_channels(
     ],
 )
 def test_the_backward_pass_of_the_projection_goes_along_with_that_of_the_convolution(
-    on_cpu, monkeypatch, multiprocessors, length, channels, order, dtype, rank, taps, together
+    on_cpu, launched, multiprocessors, length, channels, order, dtype, rank, taps, together
 ):
     on_cpu(multiprocessors)
-    launched = []
-    queue = runtime.Launch.queue
-    monkeypatch.setattr(
-        runtime.Launch, "queue", lambda launch, *arguments: launched.append(launch.name) or queue(launch, *arguments)
-    )
     tensors, grad = make_inputs(2, length, channels, dtype, rank=rank, taps=taps)
     assert_close_to_reference(tensors, grad, make_order(order, length), TOLERANCE[dtype])
     assert ("proj_conv_backward" in launched, "conv_backward" in launched) == (together, not together)
@@ -251,15 +256,10 @@ def test_few_sequences_are_spread_over_all_multiprocessors(walks, warps):
     ],
 )
 def test_the_scan_keeps_the_states_of_the_backward_pass(
-    on_cpu, monkeypatch, multiprocessors, batch, length, channels, order, dtype
+    on_cpu, launched, monkeypatch, multiprocessors, batch, length, channels, order, dtype
 ):
     on_cpu(multiprocessors)
     monkeypatch.setattr(selective_scan_cuda, "KEEP_STATES", True)
-    launched = []
-    queue = runtime.Launch.queue
-    monkeypatch.setattr(
-        runtime.Launch, "queue", lambda launch, *arguments: launched.append(launch.name) or queue(launch, *arguments)
-    )
     tensors, grad = make_inputs(batch, length, channels, dtype)
     assert_close_to_reference(tensors, grad, make_order(order, length), TOLERANCE[dtype])
     assert "backward" in launched and "states" not in launched
