@@ -21,7 +21,7 @@ from .selective_scan import use_scan_backend
 from .video_processing_videomamba import VideoMambaVideoProcessor
 
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 AutoConfig.register(VideoMambaConfig.model_type, VideoMambaConfig, exist_ok=True)
 AutoModel.register(VideoMambaConfig, VideoMambaModel, exist_ok=True)
