@@ -1,4 +1,4 @@
-# make demo [VIDEO=clip.mp4]   names what the camera does in a video (without VIDEO, in a clip it makes)
+# make demo [VIDEO=clip.mp4]   names what the camera does in a video (without VIDEO, in a short clip that ships here)
 # make test [ARGS="-k name"]   runs the tests; ARGS goes to pytest
 # make hub-repo CARD=videomamba-tiny-camera-motion OUTPUT=folder [REPO=you/name]
 #                              assembles a checkpoint's complete Hub repository, and pushes it to REPO
@@ -15,7 +15,7 @@ venv := .venv/bin/python
 pythons := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11 python3.10 python)
 
 demo: .venv/demo-installed
-	@$(venv) examples/classify_video.py $${VIDEO:+"$$VIDEO"}
+	@$(venv) examples/tools/classify_video.py $${VIDEO:+"$$VIDEO"}
 
 hub-repo: .venv/demo-installed
 	@$(venv) model_cards/make_hub_repo.py "$$CARD" "$$OUTPUT" $${REPO:+--push-to-hub "$$REPO"}

@@ -159,7 +159,7 @@ def with_published_accuracy(card, row):
     text += "That is their figure; nobody has measured these converted weights."
     if row.num_frames > 1:
         text += (
-            "\n\n```bash\npython examples/evaluate_video_classification.py --model_name_or_path "
+            "\n\n```bash\npython examples/training/evaluate_video_classification.py --model_name_or_path "
             f"{row.name} \\\n    --validation_list annotations.csv --video_root videos \\\n"
             f"    --num_crops {crops} --num_clips {clips} --output_dir results  # measures it\n```"
         )

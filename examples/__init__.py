@@ -6,25 +6,29 @@ from pathlib import Path
 
 
 def _run(script):
-    folder = str(Path(__file__).parent)
-    sys.path.insert(0, folder)  # as Python does for a script: they import one another by name
+    script = Path(__file__).parent / script
+    sys.path.insert(0, str(script.parent))  # as Python does for a script: they import one another by name
     try:
-        runpy.run_path(f"{folder}/{script}", run_name="__main__")
+        runpy.run_path(str(script), run_name="__main__")
     except ModuleNotFoundError as error:
         sys.exit(f"{error}. Install what this command uses: pip install 'videomamba-transformers[tools,train]'.")
 
 
 def classify():
-    _run("classify_video.py")
+    _run("tools/classify_video.py")
 
 
 def classify_clips():
-    _run("classify_clips.py")
+    _run("tools/classify_clips.py")
 
 
 def evaluate():
-    _run("evaluate_video_classification.py")
+    _run("training/evaluate_video_classification.py")
+
+
+def finetune():
+    _run("training/finetune.py")
 
 
 def tag():
-    _run("tag_video.py")
+    _run("tools/tag_video.py")

@@ -25,7 +25,7 @@ from modeling_videomamba import (
 from video_classification_model import ModelArguments, load_model, without_fsdp
 
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "training"
 
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}

@@ -20,7 +20,7 @@ import video_classification_model as models
 
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "examples" / "make_camera_motion_clips.py"
+SCRIPT = ROOT / "examples" / "made_clips" / "make_camera_motion_clips.py"
 CHECKPOINT = ROOT / "model_cards" / "videomamba-tiny-camera-motion"
 
 

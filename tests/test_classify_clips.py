@@ -1,4 +1,4 @@
-"""examples/classify_clips.py and explore_features.py: every clip once, to the same result after a kill."""
+"""examples/tools/classify_clips.py and explore_features.py: every clip once, to the same result after a kill."""
 
 import csv
 import shutil

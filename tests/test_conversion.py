@@ -813,7 +813,7 @@ def test_kinetics_classifier_on_my_clip_in_three_commands(hub, tmp_path, monkeyp
 
     clip = write_video(tmp_path / "clip.mp4", frames=20)
     monkeypatch.setattr("sys.argv", ["classify_video.py", clip, "--model", str(output)])
-    runpy.run_path(str(ROOT / "examples" / "classify_video.py"), run_name="__main__")
+    runpy.run_path(str(ROOT / "examples" / "tools" / "classify_video.py"), run_name="__main__")
     labels = set(VideoMambaConfig.from_pretrained(output).id2label.values())
     answers = [line.split("%  ")[1] for line in capsys.readouterr().out.splitlines() if "%  " in line]
     assert len(answers) == 3 and set(answers) <= labels and "zumba" in labels

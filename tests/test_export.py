@@ -31,7 +31,7 @@ from modeling_videomamba.selective_scan_reference import bidirectional_selective
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-EXAMPLES = REPOSITORY / "examples"
+EXAMPLES = REPOSITORY / "examples" / "deploy"
 CAMERA_MOTION = REPOSITORY / "model_cards" / "videomamba-tiny-camera-motion"
 
 needs_pytorch_2_11 = pytest.mark.skipif(

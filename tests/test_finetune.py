@@ -114,7 +114,7 @@ def test_a_folder_without_labels_is_refused(bars, tmp_path):
 
 def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     """Its cells are plain Python: together they are a script. It learns the clips it makes."""
-    cells = json.loads((ROOT / "examples" / "finetune.ipynb").read_text())["cells"]
+    cells = json.loads((ROOT / "examples" / "training" / "finetune.ipynb").read_text())["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     (tmp_path / "notebook.py").write_text("\n\n".join(code))
     printed = run(["notebook.py"], tmp_path, MPLBACKEND="agg")

@@ -50,10 +50,16 @@ def test_nothing_of_a_generic_name_is_installed(installed):
     for installed_name, folder in (
         ("modeling_videomamba", "modeling_videomamba"),
         ("videomamba_conversion", "conversion"),
-        ("videomamba_examples", "examples"),
+        ("videomamba_examples/tools", "examples/tools"),
+        ("videomamba_examples/training", "examples/training"),
     ):
         expected = {path.name for path in (ROOT / folder).glob("*.py")}
         assert {path.name for path in (installed / installed_name).iterdir()} == expected
+    assert {path.name for path in (installed / "videomamba_examples").iterdir()} == {
+        "__init__.py",
+        "tools",
+        "training",
+    }
 
 
 def test_one_version():
@@ -81,7 +87,8 @@ def run(installed, tmp_path):
 
 def test_classify(run):
     model = ROOT / "model_cards" / "videomamba-tiny-camera-motion"
-    done = run("videomamba-classify", "--model", model, "--top_k", "1")
+    clip = ROOT / "examples" / "tools" / "space" / "examples" / "pan-right.mp4"
+    done = run("videomamba-classify", clip, "--model", model, "--top_k", "1")
     assert done.returncode == 0, done.stderr
     assert re.search(r"pan-right.mp4 .*\n +\d+\.\d% +pan right$", done.stdout.strip()), done.stdout
 

@@ -1,4 +1,4 @@
-"""examples/space: the page in a real browser, what visitors may name, what stays on disk."""
+"""examples/tools/space: the page in a real browser, what visitors may name, what stays on disk."""
 
 import importlib.util
 import json
@@ -19,7 +19,7 @@ from video_files import write_video
 
 pytest.importorskip("gradio", reason="needs Gradio: pip install gradio")
 httpx = pytest.importorskip("httpx", reason="Gradio brings httpx")
-SPACE = Path(__file__).resolve().parent.parent / "examples" / "space"
+SPACE = Path(__file__).resolve().parent.parent / "examples" / "tools" / "space"
 CAMERA_MOTION = SPACE.parent.parent / "model_cards" / "videomamba-tiny-camera-motion"
 EXAMPLE = SPACE / "examples" / "zoom-out.mp4"
 

@@ -215,7 +215,7 @@ rows = [f"{clip},a,{'a' if clip < right else 'b'}" for clip in range(4)]
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
     (tmp_path / "run_video_classification.py").write_text(STAND_IN)
-    monkeypatch.setattr(study, "EXAMPLES", tmp_path)
+    monkeypatch.setattr(study, "TRAINING", tmp_path)
     monkeypatch.setattr(study, "check", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     return tmp_path

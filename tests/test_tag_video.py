@@ -1,4 +1,4 @@
-"""examples/tag_video.py: what the windows see, cuts, going on after a kill, what is written, a live source."""
+"""examples/tools/tag_video.py: what the windows see, cuts, going on after a kill, what is written, a live source."""
 
 import collections
 import csv

@@ -47,7 +47,7 @@ from training_clips import NAMES, tiny_processor, touch
 from video_files import write_video
 
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "training"
 SCRIPTS = ["run_video_classification", "run_video_classification_no_trainer", "evaluate_video_classification"]
 TINY = ["--hidden_size", 16, "--num_hidden_layers", 1, "--image_size", 32, "--num_frames", 4, "--frame_stride", 2]
 AUGMENTED = ["--rand_augment", 1, "--random_erasing", 0.5, "--mirror_swaps", "to the left:to the right"]
@@ -79,7 +79,7 @@ def scripts(hub, tmp_path_factory):
     """`start(name, arguments, environment)` starts a script and returns its process and the path of its log."""
     home = tmp_path_factory.mktemp("home")
     environment = hub_environment(hub, home)
-    environment["PYTHONPATH"] = os.pathsep.join(str(EXAMPLES.parent / name) for name in ("examples", "", "tests"))
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (EXAMPLES, EXAMPLES.parents[1], Path(__file__).parent)))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["script_runner", *SCRIPTS, "torch.utils.tensorboard"])
     with pytest.MonkeyPatch.context() as patch:

@@ -18,7 +18,7 @@ from transformers import pipeline
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "made_clips")]
 
 from clip_generation import read_scenery, write_clip  # noqa: E402
 from make_camera_motion_clips import AXES, MOTIONS, draw_parameters, render  # noqa: E402

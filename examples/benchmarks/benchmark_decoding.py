@@ -1,0 +1,89 @@
+"""
+What it costs to turn a file into `pixel_values`: CPU time and peak memory of 16 frames at stride 2.
+
+    python examples/benchmarks/benchmark_decoding.py                      # made clips, 340 x 256 to 7680 x 4320
+    python examples/benchmarks/benchmark_decoding.py clip.mp4 --decoder torchcodec
+
+Each clip is read in a process of its own. The memory is what the process grows by, above what it has after its imports
+and a first small clip; Unix tells it, Windows does not. Another version of the package is measured with
+PYTHONPATH=folder/of/it.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+
+from modeling_videomamba import VideoMambaVideoProcessor
+
+
+SIZES = [(256, 340), (272, 640), (240, 426), (480, 854), (720, 1280), (1080, 1920), (2160, 3840), (4320, 7680)]
+
+
+def write_clip(path, height, width, frames):
+    """H.264 of a texture that moves, with a key frame every 12 frames."""
+    texture = np.random.default_rng(0).integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
+    texture = np.kron(texture, np.ones((8, 8, 1), np.uint8))
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"preset": "ultrafast", "crf": "30", "bf": "2"})
+        stream.height, stream.width, stream.pix_fmt, stream.gop_size = height, width, "yuv420p", 12
+        for i in range(frames):
+            frame = np.roll(texture, 3 * i, axis=1)[:height, :width]
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode())
+
+
+def measure(pipe, warm_up, path, decoder, repeats):
+    processor = VideoMambaVideoProcessor(decoder=decoder)
+    processor(warm_up)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    processor(path, return_tensors="pt")
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        processor(path, return_tensors="pt")
+        times.append(1000 * (time.process_time() - start))
+    pipe.send((statistics.median(times), memory / 1024))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("clips", nargs="*", help="files; made clips of eight sizes if none is given")
+    parser.add_argument(
+        "--decoder", choices=["pyav", "torchcodec", "decord"], help="the first that can be used if not given"
+    )
+    parser.add_argument("--repeats", type=int, default=11, help="of which the median is printed")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    context = multiprocessing.get_context()
+    with tempfile.TemporaryDirectory() as folder:
+        warm_up = str(Path(folder, "small.mp4"))
+        write_clip(warm_up, 64, 96, 40)
+        print(f"{'clip':<24} {'CPU ms':>8} {'MiB':>8}")
+        for clip in args.clips or SIZES:
+            name, repeats = str(clip), args.repeats
+            if clip in SIZES:
+                height, width = clip
+                name, clip = f"{width} x {height}", str(Path(folder, "clip.mp4"))
+                large = height * width > 2**22
+                write_clip(clip, height, width, 36 if large else 150)
+                repeats = min(repeats, 3) if large else repeats
+            here, there = context.Pipe(duplex=False)
+            process = context.Process(target=measure, args=(there, warm_up, clip, args.decoder, repeats))
+            process.start()
+            there.close()
+            milliseconds, mebibytes = here.recv()
+            process.join()
+            print(f"{Path(name).name:<24} {milliseconds:>8.0f} {mebibytes:>8.0f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+#!/usr/bin/env python
+"""Writes the browser page with a model: a folder that any web server or a static Space can serve.
+
+    python examples/deploy/browser/build.py model_cards/videomamba-tiny-camera-motion page
+    python -m http.server --directory page
+
+`npm` fetches ONNX Runtime's WebAssembly files; the model is exported by ../export_onnx.py, or taken from a folder
+that it wrote.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+
+HERE = Path(__file__).resolve().parent
+RUNTIME = "onnxruntime-web@1.30.0"
+RUNTIME_FILES = ("ort.wasm.min.js", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
+
+
+def fetch_runtime(folder):
+    """ONNX Runtime's files for the browser, 15 MB, from its npm package into `folder`."""
+    if shutil.which("npm") is None:
+        raise FileNotFoundError("`npm` was not found: install Node.js, which brings it.")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        subprocess.run(["npm", "pack", "--silent", RUNTIME], cwd=scratch, check=True, stdout=subprocess.DEVNULL)
+        (package,) = Path(scratch).glob("*.tgz")
+        with tarfile.open(package) as archive:
+            for name in RUNTIME_FILES:
+                (folder / name).write_bytes(archive.extractfile(f"package/dist/{name}").read())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a folder or a Hub repository, or a folder that export_onnx.py wrote")
+    parser.add_argument("output", type=Path, help="folder to write")
+    args = parser.parse_args()
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    if (Path(args.model) / "model.onnx").exists():
+        for name in ("model.onnx", "config.json", "video_preprocessor_config.json"):
+            shutil.copy(Path(args.model) / name, args.output)
+    else:
+        subprocess.run([sys.executable, HERE.parent / "export_onnx.py", args.model, args.output], check=True)
+    for name in ("index.html", "app.js", "preprocessing.js", "README.md"):
+        shutil.copy(HERE / name, args.output)
+    if not all((args.output / "ort" / name).exists() for name in RUNTIME_FILES):
+        fetch_runtime(args.output / "ort")
+    print(f"Serve it: python -m http.server --directory {args.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+#!/usr/bin/env python
+"""Exports a VideoMamba classifier to ONNX, with the settings of its processor and its labels beside it.
+
+    python examples/deploy/export_onnx.py you/videomamba-k400 videomamba-onnx
+
+The folder then holds `model.onnx` (input `pixel_values`, any number of clips at once; output `logits`), `config.json`
+and `video_preprocessor_config.json`: all that examples/deploy/classify_onnx.py needs, which runs without PyTorch.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForVideoClassification, AutoVideoProcessor
+
+import modeling_videomamba  # noqa: F401  registers VideoMamba in transformers' Auto classes
+
+
+TOLERANCE = 1e-4  # largest difference of a logit, in float32, between PyTorch and ONNX Runtime
+
+
+def export_onnx(model, path, any_length=False):
+    """
+    Writes a classifier as one ONNX file that takes any number of clips of the config's size.
+
+    Args:
+        model (`VideoMambaForVideoClassification`): exported in float32, on a CPU.
+        path (`str` or `Path`): where to write; a file that is there is replaced once the new one is whole.
+        any_length (`bool`): take clips of any number of frames that fills tubelets; learned positions are
+            interpolated, as `interpolate_pos_encoding=True` does it.
+
+    Raises:
+        RuntimeError: with a PyTorch before 2.11, whose exporter fails on the loop over the tokens.
+    """
+    if torch.__version__ < (2, 11):
+        raise RuntimeError(f"The export needs PyTorch 2.11 or later; this is {torch.__version__}.")
+    model = model.float().cpu().eval()
+    config = model.config
+    height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
+    axes = {0: torch.export.Dim("batch")}
+    frames = config.num_frames
+    if any_length:
+        axes[1] = config.tubelet_size * torch.export.Dim("tubelets", min=2)
+        frames += config.tubelet_size  # at the config's own length the model would not interpolate
+    # Two clips, since torch.export takes an axis of one for a constant.
+    clips = torch.zeros(2, frames, config.num_channels, height, width)
+    with torch.no_grad():
+        program = torch.onnx.export(
+            model,
+            kwargs={"pixel_values": clips, "interpolate_pos_encoding": any_length},
+            input_names=["pixel_values"],
+            output_names=["logits"],
+            dynamic_shapes={"pixel_values": axes, "interpolate_pos_encoding": None},
+            dynamo=True,
+            verbose=False,
+        )
+    with tempfile.TemporaryDirectory(dir=Path(path).parent) as scratch:
+        whole = os.path.join(scratch, "model.onnx")
+        program.save(whole, external_data=False)
+        os.replace(whole, path)
+
+
+def largest_difference(model, path, any_length=False):
+    """The largest difference of a logit between PyTorch and ONNX Runtime, over batches of one and of three clips."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    frames, tubelet = model.config.num_frames, model.config.tubelet_size
+    differences = []
+    for batch, length in ((1, frames), (3, frames + 2 * tubelet if any_length else frames)):
+        shape = (batch, length, *session.get_inputs()[0].shape[2:])
+        clips = torch.randn(shape, generator=torch.Generator().manual_seed(batch))
+        (logits,) = session.run(["logits"], {"pixel_values": clips.numpy()})
+        with torch.no_grad():
+            expected = model(clips, interpolate_pos_encoding=any_length).logits
+        differences.append((expected - torch.from_numpy(logits)).abs().max().item())
+    return max(differences)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a folder or a Hub repository")
+    parser.add_argument("output", type=Path, help="folder to write")
+    parser.add_argument("--any_length", action="store_true", help="take clips of any number of frames")
+    args = parser.parse_args()
+
+    model = AutoModelForVideoClassification.from_pretrained(args.model, dtype=torch.float32).eval()
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / "model.onnx"
+    export_onnx(model, path, args.any_length)
+    model.config.save_pretrained(args.output)
+    AutoVideoProcessor.from_pretrained(args.model).save_pretrained(args.output)
+    difference = largest_difference(model, path, args.any_length)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; logits within {difference:.1g} of PyTorch's on random clips")
+    if not difference <= TOLERANCE:
+        sys.exit(f"That is more than {TOLERANCE:g}: do not use this file, and report it with the versions you have.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+#!/usr/bin/env python
+"""Scores and features of thousands of clips, to Parquet files that `datasets` reads.
+
+    python examples/tools/classify_clips.py clips/ --output scores                # all videos in and below a folder
+    python examples/tools/classify_clips.py clips.csv --output features --columns scores pooled
+    accelerate launch examples/tools/classify_clips.py you/clips --split test --output scores   # a data set, all GPUs
+
+Clips are dealt into parts of `--part_size`, each a file of its own that appears when it is whole. Killed at any
+moment, the same command does what is missing, on any number of processes, to the same result. Clips that cannot be
+read are skipped and listed in `unreadable.csv`.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForVideoClassification, AutoVideoProcessor
+
+import modeling_videomamba  # noqa: F401  registers VideoMamba in transformers' Auto classes
+
+
+try:
+    import datasets
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+except ImportError as error:
+    sys.exit(f"{error}. This script needs datasets and accelerate: pip install 'videomamba-transformers[tools]'.")
+
+CAMERA_MOTION = Path(__file__).resolve().parents[2] / "model_cards" / "videomamba-tiny-camera-motion"
+VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".ts", ".flv", ".3gp"}
+
+
+class Clip(NamedTuple):
+    name: str  # a path, or what the data set calls it
+    label: str | None
+    row: int | None = None  # in the data set, if it comes from one
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which clips
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def list_clips(source, split):
+    """The `Clip`s of a folder, a list or a data set, in an order that does not change; and the data set or None.
+
+    A clip in a folder has the name of the folder in which it lies as its label.
+    """
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES)
+        if files:
+            return [Clip(str(file), file.parent.name if file.parent != path else None) for file in files], None
+    elif path.suffix == ".csv":
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        if rows and "path" not in rows[0]:
+            raise ValueError(f"{path} has the columns {', '.join(rows[0])}; one of them must be called path.")
+        return [Clip(row["path"], row.get("label")) for row in rows], None
+    elif path.is_file():
+        return [Clip(line, None) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()], None
+    return _list_data_set(source, split)
+
+
+def _list_data_set(source, split):
+    try:
+        data = datasets.load_dataset(source, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{source} is no folder of videos, no list, and no data set that can be loaded: {reason}"
+        ) from error
+    columns = [name for name, feature in data.features.items() if isinstance(feature, datasets.Video)]
+    if not columns:
+        raise ValueError(f"The data set {source} has no column of videos, only {', '.join(data.features)}.")
+    data = data.cast_column(columns[0], datasets.Video(decode=False)).rename_column(columns[0], "video")
+    labels = [None] * len(data)
+    if "label" in data.features:
+        names = getattr(data.features["label"], "names", None)
+        labels = [names[label] if names and label is not None and label >= 0 else label for label in data["label"]]
+    clips = []
+    for row, label in enumerate(labels):
+        name = os.path.basename(data[row]["video"]["path"] or "")
+        clips.append(Clip(f"{row}:{name}", None if label is None else str(label), row))
+    return clips, data.select_columns(["video"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From clips to the model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ClipReader(torch.utils.data.Dataset):
+    """Decodes clips. Whether frames are resized and normalised here or later, on a GPU, `prepare` says."""
+
+    def __init__(self, clips, data, processor, prepare):
+        self.clips, self.data, self.processor, self.prepare = clips, data, processor, prepare
+
+    def __getitem__(self, index):
+        """The clip's number, its frames or the reason why there are none, and the seconds that it took."""
+        start, clip = time.perf_counter(), self.clips[index]
+        try:
+            file = clip.name
+            if clip.row is not None:
+                video = self.data[clip.row]["video"]
+                file = video["bytes"] or video["path"]
+            frames, _ = self.processor.fetch_videos(file, self.processor.sample_frames)
+            if self.prepare:
+                frames = self.processor(frames, do_sample_frames=False, return_tensors="pt")["pixel_values"][0]
+        except Exception as error:  # whatever is wrong with one file must not stop the others
+            frames = " ".join(f"{error}".split()) or type(error).__name__
+        return index, frames, time.perf_counter() - start
+
+
+class Classifier:
+    def __init__(self, args, device):
+        self.model = AutoModelForVideoClassification.from_pretrained(args.model, dtype=args.dtype).to(device).eval()
+        self.processor = AutoVideoProcessor.from_pretrained(args.model)
+        self.device, self.columns = device, args.columns
+        self.labels = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
+
+    @torch.inference_mode()
+    def __call__(self, clips):
+        """The wanted columns, each a numpy array, for a list of prepared clips or of decoded frames."""
+        if clips[0].dtype == torch.uint8:
+            inputs = self.processor(clips, do_sample_frames=False, device=self.device, return_tensors="pt")
+            pixel_values = inputs["pixel_values"]
+        else:
+            pixel_values = torch.stack(clips).to(self.device)
+        outputs = self.model.base_model(pixel_values.to(self.model.dtype))
+        columns = {"scores": self.model.classifier(outputs.pooler_output).float().softmax(-1)}
+        columns |= {"pooled": outputs.pooler_output.float(), "tokens": outputs.last_hidden_state.half()}
+        return {name: columns[name].cpu().numpy() for name in self.columns}
+
+
+def write_part(path, clips, columns, labels, unreadable):
+    """Writes one Parquet file, and before it the list of what could not be read, whole or not at all."""
+    features = {"clip": datasets.Value("string"), "label": datasets.Value("string")}
+    rows = {"clip": [clip.name for clip in clips], "label": [clip.label for clip in clips]}
+    arrays = {name: np.concatenate([batch[name] for batch in columns]) for name in (columns[0] if columns else ())}
+    if "scores" in arrays:
+        features |= {"prediction": datasets.Value("string"), "score": datasets.Value("float32")}
+        best = arrays["scores"].argmax(1)
+        rows |= {"prediction": [labels[i] for i in best], "score": arrays["scores"].max(1)}
+    for name, values in arrays.items():
+        rows[name] = values
+        if name == "tokens":
+            features[name] = datasets.Array2D(values.shape[1:], "float16")
+        else:
+            features[name] = datasets.List(datasets.Value("float32"), length=values.shape[1])
+    listing = path.with_suffix(".unreadable.json")
+    if unreadable:
+        listing.write_text(json.dumps(unreadable), encoding="utf-8")
+    else:
+        listing.unlink(missing_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(str(temporary))
+    os.replace(temporary, path)
+
+
+def classify_parts(args, clips, data, classifier, parts, state):
+    """Works through `parts`, a list of (file, numbers of clips). Returns what took how long."""
+    batches, owners = [], []
+    for number, (_, numbers) in enumerate(parts):
+        for start in range(0, len(numbers), args.batch_size):
+            batches.append(numbers[start : start + args.batch_size])
+            owners.append(number)
+    on_cpu = classifier.device.type == "cpu"
+    loader = torch.utils.data.DataLoader(
+        ClipReader(clips, data, classifier.processor, prepare=on_cpu),
+        batch_sampler=batches,
+        collate_fn=list,
+        num_workers=args.num_workers,
+        prefetch_factor=2 if args.num_workers else None,
+    )
+    spent = {"clips": 0, "decoding": 0.0, "waiting": 0.0, "total": 0.0}
+    start = waited_from = time.perf_counter()
+    good, columns, unreadable = [], [], {}
+    bar = tqdm(total=sum(map(len, batches)), unit="clip", disable=not state.is_main_process)
+    for number, batch in enumerate(loader):
+        spent["waiting"] += time.perf_counter() - waited_from
+        spent["decoding"] += sum(seconds for _, _, seconds in batch)
+        spent["clips"] += len(batch)
+        unreadable |= {clips[i].name: frames for i, frames, _ in batch if isinstance(frames, str)}
+        readable = [(i, frames) for i, frames, _ in batch if not isinstance(frames, str)]
+        if readable:
+            columns.append(classifier([frames for _, frames in readable]))
+            good += [clips[i] for i, _ in readable]
+        bar.update(len(batch))
+        if number + 1 == len(batches) or owners[number + 1] != owners[number]:
+            write_part(parts[owners[number]][0], good, columns, classifier.labels, unreadable)
+            good, columns, unreadable = [], [], {}
+        waited_from = time.perf_counter()
+    bar.close()
+    spent["total"] = time.perf_counter() - start
+    return spent
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_settings(folder, settings):
+    """Parts of other clips or of another model must not come together in one folder."""
+    path = folder / "settings.json"
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in settings.items():
+            if before.get(name) != value:
+                raise ValueError(
+                    f"{folder} was begun with another {name} ({before.get(name)}, now {value}). Name another "
+                    "--output, or delete it."
+                )
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def report(args, folder, clips, spent):
+    """The last lines, and `unreadable.csv`. `spent` holds what each process took."""
+    listing = {}
+    for file in sorted(folder.glob("part-*.unreadable.json")):
+        listing |= json.loads(file.read_text(encoding="utf-8"))
+    with open(folder / "unreadable.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("clip", "reason"), *listing.items()])
+    done = sum(process["clips"] for process in spent)
+    if done:
+        longest = max(process["total"] for process in spent)
+        waiting = sum(process["waiting"] for process in spent) / sum(process["total"] for process in spent)
+        alone = done / sum(process["decoding"] for process in spent)
+        print(
+            f"{done} clips in {longest:.1f} s: {done / longest:.1f} clips a second. {waiting:.0%} of the time went by "
+            f"waiting for decoded clips; a process decodes {alone:.1f} a second, and {args.num_workers or 1} did."
+        )
+    print(f"{folder}: {len(clips) - len(listing)} clips; {len(listing)} could not be read (unreadable.csv).")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="a folder, a .csv with path (and label), a text file of paths, or a data set")
+    parser.add_argument("--split", default="train", help="of a data set")
+    parser.add_argument("--model", default=str(CAMERA_MOTION), help="a folder or a Hub repository")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the Parquet files")
+    choices = ["scores", "pooled", "tokens"]
+    parser.add_argument("--columns", nargs="+", choices=choices, default=["scores"], help="what to keep of each clip")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--part_size", type=int, default=256, help="clips in a file; a kill costs at most that many")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes that decode, for each GPU")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the model")
+    args = parser.parse_args()
+    if args.batch_size < 1 or args.part_size < 1 or args.num_workers < 0:
+        parser.error("--batch_size and --part_size must be at least 1, --num_workers at least 0")
+
+    # Without `cpu`, two processes on a machine without a GPU would not know of each other.
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    datasets.disable_progress_bars()
+    try:
+        clips, data = list_clips(args.source, args.split)
+        if not clips:
+            raise ValueError(f"{args.source} names no clip.")
+        names = hashlib.sha256("\n".join(clip.name for clip in clips).encode()).hexdigest()[:16]
+        classifier = Classifier(args, state.device)
+        settings = {"model": args.model, "dtype": args.dtype, "clips": [len(clips), names], "columns": args.columns}
+        settings |= {"part_size": args.part_size, "batch_size": args.batch_size, "labels": classifier.labels}
+        args.output.mkdir(parents=True, exist_ok=True)
+        if state.is_main_process:
+            check_settings(args.output, settings)
+    except ValueError as error:
+        sys.exit(str(error))
+    parts = []
+    for number, start in enumerate(range(0, len(clips), args.part_size)):
+        path = args.output / f"part-{number:05d}.parquet"
+        if number % state.num_processes == state.process_index and not path.exists():
+            parts.append((path, list(range(start, min(start + args.part_size, len(clips))))))
+    try:
+        spent = classify_parts(args, clips, data, classifier, parts, state)
+        spent = gather_object([spent])
+    except KeyboardInterrupt:
+        print("Stopped. The same command does what is missing.")
+        sys.exit(130)
+    if state.is_main_process:
+        report(args, args.output, clips, spent)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+#!/usr/bin/env python
+"""Trains or fine-tunes a video classifier with a plain loop, for those who want to change it, on Accelerate.
+
+    accelerate launch examples/training/run_video_classification_no_trainer.py --train_dir clips/train \
+        --validation_dir clips/validation --model_name_or_path you/videomamba-k400 --output_dir my-classifier
+
+It takes the data and recipe files of `run_video_classification.py`. After each epoch it evaluates; the output folder
+is a complete Hub repository of the best model so far. Interrupted training goes on from the last checkpoint in
+`--output_dir` when the same command is run again, as if it had never stopped. `eval_results.json` has the metrics of
+that model, `history.json` all losses.
+"""
+
+import math
+import os
+import shutil
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, DistributedType, set_seed
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm import tqdm
+from transformers import get_scheduler
+
+from video_classification_data import (
+    DataArguments,
+    DecodeFailures,
+    Normalize,
+    Stopwatch,
+    load_accuracy,
+    load_clips,
+    match_labels,
+    number_from,
+    parse_arguments,
+    transform_clips,
+)
+from video_classification_model import (
+    ModelArguments,
+    add_adapters,
+    draw_curve,
+    finish_push,
+    keep_checkpoint,
+    load_model,
+    newest_checkpoint,
+    parameter_groups,
+    read_json,
+    save_for_users,
+    start_push,
+    write_card,
+    write_json,
+    write_results,
+)
+
+
+@dataclass
+class LoopArguments:
+    """How to train. The names are those of `transformers.TrainingArguments`."""
+
+    _argument_group_name = "training"
+
+    output_dir: str = field(metadata={"help": "Where the best model, checkpoints and logs go."})
+    num_train_epochs: float = field(default=3, metadata={"help": "Times to go through the training clips."})
+    max_steps: int = field(default=-1, metadata={"help": "Optimizer steps, if above 0, instead of epochs."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Clips a process and step."})
+    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Clips a process and step of evaluation."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches to an optimizer step."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "The highest one, after the warm-up."})
+    weight_decay: float = field(default=0.05, metadata={"help": "Of AdamW, for matrices and kernels."})
+    warmup_steps: float = field(default=0.0, metadata={"help": "Steps, or below 1 the share of all steps."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Course of the learning rate."})
+    label_smoothing_factor: float = field(default=0.0, metadata={"help": "Share of each label spread over all."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Longer gradients are cut to this length."})
+    bf16: bool = field(default=False, metadata={"help": "Mixed precision with bfloat16."})
+    fp16: bool = field(default=False, metadata={"help": "Mixed precision with float16."})
+    torch_compile: bool = field(default=False, metadata={"help": "Compile the model: faster after a first minute."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Less memory for about a third more time."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read clips, for each process."})
+    use_cpu: bool = field(default=False, metadata={"help": "Leave the GPU alone."})
+    seed: int = field(default=42, metadata={"help": "Of all that is random."})
+    save_steps: int = field(default=500, metadata={"help": "Steps from checkpoint to checkpoint; ends of epochs too."})
+    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints to keep."})
+    logging_steps: int = field(default=50, metadata={"help": "Steps over which a reported loss is averaged."})
+    report_to: str = field(default="none", metadata={"help": "tensorboard, wandb or another tracker of Accelerate."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Upload the best model at the end."})
+    hub_model_id: str | None = field(default=None, metadata={"help": "Its repository; else named as output_dir."})
+    hub_token: str | None = field(default=None, metadata={"help": "Else the one of `hf auth login`."})
+    hub_private_repo: bool | None = field(default=None, metadata={"help": "Create it as a private one."})
+
+
+class Training:
+    """A run: what trains the model, and `state`, which is all there is to know about the place in it besides."""
+
+    def __init__(self, accelerator, args, model, clips, processors, layer_decay):
+        self.accelerator, self.args, self.clips, self.processors = accelerator, args, clips, processors
+        self.key, self.normalize = processors[0].model_input_names[0], Normalize(processors[0], accelerator.device)
+        on_gpu = accelerator.device.type == "cuda"
+        groups = parameter_groups(model, args.learning_rate, args.weight_decay, layer_decay)
+        loaders = make_loaders(clips, args, pin_memory=on_gpu)
+        self.model, self.optimizer, self.loader, self.eval_loader = accelerator.prepare(
+            model, torch.optim.AdamW(groups, fused=on_gpu), *loaders
+        )
+        self.total, warmup = count_steps(args, self.loader)
+        self.scheduler = get_scheduler(args.lr_scheduler_type, self.optimizer, warmup, self.total)
+        accelerator.register_for_checkpointing(self.scheduler)
+        self.state = {"step": 0, "epoch": 0, "batch": 0, "loss_sum": 0.0, "history": [], "best": None}
+
+    def resume(self, checkpoint):
+        self.accelerator.load_state(checkpoint)
+        self.state = read_json(f"{checkpoint}/state.json")
+        self.accelerator.print(f"Going on from {checkpoint}.")
+
+    def run(self):
+        self.loss_sum = torch.tensor(self.state["loss_sum"], device=self.accelerator.device)
+        self.stopwatch = Stopwatch(self.clips["train"], self.args.dataloader_num_workers)
+        shown = self.accelerator.is_main_process
+        self.progress = tqdm(total=self.total, initial=self.state["step"], disable=not shown)
+        self.model.train()
+        while self.state["step"] < self.total:
+            self.train_epoch()
+            self.state.update(epoch=self.state["epoch"] + 1, batch=0)
+            metrics = None if self.eval_loader is None else self.evaluate()
+            best = self.state["best"]
+            if metrics is None or best is None or metrics["eval_accuracy"] > best["eval_accuracy"]:
+                self.save_model()
+                self.state["best"] = metrics
+            self.save_checkpoint()
+
+    def train_epoch(self):
+        accelerator, state = self.accelerator, self.state
+        batches = self.loader
+        if state["batch"]:
+            batches = accelerator.skip_first_batches(batches, state["batch"])
+        for epoch_aware in (self.clips["train"], self.loader, batches):
+            epoch_aware.set_epoch(state["epoch"])
+        self.stopwatch.restart()
+        for batch in self.stopwatch.watch(batches):
+            self.train_step(batch)
+            state["batch"] += 1
+            if not accelerator.sync_gradients:
+                continue
+            learning_rate = self.scheduler.get_last_lr()[-1]
+            self.scheduler.step()
+            state["step"] += 1
+            self.progress.update()
+            if state["step"] % self.args.logging_steps == 0:
+                self.report(learning_rate)
+            if state["step"] == self.total:
+                return
+            if state["step"] % self.args.save_steps == 0:
+                self.save_checkpoint()
+                self.stopwatch.restart()
+
+    def train_step(self, batch):
+        accelerator, args, state = self.accelerator, self.args, self.state
+        # What is random in a step follows from its place in the run, so that a resumed one repeats it.
+        torch.manual_seed(number_from(args.seed, state["epoch"], state["batch"], accelerator.process_index))
+        with accelerator.accumulate(self.model):
+            logits = self.model(**{self.key: self.normalize(batch[self.key])}).logits.float()
+            loss = F.cross_entropy(logits, batch["labels"], label_smoothing=args.label_smoothing_factor)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.loss_sum += loss.detach() / args.gradient_accumulation_steps
+
+    def report(self, learning_rate):
+        """Logs the mean loss since the last report, and the speed."""
+        step = self.state["step"]
+        loss = self.mean_loss_sum() / self.args.logging_steps
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"The loss is {loss} at step {step}: lower --learning_rate.")
+        self.loss_sum.zero_()
+        values, speed = {"learning_rate": learning_rate, "loss": loss}, self.stopwatch.read()
+        self.state["history"].append({"step": step, **values})
+        self.accelerator.log({**values, **speed}, step=step)
+        rate, waiting = speed["clips_per_second"], speed["waiting"]
+        self.progress.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} clips/s, {waiting:.0%} waiting for clips")
+
+    def mean_loss_sum(self):
+        return self.accelerator.reduce(self.loss_sum, "mean").item()
+
+    @torch.no_grad()
+    def evaluate(self):
+        accelerator, step = self.accelerator, self.state["step"]
+        self.model.eval()
+        metric = load_accuracy()
+        scores, labels = [], []
+        for batch in tqdm(self.eval_loader, desc="evaluation", disable=not accelerator.is_main_process, leave=False):
+            logits = self.model(**{self.key: self.normalize(batch[self.key])}).logits.float()
+            logits, expected = accelerator.gather_for_metrics((logits, batch["labels"]))
+            scores.append(logits.cpu())
+            labels.append(expected.cpu())
+        self.model.train()
+        found = metric.compute(predictions=torch.cat(scores).numpy(), references=torch.cat(labels).numpy())
+        metrics = {f"eval_{name}": value for name, value in found.items()}
+        self.state["history"].append({"step": step, **metrics})
+        accelerator.log(metrics, step=step)
+        accelerator.print(f"step {step}: {metrics}")
+        return metrics
+
+    def save_model(self):
+        weights = self.accelerator.get_state_dict(self.model)
+        if self.accelerator.is_main_process:
+            model = self.accelerator.unwrap_model(self.model)
+            save_for_users(model, self.processors, self.args.output_dir, weights)
+        self.accelerator.wait_for_everyone()
+
+    def save_checkpoint(self):
+        accelerator, output_dir = self.accelerator, self.args.output_dir
+        self.state["loss_sum"] = self.mean_loss_sum()
+        part = f"{output_dir}/checkpoint.part"
+        if accelerator.is_main_process:
+            shutil.rmtree(part, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(part)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            write_json(f"{part}/state.json", self.state)
+            keep_checkpoint(part, output_dir, self.state["step"], self.args.save_total_limit)
+        accelerator.wait_for_everyone()
+
+
+def make_accelerator(args):
+    return Accelerator(
+        mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else None,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        cpu=args.use_cpu,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=args.output_dir,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed, non_blocking=True),
+    )
+
+
+def make_loaders(clips, args, pin_memory):
+    """The loaders of the training and of the validation clips; None where there are none."""
+    settings = {"num_workers": args.dataloader_num_workers, "pin_memory": pin_memory}
+    shuffle = None if isinstance(clips["train"], IterableDataset) else True
+    loader = DataLoader(clips["train"], args.per_device_train_batch_size, shuffle, **settings)
+    if "validation" not in clips:
+        return loader, None
+    return loader, DataLoader(clips["validation"], args.per_device_eval_batch_size, **settings)
+
+
+def count_steps(args, loader):
+    """Optimizer steps of the whole run, and those of the warm-up."""
+    total = args.max_steps
+    if total <= 0:
+        total = math.ceil(args.num_train_epochs * math.ceil(len(loader) / args.gradient_accumulation_steps))
+    return total, int(args.warmup_steps if args.warmup_steps >= 1 else math.ceil(total * args.warmup_steps))
+
+
+def load(model_args, data_args, args, accelerator, fresh):
+    """The clips of each split and the model to train on them, with its processors."""
+    failures = DecodeFailures(args.output_dir, data_args.max_decode_failures)
+    has_validation = bool(data_args.validation_dir or data_args.validation_list or data_args.dataset_name)
+    with accelerator.main_process_first():  # it writes the caches that the others read
+        if fresh and accelerator.is_main_process:
+            failures.forget()
+        splits, names = load_clips(data_args, ["train"] + ["validation"] * has_validation, args.seed, failures)
+    model, names, reader, *processors = load_model(model_args, names, training=True)
+    splits = {split: match_labels(clips, names) for split, clips in splits.items()}
+    clips = transform_clips(splits, names, data_args, reader, processors[0], failures, args.seed)
+    model = add_adapters(model, model_args.lora_rank)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if args.torch_compile:
+        model.compile()
+    return clips, model, processors
+
+
+def main():
+    model_args, data_args, args = parse_arguments(ModelArguments, DataArguments, LoopArguments)
+    if data_args.streaming and args.max_steps <= 0:
+        raise ValueError("A streamed data set has no known length: say with --max_steps how long to train.")
+    os.makedirs(args.output_dir, exist_ok=True)
+    accelerator = make_accelerator(args)
+    if model_args.lora_rank and accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError("--lora_rank does not go with FSDP. Adapters take little memory: use --multi_gpu.")
+    settings = {**vars(model_args), **vars(data_args), **vars(args), "hub_token": None}
+    repo_id = args.hub_model_id or os.path.basename(os.path.abspath(args.output_dir))
+    if args.push_to_hub and accelerator.is_main_process:
+        repo_id = start_push(repo_id, args.hub_token, args.hub_private_repo, settings)
+    set_seed(args.seed)
+
+    checkpoint = newest_checkpoint(args.output_dir)
+    clips, model, processors = load(model_args, data_args, args, accelerator, fresh=checkpoint is None)
+    training = Training(accelerator, args, model, clips, processors, model_args.layer_decay)
+    if checkpoint is not None:
+        training.resume(checkpoint)
+    if accelerator.log_with:
+        accelerator.init_trackers("runs", {name: str(value) for name, value in settings.items()})
+    training.run()
+
+    if accelerator.is_main_process:
+        history, metrics = training.state["history"], training.state["best"]
+        write_json(f"{args.output_dir}/history.json", history)
+        draw_curve(args.output_dir, history)
+        if metrics is not None:
+            write_results(args.output_dir, "eval", metrics)
+        write_card(args.output_dir, repo_id if args.push_to_hub else None, model_args, data_args, metrics, settings)
+        if args.push_to_hub:
+            print(finish_push(repo_id, args.hub_token, args.output_dir))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

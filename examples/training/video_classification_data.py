@@ -1,0 +1,627 @@
+"""Clips for the training and evaluation scripts: where they come from, how they are read, augmented and scored."""
+
+import argparse
+import contextlib
+import csv
+import glob
+import hashlib
+import json
+import os
+import re
+import shlex
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import evaluate
+import fsspec
+import numpy as np
+import torch
+from accelerate import PartialState
+from datasets import ClassLabel, Dataset, Features, Video, load_dataset
+from torchvision.transforms import v2
+from transformers import HfArgumentParser
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+IGNORED = -100  # the label of a clip that could not be read; losses and metrics leave it out
+
+
+@dataclass
+class DataArguments:
+    """Which clips, and how they are augmented in training."""
+
+    _argument_group_name = "the clips"
+
+    train_dir: str | None = field(default=None, metadata={"help": "Folder of training clips, a sub-folder a label."})
+    validation_dir: str | None = field(default=None, metadata={"help": "The same for validation."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Instead of folders: a data set of the Hub with a video and a label column."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Which configuration of that data set."})
+    train_split: str = field(default="train", metadata={"help": "Name of its split to train on."})
+    validation_split: str = field(default="validation", metadata={"help": "Name of its split to evaluate on."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the data set while it comes in, without a copy; needs --max_steps."}
+    )
+    train_list: str | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of folders: an annotation file of Kinetics (CSV), Something-Something V2 or COIN (JSON), "
+            "HMDB51's folder of split files, OpenGVLab's lists of Breakfast, COIN and LVU, or a CSV file with the "
+            "columns video and label."
+        },
+    )
+    validation_list: str | None = field(default=None, metadata={"help": "The same for validation."})
+    video_root: str | None = field(default=None, metadata={"help": "The folder that holds the clips of the lists."})
+    label_list: str | None = field(
+        default=None, metadata={"help": "Names of the labels, a line each, for lists that hold their numbers."}
+    )
+    hmdb51_split: int = field(default=1, metadata={"help": "Which of HMDB51's three splits: 1, 2 or 3."})
+    video_column: str = field(default="video", metadata={"help": "Column of the data set that holds the videos."})
+    label_column: str = field(default="label", metadata={"help": "Column of the data set that holds the labels."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many clips, drawn at random."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only so many clips, drawn at random."})
+    max_decode_failures: int = field(
+        default=0,
+        metadata={"help": "Name and skip up to so many clips that cannot be read; one more stops the run."},
+    )
+    allow_missing_classes: bool = field(
+        default=False, metadata={"help": "Train although some classes have no validation clip."}
+    )
+    frame_cache: str | None = field(
+        default=None,
+        metadata={"help": "Keep decoded training frames in this folder, so that later epochs need not decode again."},
+    )
+    min_crop_area: float = field(
+        default=0.5, metadata={"help": "Training frames are random crops of at least this share of the area."}
+    )
+    jitter: float = field(default=0.2, metadata={"help": "Brightness and contrast of training clips vary by this."})
+    rand_augment: int = field(
+        default=0, metadata={"help": "How many of RandAugment's operations a training clip undergoes."}
+    )
+    rand_augment_magnitude: int = field(default=9, metadata={"help": "How strong they are: 0 to 30."})
+    random_erasing: float = field(
+        default=0.0, metadata={"help": "Share of the training clips in which a rectangle is blanked in all frames."}
+    )
+    mirror_swaps: str | None = field(
+        default=None,
+        metadata={
+            "help": "Mirror half the training clips, left to right. These labels trade places, and evaluation is "
+            "repeated on mirrored clips: 'pan left:pan right,turn left:turn right'; '' if a mirror changes no label."
+        },
+    )
+    reversal_swaps: str | None = field(
+        default=None, metadata={"help": "The same for clips played backwards: 'open the door:close the door'."}
+    )
+
+
+def parse_arguments(*kinds):
+    """The command line as objects of the given dataclasses; of two values, a flag goes before a recipe."""
+    option = {
+        "metavar": "FILE",
+        "help": "A file of flags, such as those in recipes/; # begins a comment.",
+    }
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--recipe", **option)
+    recipe, flags = early.parse_known_args()
+    if recipe.recipe is not None:
+        flags = shlex.split(Path(recipe.recipe).read_text(encoding="utf-8"), comments=True) + flags
+    parser = HfArgumentParser(kinds)
+    parser.add_argument("--recipe", **option)  # for --help
+    return parser.parse_args_into_dataclasses(flags)[: len(kinds)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which clips
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_clips(args, wanted, seed, failures):
+    """
+    The clips of each wanted split ("train", "validation").
+
+    Returns:
+        `dict` of `datasets.Dataset` (or `IterableDataset`, with `args.streaming`) by split, each with the columns
+        `video` (a path or the bytes of a file, not decoded) and `label` (a `ClassLabel` with the names of the first
+        split), and the list of these names.
+    """
+    lists = args.train_list is not None or args.validation_list is not None
+    folders = args.train_dir is not None or args.validation_dir is not None
+    if lists + folders + (args.dataset_name is not None) != 1:
+        raise ValueError(
+            "Name either folders (--train_dir, --validation_dir) or a data set (--dataset_name), or lists "
+            "(--train_list, --validation_list)."
+        )
+    if args.streaming and args.dataset_name is None:
+        raise ValueError(
+            "--streaming is for a data set of the Hub (--dataset_name); folders and lists are read anyway."
+        )
+    splits, names = {}, None
+    for split in wanted:
+        if args.dataset_name is not None:
+            clips = _load_from_hub(args, getattr(args, f"{split}_split"))
+        else:
+            source = getattr(args, f"{split}_list" if lists else f"{split}_dir")
+            if source is None:
+                raise ValueError(
+                    f"The {split} clips are needed: name them with --{split}_{'list' if lists else 'dir'}."
+                )
+            if lists:
+                clips = read_list(source, args.video_root, split, args.hmdb51_split, failures, args.label_list)
+            else:
+                clips = _load_folder(source)
+        columns = [args.video_column, args.label_column] if not lists else ["video", "label"]
+        if clips.features is None:  # a streamed data set without a description
+            raise ValueError(f"{args.dataset_name} does not say which columns it has. Leave out --streaming.")
+        missing = set(columns) - set(clips.features)
+        if missing:
+            raise ValueError(
+                f"The {split} clips have no column {sorted(missing)}, only {list(clips.features)}. Name them with "
+                "--video_column and --label_column; of a folder, each label needs a sub-folder of its own."
+            )
+        video, label = (clips.features[column] for column in columns)
+        if not isinstance(video, Video):
+            raise ValueError(f"The column {columns[0]} must hold videos, but holds {video}.")
+        if not isinstance(label, ClassLabel):
+            raise ValueError(f"The column {columns[1]} must hold class labels, but holds {label}.")
+        # The video processor decodes, only the frames it needs; here a clip stays a path, or the bytes of a file.
+        clips = clips.decode(False) if args.streaming else clips.cast_column(columns[0], Video(decode=False))
+        clips = clips.select_columns(columns)
+        if columns != ["video", "label"]:
+            clips = clips.rename_columns(dict(zip(columns, ["video", "label"], strict=True)))
+        names = names or clips.features["label"].names
+        clips = match_labels(clips, names)
+        limit = getattr(args, "max_train_samples" if split == "train" else "max_eval_samples")
+        if limit is not None and args.streaming:
+            clips = clips.take(limit)
+        elif limit is not None and limit < len(clips):
+            clips = clips.shuffle(seed=seed).select(range(limit))
+        splits[split] = clips
+    if {"train", "validation"} <= set(splits) and not (args.streaming or args.allow_missing_classes):
+        absent = sorted(set(splits["train"]["label"]) - set(splits["validation"]["label"]))
+        if absent and args.max_eval_samples is None:
+            raise ValueError(
+                f"There is no validation clip of {[names[label] for label in absent]}, so that nothing would be known "
+                "about them. Add some, or say --allow_missing_classes."
+            )
+    return splits, names
+
+
+def _load_folder(folder):
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"There is no folder {folder}. It should hold a sub-folder of clips for each label.")
+    labelled = any(entry.is_dir() for entry in os.scandir(folder))
+    return load_dataset("videofolder", data_dir=folder, split="train", drop_labels=not labelled)
+
+
+def _load_from_hub(args, split):
+    name, config = args.dataset_name, args.dataset_config_name
+    try:
+        return load_dataset(name, config, split=split, streaming=args.streaming)
+    except (ConnectionError, OSError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise ConnectionError(
+            f"The data set {name} could not be loaded ({first_line(error)}). Check its name, the network and "
+            "your token (`hf auth whoami`), or give folders with --train_dir and --validation_dir."
+        ) from error
+
+
+def first_line(error):
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def match_labels(clips, names):
+    """Numbers the labels of `clips` as in `names`."""
+    own = clips.features["label"].names
+    unknown = set(own) - set(names)
+    if unknown:
+        raise ValueError(
+            f"The clips have labels {sorted(unknown)}, which the model or the training clips lack: those are {names}."
+        )
+    if own == names:
+        return clips
+    new = [names.index(name) for name in own]
+    features = clips.features.copy()
+    features["label"] = ClassLabel(names=names)
+    return clips.map(lambda label: {"label": new[label]}, input_columns="label", features=features)
+
+
+def read_list(source, video_root, split, hmdb51_split, failures, label_list=None):
+    """
+    Clips as the authors of a data set list them. `source` is one of
+
+    - Kinetics: a CSV file with `label`, `youtube_id`, `time_start` and `time_end`, of clips
+      `<youtube_id>_<time_start>_<time_end>.<suffix>`, times in seconds with six digits;
+    - Something-Something V2: a JSON list of `{"id": ..., "template": ...}`, of clips `<id>.<suffix>`; the label is the
+      template without its brackets;
+    - COIN: its JSON file, of clips `<id>.<suffix>`; testing is for validation;
+    - OpenGVLab's lists of Breakfast, COIN and LVU: lines `<path>,<number>` or `<path> <number> <seconds>` without a
+      header; the number becomes its name in `label_list`, a file with a name a line, or stays a number;
+    - HMDB51: a folder of files `<label>_test_split<n>.txt` with lines `<clip> <0, 1 or 2>`: 1 is for training, 2 for
+      testing;
+    - any other CSV file with `video` (a path below `video_root`) and `label`.
+
+    The clips are looked for anywhere below `video_root`. One that is not there counts as one that cannot be read.
+    """
+    if video_root is None or not os.path.isdir(video_root):
+        raise ValueError(f"Lists need --video_root, the folder that holds their clips, but it is {video_root!r}.")
+    entries = []  # (file name without suffix, label)
+    if os.path.isdir(source):
+        paths = sorted(glob.glob(f"{glob.escape(source)}/*_test_split{hmdb51_split}.txt"))
+        for path in paths:
+            label = os.path.basename(path).removesuffix(f"_test_split{hmdb51_split}.txt")
+            rows = [
+                line.rsplit(maxsplit=1) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()
+            ]
+            entries += [(Path(n).stem, label) for n, use in rows if use == {"train": "1", "validation": "2"}[split]]
+        expected = f"files <label>_test_split{hmdb51_split}.txt"
+    elif source.endswith(".json"):
+        rows = json.loads(Path(source).read_text(encoding="utf-8"))
+        if isinstance(rows, dict) and isinstance(rows.get("database"), dict):
+            subset = {"train": "training", "validation": "testing"}[split]
+            entries = [(name, row["class"]) for name, row in rows["database"].items() if row["subset"] == subset]
+            rows = []
+        entries += [(str(row["id"]), re.sub(r"[\[\]]", "", row["template"])) for row in rows if "template" in row]
+        expected = "a list of objects with 'id' and 'template', or COIN's 'database'"
+    else:
+        with open(source, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        if rows and {"label", "youtube_id", "time_start", "time_end"} <= set(rows[0]):
+            for row in rows:
+                start, end = int(float(row["time_start"])), int(float(row["time_end"]))
+                entries.append((f"{row['youtube_id']}_{start:06d}_{end:06d}", row["label"]))
+        elif rows and {"video", "label"} <= set(rows[0]):
+            entries = [(row["video"], row["label"]) for row in rows]
+        else:
+            entries = _numbered_entries(source, label_list)
+        expected = "columns label, youtube_id, time_start, time_end, or video, label, or lines `path,number`"
+    if not entries:
+        raise ValueError(f"{source} lists no {split} clips: {expected} were expected.")
+    found = {}
+    for folder, _, files in os.walk(video_root):
+        for file in files:
+            path = os.path.join(folder, file)
+            found[Path(file).stem] = found[os.path.relpath(path, video_root)] = path
+    for name, label in entries:
+        if name not in found:
+            failures.record(f"{name} ({label})", f"it is listed in {source}, but not below {video_root}.")
+    entries = [entry for entry in entries if entry[0] in found]
+    names = sorted({label for _, label in entries})
+    columns = {
+        "video": [{"path": found[name], "bytes": None} for name, _ in entries],
+        "label": [label for _, label in entries],
+    }
+    return Dataset.from_dict(columns, Features(video=Video(decode=False), label=ClassLabel(names=names)))
+
+
+def _numbered_entries(source, label_list):
+    """(path, label) of lines `<path>,<number>` or `<path> <number> <seconds>`; nothing if a line is another."""
+    lines = [line.strip() for line in Path(source).read_text(encoding="utf-8").splitlines() if line.strip()]
+    found = [re.fullmatch(r"(.+?)(?:\s*,\s*|\s+)(\d+)(?:[\s,]+[\d.]+)?", line) for line in lines]
+    if not all(found):
+        return []
+    numbers = [int(line[2]) for line in found]
+    width = len(str(max(numbers, default=0)))
+    names = [f"{number:0{width}d}" for number in range(max(numbers, default=-1) + 1)]  # in the order of the numbers
+    if label_list is not None:
+        names = Path(label_list).read_text(encoding="utf-8").rstrip().split("\n")
+        if max(numbers, default=0) >= len(names):
+            raise ValueError(f"{label_list} names {len(names)} labels, but {source} has a label {max(numbers)}.")
+    return [(line[1], names[number].strip()) for line, number in zip(found, numbers, strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading them
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class DecodeError(ValueError):
+    """A clip that cannot be read."""
+
+
+class DecodeFailures:
+    """Keeps, in a file, the name of every clip that could not be read: for all workers, processes and restarts."""
+
+    def __init__(self, folder, limit):
+        self.path, self.limit = f"{folder}/decode_failures.jsonl", limit
+
+    def forget(self):
+        """For a run that starts anew."""
+        Path(self.path).unlink(missing_ok=True)
+
+    def record(self, name, error):
+        if name not in self.names():
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"clip": name, "error": str(error)}) + "\n")
+            logger.warning("Skipped %s: %s", name, error)
+        count = len(self.names())
+        if count > self.limit:
+            raise RuntimeError(
+                f"{count} clips cannot be read, more than --max_decode_failures {self.limit}. One is {name}: {error} "
+                f"All are named in {self.path}. Mend or remove them, or allow more."
+            )
+
+    def names(self):
+        if not os.path.exists(self.path):
+            return set()
+        return {json.loads(line)["clip"] for line in Path(self.path).read_text(encoding="utf-8").splitlines()}
+
+
+class ClipReader:
+    """
+    Reads and transforms clips when a worker asks for them, and notes how long that takes.
+
+    What is random about a clip follows from `seed`, the epoch and its index alone (in a stream, the index in its
+    worker), so that a resumed run sees what an uninterrupted one would have seen.
+    """
+
+    def __init__(self, clips, transform, failures, seed=0, training=False):
+        self.clips, self.transform, self.failures, self.training = clips, transform, failures, training
+        # Workers see the epoch change and add to the work. (If two add at once, one may be lost: it is an estimate.)
+        self.seed, self.epoch = seed, torch.zeros((), dtype=torch.int64).share_memory_()
+        self.work = torch.zeros(2, dtype=torch.float64).share_memory_()  # clips read, and CPU seconds for them
+
+    def set_epoch(self, epoch):
+        self.epoch.fill_(epoch)
+
+    def read(self, row, index):
+        """A transformed clip; None if it cannot be read, which is written down."""
+        start = time.process_time()
+        try:
+            with seeded(self.seed, int(self.epoch), index):
+                clip = self.transform(row["video"], row["label"])
+        except DecodeError as error:
+            self.failures.record(clip_name(row["video"]), error)
+            return None
+        self.work += torch.tensor([1.0, time.process_time() - start])
+        return clip
+
+
+class Clips(ClipReader, torch.utils.data.Dataset):
+    """
+    Clips by their number. Of one that cannot be read, the next one takes the place in training; in evaluation it
+    becomes a black clip with the label -100.
+    """
+
+    def __len__(self):
+        return len(self.clips)
+
+    def __getitem__(self, index):
+        for place in range(index, index + len(self)):
+            clip = self.read(self.clips[place % len(self)], index)
+            if clip is not None:
+                return clip
+            if not self.training:
+                return self.transform(None, IGNORED)
+        raise RuntimeError(f"None of the {len(self)} clips can be read; they are named in {self.failures.path}.")
+
+    def names(self, count):
+        """What to call the first `count` clips in a table."""
+        return [clip_name(video) for video in self.clips["video"][:count]]
+
+
+class ClipStream(ClipReader, torch.utils.data.IterableDataset):
+    """Clips of a streamed data set, in training in random order. One that cannot be read is left out."""
+
+    def __init__(self, clips, transform, failures, seed=0, training=False):
+        clips = clips.shuffle(seed=seed, buffer_size=256) if training else clips
+        super().__init__(clips, transform, failures, seed, training)
+
+    def set_epoch(self, epoch):
+        super().set_epoch(epoch)
+        self.clips.set_epoch(epoch)
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()  # each has its own part of the clips, and counts from zero
+        for index, row in enumerate(self.clips):
+            clip = self.read(row, index if worker is None else (worker.id, index))
+            if clip is not None:
+                yield clip
+
+    def names(self, count):
+        """What to call the first `count` clips in a table."""
+        return [f"clip {number}" for number in range(count)]
+
+
+class Stopwatch:
+    """Whether reading clips keeps up with the model: what share of the time the training loop waits for them."""
+
+    def __init__(self, clips, workers):
+        self.clips, self.workers, self.readings, self.told = clips, workers, 0, False
+        self.restart()
+
+    def restart(self):
+        """What went by until now, such as an evaluation, does not count."""
+        self.start, self.waited, self.seen = time.perf_counter(), 0.0, 0
+        self.before = self.clips.work.clone()
+
+    def watch(self, batches):
+        """The same batches, while the time until each of them comes is taken."""
+        batches = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            self.seen += len(batch["labels"])
+            yield batch
+
+    def read(self):
+        """Figures for the log, since the last reading. Says once what to do if reading is what limits the speed."""
+        elapsed, (read, seconds) = time.perf_counter() - self.start, (self.clips.work - self.before).tolist()
+        waiting, process = self.waited / elapsed, PartialState()
+        values = {"clips_per_second": process.num_processes * self.seen / elapsed, "waiting": waiting}
+        if seconds > 0:
+            values["clips_per_core_second"] = read / seconds
+        # At first the model's kernels are compiled and the workers started.
+        if waiting > 0.3 and self.readings > 0 and not self.told and process.is_main_process:
+            self.told = True
+            logger.warning(
+                "%.0f%% of the time goes by waiting for clips. A core reads and augments %.1f of them a second; the "
+                "model could take up to %.1f. Raise --dataloader_num_workers (it is %d, and this machine has %d "
+                "cores), or keep the decoded frames with --frame_cache.",
+                *(100 * waiting, read / max(seconds, 1e-9), self.seen / max(elapsed - self.waited, 1e-9)),
+                *(self.workers, os.cpu_count()),
+            )
+        self.readings += 1
+        self.restart()
+        return values
+
+
+@contextlib.contextmanager
+def seeded(*keys):
+    """Random numbers that depend on `keys` alone; afterwards the generator goes on as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(number_from(*keys))  # that of the CPU: a worker must not touch the GPU's
+        yield
+
+
+def number_from(*keys):
+    """A seed that depends on all of `keys`, the same in every process."""
+    return int.from_bytes(hashlib.sha256(repr(keys).encode()).digest()[:8], "little") >> 1
+
+
+def clip_name(video):
+    return video["path"] or f"a clip of {len(video['bytes'])} bytes"
+
+
+def read_frames(reader, video, sample=None):
+    """Decodes the frames the model will see, and no others: uint8 (T, C, H, W). Raises `DecodeError`."""
+    source = video["path"] if video["bytes"] is None else video["bytes"]
+    try:
+        if isinstance(source, str) and "://" in source:  # a file of a streamed data set
+            with fsspec.open(source, "rb") as file:
+                source = file.read()
+        frames, metadata = reader.fetch_videos(source, sample_indices_fn=sample or reader.sample_frames)
+    except (OSError, ValueError) as error:
+        raise DecodeError(f"{error}") from error
+    if sample is None and metadata.total_num_frames < len(frames):
+        logger.warning_once(f"Some clips have fewer frames than the {len(frames)} of the model: they are repeated.")
+    return frames.permute(0, 3, 1, 2)
+
+
+def read_frames_once(reader, video, folder, shortest_edge):
+    """As `read_frames`, but shrunk, and from a file in `folder` if they have been read before."""
+    what = video["bytes"] or f"{video['path']} {os.path.getmtime(video['path'])}".encode()
+    how = f"{reader.num_frames} {reader.frame_stride} {shortest_edge}".encode()
+    file = f"{folder}/{hashlib.sha256(what + how).hexdigest()}.npy"
+    if not os.path.exists(file):
+        frames = read_frames(reader, video)
+        if min(frames.shape[2:]) > shortest_edge:
+            frames = v2.functional.resize(frames, shortest_edge, antialias=True)
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as part:
+            np.save(part, frames.numpy())
+        os.replace(part.name, file)
+    return torch.from_numpy(np.load(file))
+
+
+class TrainTransform:
+    """Reads a clip and augments it, all its frames alike: uint8 (T, C, H, W), for `Normalize` on the device."""
+
+    def __init__(self, reader, processor, args, mirror_swaps, reversal_swaps):
+        self.reader, self.cache, self.key = reader, args.frame_cache, processor.model_input_names[0]
+        self.mirror_swaps, self.reversal_swaps = mirror_swaps, reversal_swaps
+        size = (processor.crop_size["height"], processor.crop_size["width"])
+        self.shortest_edge = round(1.15 * max(size))
+        steps = [
+            v2.RandomResizedCrop(size, scale=(args.min_crop_area, 1), antialias=True),
+            v2.ColorJitter(brightness=args.jitter, contrast=args.jitter),
+        ]
+        if args.rand_augment:
+            steps.insert(1, v2.RandAugment(num_ops=args.rand_augment, magnitude=args.rand_augment_magnitude))
+        if args.random_erasing:
+            mean_colour = [round(255 * mean) for mean in processor.image_mean]
+            steps.append(v2.RandomErasing(p=args.random_erasing, value=mean_colour))
+        self.augment = v2.Compose(steps)
+
+    def __call__(self, video, label):
+        if self.cache is None:
+            frames = read_frames(self.reader, video)
+        else:
+            frames = read_frames_once(self.reader, video, self.cache, self.shortest_edge)
+        if self.mirror_swaps is not None and torch.rand(()) < 0.5:
+            frames, label = frames.flip(-1), self.mirror_swaps[label]
+        if self.reversal_swaps is not None and torch.rand(()) < 0.5:
+            frames, label = frames.flip(0), self.reversal_swaps[label]
+        return {self.key: self.augment(frames), "labels": label}
+
+
+class EvalTransform:
+    """
+    Reads a clip and prepares it as for users of the model, but for `Normalize`: uint8 (T, C, H, W). `flip` turns axes
+    round: 0 is time, -1 is width.
+    """
+
+    def __init__(self, reader, processor, flip=(), swaps=None):
+        self.reader, self.processor, self.key = reader, processor, processor.model_input_names[0]
+        self.flip, self.swaps = flip, swaps
+
+    def __call__(self, video, label):
+        if label == IGNORED:
+            size = (self.processor.crop_size["height"], self.processor.crop_size["width"])
+            frames = torch.zeros((self.reader.num_frames, 3, *size), dtype=torch.uint8)
+        else:
+            frames = read_frames(self.reader, video).flip(self.flip)
+            label = label if self.swaps is None else self.swaps[label]
+        frames = self.processor(frames, return_tensors="pt", do_rescale=False, do_normalize=False)[self.key][0]
+        return {self.key: frames, "labels": label}
+
+
+class Normalize:
+    """
+    The last step of the processors, for frames that are on the model's device: uint8 in, float32 out. As bytes, clips
+    take a quarter of the memory and of the way there.
+    """
+
+    def __init__(self, processor, device):
+        kind = {"dtype": torch.float32, "device": device}
+        self.mean, self.std = (
+            255 * torch.tensor(values, **kind).view(3, 1, 1) for values in (processor.image_mean, processor.image_std)
+        )
+
+    def __call__(self, frames):
+        return frames.to(self.mean.dtype).sub_(self.mean).div_(self.std)
+
+
+def transform_clips(splits, names, args, reader, processor, failures, seed):
+    """
+    The clips of each split as a data set that reads them, and augments those for training, when they are asked for;
+    of the validation clips also "mirrored" and "reversed", where `args` says what these do to the labels.
+    """
+    mirror, reversal = parse_swaps(args.mirror_swaps, names), parse_swaps(args.reversal_swaps, names)
+    make, clips = ClipStream if args.streaming else Clips, {}
+    if "train" in splits:
+        augment = TrainTransform(reader, processor, args, mirror, reversal)
+        clips["train"] = make(splits["train"], augment, failures, seed, training=True)
+    if "validation" in splits:
+        clips["validation"] = make(splits["validation"], EvalTransform(reader, processor), failures)
+        for view, flip, swaps in (("mirrored", (-1,), mirror), ("reversed", (0,), reversal)):
+            if swaps is not None and swaps != list(range(len(names))):
+                clips[view] = make(splits["validation"], EvalTransform(reader, processor, flip, swaps), failures)
+    return clips
+
+
+def parse_swaps(text, names):
+    """'a:b,c:d' as a list that gives each label's number after the swap; None if `text` is None."""
+    if text is None:
+        return None
+    swaps = list(range(len(names)))
+    for pair in filter(None, text.split(",")):
+        try:
+            first, second = (names.index(name.strip()) for name in pair.split(":"))
+        except ValueError:
+            raise ValueError(f"{pair!r} is not a pair 'label:label' of the labels {names}.") from None
+        swaps[first], swaps[second] = second, first
+    return swaps
+
+
+def load_accuracy():
+    """The metric of `clip_accuracy.py`, by its path, so that it needs no network."""
+    return evaluate.load(str(Path(__file__).with_name("clip_accuracy.py")), keep_in_memory=True)
