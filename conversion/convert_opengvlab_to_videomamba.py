@@ -11,7 +11,7 @@ import re
 import torch
 
 from modeling_videomamba import VideoMambaConfig
-from modeling_videomamba.modeling_videomamba import interpolate_positions
+from modeling_videomamba.tokens_videomamba import interpolate_positions
 
 from .checkpoints import (
     CheckpointError,

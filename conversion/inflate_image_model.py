@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from modeling_videomamba import VideoMambaConfig
-from modeling_videomamba.modeling_videomamba import interpolate_positions
+from modeling_videomamba.tokens_videomamba import interpolate_positions
 
 from .checkpoints import (
     CheckpointError,

@@ -9,11 +9,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from .modeling_videomamba import checked_clips, class_token_index
 from .selective_scan_cuda_simt import selective_scan as cuda_selective_scan
 from .selective_scan_cuda_simt import unusable_reason as cuda_unusable_reason
 from .selective_scan_torch import causal_convolution, selection
 from .selective_scan_torch import selective_scan as torch_selective_scan
+from .tokens_videomamba import checked_clips, class_token_index
 
 
 TINY_STEP = 2.0**-40  # decays nothing in float32, and multiplies without rounding

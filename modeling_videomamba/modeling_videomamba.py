@@ -3,7 +3,6 @@
 import copy
 import itertools
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +16,23 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_videomamba import VideoMambaConfig, count_parameters_and_macs, height_and_width, tubelet_grid
+from .configuration_videomamba import VideoMambaConfig, count_parameters_and_macs, height_and_width
+from .context_parallel import ContextParallel
+from .maps_videomamba import VideoMambaDeltaMapsMixin, VideoMambaReadingMapsMixin
 from .rms_norm_cuda import can_fuse_rms_norm, fused_add_rms_norm, fused_rms_norm
 from .selective_scan import ScanOrder, bidirectional_selective_scan
-from .selective_scan_torch import at_own_tokens, causal_convolution, in_order_of_visits, selection, selective_scan
+from .tokens_videomamba import (
+    all_finite,
+    backward_order,
+    checked_clips,
+    class_token_index,
+    interpolate_positions,
+    sinusoidal_positions,
+)
 
 
 AUTO_MAP = {
@@ -32,22 +40,6 @@ AUTO_MAP = {
     "AutoModelForImageClassification": "modeling_videomamba.VideoMambaForImageClassification",
     "AutoModelForVideoClassification": "modeling_videomamba.VideoMambaForVideoClassification",
 }
-
-
-@dataclass
-class VideoMambaDeltaMaps(ModelOutput):
-    """
-    Step sizes Δ of chosen layers, mean over their channels.
-
-    Args:
-        maps (`tuple(torch.FloatTensor)`):
-            For each layer `(B, 2, n_t, n_h, n_w)`: forward and backward direction, and the grid of tubelets.
-        class_token (`tuple(torch.FloatTensor)`, *optional*):
-            For each layer `(B, 2)`, if the model has a class token.
-    """
-
-    maps: tuple[torch.FloatTensor, ...] | None = None
-    class_token: tuple[torch.FloatTensor, ...] | None = None
 
 
 class VideoMambaTubeletProjection(nn.Conv3d):
@@ -135,135 +127,6 @@ class VideoMambaEmbeddings(nn.Module):
         return sinusoidal_positions(math.prod(grid), self.config.hidden_size, device)
 
 
-def checked_clips(config, pixel_values, interpolate_pos_encoding=False):
-    """
-    Refuse a batch of clips that the model would not understand.
-
-    Returns:
-        the clips `(B, T, C, H, W)`, and their tubelets along time, height and width, `tuple[int, int, int]`.
-    """
-    if not isinstance(pixel_values, torch.Tensor):
-        raise ValueError(
-            f"`pixel_values` must be a `torch.Tensor`, got {type(pixel_values).__name__}. Pass the frames through the "
-            'model\'s video or image processor with `return_tensors="pt"` first.'
-        )
-    if pixel_values.ndim == 4 and config.num_frames == 1:
-        pixel_values = pixel_values[:, None]
-    if pixel_values.ndim != 5:
-        raise ValueError(
-            "`pixel_values` must have 5 axes (batch, frames, channels, height, width), got the shape "
-            f"{tuple(pixel_values.shape)}. A single clip needs a batch axis: `pixel_values[None]`. A model of one "
-            "frame also takes images, (batch, channels, height, width)."
-        )
-    batch, num_frames, channels, height, width = pixel_values.shape
-    if batch == 0:
-        raise ValueError(f"`pixel_values` of shape {tuple(pixel_values.shape)} holds no clip.")
-    if channels != config.num_channels:
-        raise ValueError(
-            f"`pixel_values` of shape {tuple(pixel_values.shape)} has {channels} channels on axis 2, the model "
-            f"expects {config.num_channels}. The axes are (batch, frames, channels, height, width)."
-        )
-    if not pixel_values.is_floating_point():
-        raise ValueError(
-            f"`pixel_values` must be floating point and normalised, got {pixel_values.dtype}. Pass the frames "
-            "through the model's video or image processor first."
-        )
-    expected = (config.num_frames, *height_and_width(config.image_size))
-    grid = tubelet_grid(config, num_frames, height, width)
-    if (num_frames, height, width) != expected and not interpolate_pos_encoding:
-        raise ValueError(
-            f"The clip has {num_frames} frames of {height} × {width} pixels, but the model was made for "
-            f"{expected[0]} frames of {expected[1]} × {expected[2]}. Resample the clip, or pass "
-            "`interpolate_pos_encoding=True`."
-        )
-    if 0 in grid:
-        raise ValueError(
-            f"The clip has {num_frames} frames of {height} × {width} pixels, less than one tubelet of "
-            f"{config.tubelet_size} frames of {' × '.join(map(str, height_and_width(config.patch_size)))}."
-        )
-    # On a GPU this look would make the host wait for the device, and there NaN shows in the logits.
-    if (
-        pixel_values.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not all_finite(
-            torch.func.debug_unwrap(pixel_values)  # of a clip within `vmap`, the batch
-        )
-    ):
-        raise ValueError(
-            f"`pixel_values` contains {'NaN' if pixel_values.isnan().any() else 'infinite numbers'}. Check the frames "
-            "and the processor's `image_mean` and `image_std`."
-        )
-    return pixel_values, grid
-
-
-def all_finite(tensor):
-    """Whether a tensor, which is not empty, holds neither NaN nor infinite numbers."""
-    return all(bound.isfinite() for bound in tensor.detach().aminmax())  # in one pass, and NaN is both
-
-
-def class_token_index(config, num_patches):
-    """Where the class token stands among `num_patches` tubelet tokens: before the first, or before the middle one."""
-    return num_patches // 2 if config.class_token_position == "middle" else 0
-
-
-def sinusoidal_positions(num_positions, dim, device=None):
-    """
-    Sine and cosine of each position at `dim / 2` frequencies, interleaved ("Attention is all you need", section 3.5).
-
-    Returns:
-        `torch.FloatTensor` of shape `(1, num_positions, dim)`.
-    """
-    frequencies = 10000.0 ** (-torch.arange(0, dim, 2, device=device).double() / dim)
-    angles = torch.arange(num_positions, device=device).double()[:, None] * frequencies
-    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[None, :, :dim].float()
-
-
-def interpolate_positions(positions, grid, new_grid):
-    """
-    Learned position embeddings for another grid of tubelets: trilinear in time, height and width.
-
-    Args:
-        positions (`torch.Tensor` of shape `(1, n_t · n_h · n_w, D)`): of the tubelets alone, without a class token.
-        grid, new_grid (`tuple[int, int, int]`): (n_t, n_h, n_w), theirs and the wanted one.
-
-    Returns:
-        `torch.Tensor` of shape `(1, new n_t · n_h · n_w, D)` and the type of `positions`.
-    """
-    volume = positions.unflatten(1, grid).permute(0, 4, 1, 2, 3)
-    volume = F.interpolate(volume.float(), size=new_grid, mode="trilinear", align_corners=False)
-    return volume.flatten(2).transpose(1, 2).to(positions.dtype)
-
-
-def backward_order(config, grid, device=None):
-    """
-    The order in which the backward direction visits the tokens (paper, section 4.4 and figure 2 b).
-
-    A class token stands in the mirrored place of this order, so that a first token, which sees nothing on the way
-    forward, is visited last on the way back, whatever is reversed.
-
-    Args:
-        config (`VideoMambaConfig`).
-        grid (`tuple[int, int, int]`): (n_t, n_h, n_w).
-        device (`torch.device`, *optional*): of the order's tensors.
-
-    Returns:
-        `ScanOrder` of L tokens, or None for the full reversal.
-    """
-    if config.backward_scan == "spatiotemporal":
-        return None
-    frames, *space = grid
-    tokens = torch.arange(math.prod(grid), device=device).view(frames, math.prod(space))
-    visits = tokens.flip(1 if config.backward_scan == "spatial" else 0).flatten()
-    place = None
-    if config.class_token_position != "none":
-        place = class_token_index(config, visits.numel())
-        mirrored = visits.numel() - place
-        visits = visits + (visits >= place)
-        class_token = torch.full((1,), place, device=device)
-        visits = torch.cat([visits[:mirrored], class_token, visits[mirrored:]])
-    return ScanOrder(visits, torch.argsort(visits), config.backward_scan, frames, place)
-
-
 class VideoMambaRMSNorm(nn.Module):
     """Root-mean-square norm of the float32 residual stream, computed in float32, out in the weights' type."""
 
@@ -285,11 +148,6 @@ class VideoMambaRMSNorm(nn.Module):
             return fused_add_rms_norm(hidden_states, update, self.weight, self.eps)
         hidden_states = hidden_states + update
         return hidden_states, self(hidden_states)
-
-    def linearized(self, hidden_states):
-        """The same, with the scale that it finds held fixed."""
-        scale = torch.rsqrt(hidden_states.square().mean(-1, keepdim=True) + self.eps).detach()
-        return (hidden_states * scale * self.weight.float()).to(self.weight.dtype)
 
     def extra_repr(self):
         return f"{self.weight.shape[0]}, eps={self.eps}"
@@ -332,26 +190,6 @@ class VideoMambaMixer(nn.Module):
             out_proj_weight=self.out_proj.weight if plain else None,
         )
         return mixed if plain else self.out_proj(mixed)
-
-    def step_sizes(self, hidden_states, order=None):
-        """Mean over the channels of Δ, of normed tokens (B, L, D): (2, B, L) in float32, each at its own token."""
-        x, _ = self.in_proj(hidden_states).chunk(2, dim=-1)
-        u = F.silu(causal_convolution(in_order_of_visits(x, order), self.conv_weight, self.conv_bias))
-        delta, _, _ = selection(u, self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias)
-        forward, backward = delta.mean(-1)
-        return torch.stack([forward, at_own_tokens(backward, order)])
-
-    def linearized(self, hidden_states, order=None):
-        """
-        The same output, as a linear function of the tokens but for the bias of the convolution: what depends on the
-        input besides, Δ, B, C, the gate and the sigmoid inside the convolution's SiLU, is held fixed.
-        """
-        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
-        convolved = causal_convolution(in_order_of_visits(x, order), self.conv_weight, self.conv_bias)
-        u = convolved * torch.sigmoid(convolved).detach()
-        delta, B, C = selection(u.detach(), self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias)
-        y = selective_scan(u, delta, -torch.exp(self.A_log.float()), B, C) + u * self.D.to(u.dtype)[:, None, None]
-        return self.out_proj((y[0] + at_own_tokens(y[1], order)) * (F.silu(z) / 2).detach())
 
 
 def is_untouched(module, kind):
@@ -401,10 +239,6 @@ class VideoMambaLayer(GradientCheckpointingLayer):
     def may_join(self):
         """Whether its parts may be called without it, so that its sum is made with the norm of the next layer."""
         return not self.training and is_untouched(self, VideoMambaLayer) and is_untouched(self.norm, VideoMambaRMSNorm)
-
-    def linearized(self, hidden_states, order=None):
-        """The same output without stochastic depth, see [`VideoMambaMixer.linearized`]."""
-        return hidden_states + self.mixer.linearized(self.norm.linearized(hidden_states), order)
 
 
 class VideoMambaPreTrainedModel(PreTrainedModel):
@@ -593,7 +427,7 @@ def spare_classifier(quantization_config):
     return quantization_config
 
 
-class VideoMambaModel(VideoMambaPreTrainedModel):
+class VideoMambaModel(VideoMambaDeltaMapsMixin, VideoMambaPreTrainedModel):
     """
     The bare VideoMamba encoder: tubelet tokens in, their final normed states out.
 
@@ -683,53 +517,8 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
             hidden_states, normed = after.norm.of_sum(hidden_states, layer.mixer(normed, order))
         return hidden_states + layers[-1].mixer(normed, order)
 
-    def split_class_token(self, tokens):
-        """Values of all tokens (..., L): the class token's (..., 1), empty without one, and the tubelets'."""
-        place = class_token_index(self.config, tokens.shape[-1] - self.embeddings.has_class_token)
-        before, class_token, after = tokens.tensor_split([place, place + self.embeddings.has_class_token], dim=-1)
-        return class_token, torch.cat([before, after], dim=-1)
 
-    @torch.no_grad()
-    def delta_maps(self, pixel_values, layers=None, interpolate_pos_encoding=False) -> VideoMambaDeltaMaps:
-        r"""
-        The step sizes Δ with which layers take up each token (paper, section 5.6 and figure 4): a token of a large Δ
-        replaces what the state held, one of a small Δ is passed over.
-
-        Args:
-            pixel_values (`torch.FloatTensor` of shape `(B, num_frames, num_channels, height, width)`):
-                Normalised frames.
-            layers (`list[int]`, *optional*):
-                Which layers, counted from 0, or from the last one if negative; all by default.
-            interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
-                Take clips of another length or resolution than the config's.
-
-        Returns:
-            [`VideoMambaDeltaMaps`]: in the order of `layers`, the mean over the channels of Δ after its softplus, for
-            each direction and tubelet, in float32; the class token's apart.
-
-        Raises:
-            ValueError: if there is no such layer, or for clips that the model does not take.
-        """
-        depth = len(self.layers)
-        chosen = list(range(depth) if layers is None else layers)
-        if not all(isinstance(index, int) and -depth <= index < depth for index in chosen):
-            raise ValueError(f"`layers` must list integers from {-depth} to {depth - 1}, got {layers!r}.")
-        chosen = [index % depth for index in chosen]
-        pixel_values, grid = checked_clips(self.config, pixel_values, interpolate_pos_encoding)
-        hidden_states = self.embeddings(pixel_values, grid).float()
-        order = self.order_for(grid, hidden_states.device)
-        found = {}
-        for index, layer in enumerate(self.layers[: max(chosen, default=-1) + 1]):
-            if index in chosen:
-                steps = layer.mixer.step_sizes(layer.norm(hidden_states), order).transpose(0, 1)
-                class_token, tubelets = self.split_class_token(steps)
-                found[index] = tubelets.unflatten(-1, grid), class_token.squeeze(-1)
-            hidden_states = hidden_states + layer.update(hidden_states, order)
-        maps, class_token = (tuple(found[index][part] for index in chosen) for part in (0, 1))
-        return VideoMambaDeltaMaps(maps=maps, class_token=class_token if self.embeddings.has_class_token else None)
-
-
-class VideoMambaForVideoClassification(VideoMambaPreTrainedModel):
+class VideoMambaForVideoClassification(VideoMambaReadingMapsMixin, VideoMambaPreTrainedModel):
     """
     VideoMamba with a linear classifier on the class token, or on the mean over tokens if the config has none.
 
@@ -793,75 +582,7 @@ class VideoMambaForVideoClassification(VideoMambaPreTrainedModel):
 
     def context_parallel(self, group=None):
         """This classifier with its clips cut along time over the processes of a group, see [`ContextParallel`]."""
-        from .context_parallel import ContextParallel
-
         return ContextParallel(self, group)
-
-    def delta_maps(self, pixel_values, layers=None, interpolate_pos_encoding=False) -> VideoMambaDeltaMaps:
-        """See [`VideoMambaModel.delta_maps`]."""
-        return self.videomamba.delta_maps(pixel_values, layers, interpolate_pos_encoding)
-
-    @torch.no_grad()
-    def reading_maps(self, pixel_values, labels=None, interpolate_pos_encoding=False):
-        r"""
-        What each tubelet contributed to a label's logit.
-
-        Given Δ, B and C, a selective scan is linear in its input ("The Hidden Attention of Mamba Models", Ali et al.
-        2024), and given the gates, the sigmoid in SiLU(x) = x · sigmoid(x) and the scales of the norms, so is all
-        between the tokens and the logit: it is a sum over the tokens, and over the biases. One adjoint walk through
-        the layers, on the `torch` backend and one layer at a time, gives each token's share. A layer that adds the
-        same whatever its input shows nowhere in it, and neither does how a token acts on Δ, B, C, gates and norms. The
-        model is taken as in evaluation, without stochastic depth.
-
-        Args:
-            pixel_values (`torch.FloatTensor` of shape `(B, num_frames, num_channels, height, width)`):
-                Normalised frames.
-            labels (`torch.LongTensor` of shape `(B,)`, *optional*):
-                The label of each clip that is asked about; the predicted one by default.
-            interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
-                Take clips of another length or resolution than the config's.
-
-        Returns:
-            `torch.FloatTensor` of shape `(B, n_t, n_h, n_w)`: what each tubelet with its position adds to the logit,
-            or takes from it if negative.
-
-        Raises:
-            ValueError: if there is no such label, or for clips that the model does not take.
-        """
-        model = self.videomamba
-        pixel_values, grid = checked_clips(self.config, pixel_values, interpolate_pos_encoding)
-        last = model.embeddings(pixel_values, grid).float()
-        order = model.order_for(grid, last.device)
-        inputs = []
-        for layer in model.layers:
-            inputs.append(last)
-            last = last + layer.update(last, order)
-        with torch.enable_grad():
-            last = last.detach().requires_grad_()
-            normed = model.norm.linearized(last)
-            if model.embeddings.has_class_token:
-                pooled = normed[:, class_token_index(self.config, math.prod(grid))]
-            else:
-                pooled = normed.mean(dim=1)
-            logits = self.classifier(pooled)
-            labels = logits.argmax(-1) if labels is None else self._checked_labels(labels, logits)
-            (adjoint,) = torch.autograd.grad(logits.gather(1, labels[:, None]).sum(), last)
-            for layer, hidden_states in zip(reversed(model.layers), reversed(inputs), strict=True):
-                hidden_states = hidden_states.detach().requires_grad_()
-                (adjoint,) = torch.autograd.grad(layer.linearized(hidden_states, order), hidden_states, adjoint)
-        _, tubelets = model.split_class_token((adjoint * inputs[0]).sum(-1))
-        return tubelets.unflatten(-1, grid)
-
-    @staticmethod
-    def _checked_labels(labels, logits):
-        labels = torch.as_tensor(labels, device=logits.device)
-        batch, num_labels = logits.shape
-        whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
-        if not whole or labels.shape != (batch,) or not ((0 <= labels) & (labels < num_labels)).all():
-            raise ValueError(
-                f"`labels` must hold an integer from 0 to {num_labels - 1} for each of {batch} clips, got {labels}."
-            )
-        return labels.long()
 
 
 class VideoMambaForImageClassification(VideoMambaForVideoClassification):
@@ -907,7 +628,6 @@ MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES.setdefault(
 
 
 __all__ = [
-    "VideoMambaDeltaMaps",
     "VideoMambaForImageClassification",
     "VideoMambaForVideoClassification",
     "VideoMambaModel",

@@ -12,7 +12,7 @@ from transformers.processing_utils import Unpack, VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata, make_batched_metadata
 
-from .image_processing_videomamba import VideoMambaFramesMixin, split_videos, stack_frames
+from .frames_videomamba import VideoMambaFramesMixin, split_videos, stack_frames
 from .video_decoding import DECODERS, decode_video
 
 

@@ -678,6 +678,8 @@ def test_vim_command_downloads_converts_and_pushes(vim, hub, tmp_path):
         "configuration_videomamba.py",
         "video_processing_videomamba.py",
         "image_processing_videomamba.py",
+        "frames_videomamba.py",
+        "maps_videomamba.py",
         "preprocessor_config.json",
         "video_preprocessor_config.json",
     } <= files.keys()

@@ -17,13 +17,9 @@ from modeling_videomamba import (
     use_scan_backend,
 )
 from modeling_videomamba import modeling_videomamba as module
-from modeling_videomamba.modeling_videomamba import (
-    VideoMambaEmbeddings,
-    backward_order,
-    interpolate_positions,
-    sinusoidal_positions,
-)
+from modeling_videomamba.modeling_videomamba import VideoMambaEmbeddings
 from modeling_videomamba.selective_scan import bidirectional_selective_scan
+from modeling_videomamba.tokens_videomamba import backward_order, interpolate_positions, sinusoidal_positions
 
 
 def tiny_config(**kwargs):

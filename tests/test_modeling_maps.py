@@ -13,9 +13,10 @@ from modeling_videomamba import (
     VideoMambaForVideoClassification,
     use_scan_backend,
 )
-from modeling_videomamba.modeling_videomamba import backward_order, class_token_index
+from modeling_videomamba.maps_videomamba import linear_layer
 from modeling_videomamba.selective_scan_numba import IMPORT_ERROR
 from modeling_videomamba.selective_scan_reference import bidirectional_selective_scan_reference
+from modeling_videomamba.tokens_videomamba import backward_order, class_token_index
 
 
 NUMBA = pytest.param(
@@ -257,7 +258,7 @@ def test_linearized_layer_gives_the_same_output():
         hidden_states = torch.randn(2, 13, 24)
         order = model.order_for((3, 2, 2), torch.device("cpu"))
         for layer in model.layers:
-            found = layer.linearized(hidden_states, order)
+            found = linear_layer(layer, hidden_states, order)
             torch.testing.assert_close(found, layer(hidden_states, order), atol=1e-5, rtol=1e-5)
 
 

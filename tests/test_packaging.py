@@ -1,6 +1,7 @@
 """What `pip install` puts where: the sdist, the wheel made of it, and its console commands."""
 
 import ast
+import graphlib
 import importlib
 import importlib.metadata
 import os
@@ -118,6 +119,57 @@ def parsed(folder):
     """The Python files in a folder of the repository, and their syntax trees."""
     for path in sorted((ROOT / folder).rglob("*.py")):
         yield path, ast.parse(path.read_text(encoding="utf-8"))
+
+
+# The parts of the package, and what each may import besides itself. A module belongs to the first pattern that fits.
+PARTS = {
+    r"selective_scan.*|rms_norm_cuda": ("scan", set()),
+    r"(frames|image_processing|video_processing)_videomamba": ("processors", {"decoder"}),
+    r".*_videomamba|context_parallel": ("model", {"scan"}),
+    r"video_.*": ("decoder", set()),
+    r"__init__": ("package", {"scan", "processors", "model", "decoder"}),
+}
+
+
+def imports_of_package():
+    """For each module the modules that it imports anywhere, within functions too."""
+    graph = {}
+    for path, tree in parsed("modeling_videomamba"):
+        graph[path.stem] = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                assert not [name for name in node.names if name.name.startswith("modeling_videomamba")], path
+            elif isinstance(node, ast.ImportFrom) and node.level:
+                graph[path.stem] |= {node.module} if node.module else {name.name for name in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.module.startswith("modeling_videomamba"), path
+    return graph
+
+
+def test_imports_of_the_package_make_no_circle():
+    order = list(graphlib.TopologicalSorter(imports_of_package()).static_order())  # or a CycleError with the circle
+    assert order[-1] == "__init__" and "modeling_videomamba" in order
+
+
+def test_dependence_runs_one_way():
+    """The scan and the decoder know nothing of the model, the model nothing of the processors."""
+
+    def part(module):
+        return next(found for pattern, found in PARTS.items() if re.fullmatch(pattern, module))
+
+    for module, imported in imports_of_package().items():
+        own, below = part(module)
+        assert {part(name)[0] for name in imported} <= {own} | below, module
+
+
+@pytest.mark.parametrize("module", sorted(path.stem for path in (ROOT / "modeling_videomamba").glob("*.py")))
+def test_no_module_is_too_long_to_read(module, request):
+    if module == "selective_scan_cuda_source":
+        pytest.skip("written by csrc/embed.py")
+    if module in ("selective_scan_numba", "selective_scan_cuda"):
+        request.applymarker(pytest.mark.xfail(strict=False, reason="has yet to be cut"))
+    lines = (ROOT / "modeling_videomamba" / f"{module}.py").read_text(encoding="utf-8").count("\n")
+    assert lines <= (700 if module == "modeling_videomamba" else 800)
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

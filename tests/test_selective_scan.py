@@ -16,11 +16,11 @@ from modeling_videomamba import (
     use_scan_backend,
 )
 from modeling_videomamba import selective_scan as seam
-from modeling_videomamba.modeling_videomamba import backward_order
 from modeling_videomamba.selective_scan_reference import (
     bidirectional_selective_scan_reference,
     selective_scan_reference,
 )
+from modeling_videomamba.tokens_videomamba import backward_order
 from scan_helpers import assert_matches_reference, gradients, random_inputs, relative_error, scan_order
 
 

@@ -30,9 +30,9 @@ from modeling_videomamba import (
     use_scan_backend,
 )
 from modeling_videomamba import selective_scan_cuda_runtime as runtime
-from modeling_videomamba.modeling_videomamba import backward_order
 from modeling_videomamba.selective_scan import BACKENDS, bidirectional_selective_scan, select_scan_backend
 from modeling_videomamba.selective_scan_reference import bidirectional_selective_scan_reference
+from modeling_videomamba.tokens_videomamba import backward_order
 from scan_helpers import scan_order
 
 

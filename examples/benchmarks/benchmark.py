@@ -38,8 +38,8 @@ from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.videomae import modeling_videomae
 
 from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassification, use_scan_backend
-from modeling_videomamba.modeling_videomamba import sinusoidal_positions
 from modeling_videomamba.selective_scan import BACKENDS, bidirectional_selective_scan, select_scan_backend
+from modeling_videomamba.tokens_videomamba import sinusoidal_positions
 
 
 SIZE, LABELS = 224, 400

@@ -21,7 +21,7 @@ from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
 import modeling_videomamba  # noqa: F401  registers VideoMamba in transformers' Auto classes
 from judge_maps import find_clips, sum_over_tubelets
-from modeling_videomamba.modeling_videomamba import class_token_index
+from modeling_videomamba.tokens_videomamba import class_token_index
 
 
 def receptive_field(model, clips, projections=4, seed=0):

@@ -1,0 +1,151 @@
+"""
+Between a clip and its tokens: which clips the model takes, where their tokens stand, and in which order they are
+visited. Functions of a config and a size; nothing here has weights.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from .configuration_videomamba import height_and_width, tubelet_grid
+from .selective_scan import ScanOrder
+
+
+def checked_clips(config, pixel_values, interpolate_pos_encoding=False):
+    """
+    Refuse a batch of clips that the model would not understand.
+
+    Returns:
+        the clips `(B, T, C, H, W)`, and their tubelets along time, height and width, `tuple[int, int, int]`.
+    """
+    if not isinstance(pixel_values, torch.Tensor):
+        raise ValueError(
+            f"`pixel_values` must be a `torch.Tensor`, got {type(pixel_values).__name__}. Pass the frames through the "
+            'model\'s video or image processor with `return_tensors="pt"` first.'
+        )
+    if pixel_values.ndim == 4 and config.num_frames == 1:
+        pixel_values = pixel_values[:, None]
+    if pixel_values.ndim != 5:
+        raise ValueError(
+            "`pixel_values` must have 5 axes (batch, frames, channels, height, width), got the shape "
+            f"{tuple(pixel_values.shape)}. A single clip needs a batch axis: `pixel_values[None]`. A model of one "
+            "frame also takes images, (batch, channels, height, width)."
+        )
+    batch, num_frames, channels, height, width = pixel_values.shape
+    if batch == 0:
+        raise ValueError(f"`pixel_values` of shape {tuple(pixel_values.shape)} holds no clip.")
+    if channels != config.num_channels:
+        raise ValueError(
+            f"`pixel_values` of shape {tuple(pixel_values.shape)} has {channels} channels on axis 2, the model "
+            f"expects {config.num_channels}. The axes are (batch, frames, channels, height, width)."
+        )
+    if not pixel_values.is_floating_point():
+        raise ValueError(
+            f"`pixel_values` must be floating point and normalised, got {pixel_values.dtype}. Pass the frames "
+            "through the model's video or image processor first."
+        )
+    expected = (config.num_frames, *height_and_width(config.image_size))
+    grid = tubelet_grid(config, num_frames, height, width)
+    if (num_frames, height, width) != expected and not interpolate_pos_encoding:
+        raise ValueError(
+            f"The clip has {num_frames} frames of {height} × {width} pixels, but the model was made for "
+            f"{expected[0]} frames of {expected[1]} × {expected[2]}. Resample the clip, or pass "
+            "`interpolate_pos_encoding=True`."
+        )
+    if 0 in grid:
+        raise ValueError(
+            f"The clip has {num_frames} frames of {height} × {width} pixels, less than one tubelet of "
+            f"{config.tubelet_size} frames of {' × '.join(map(str, height_and_width(config.patch_size)))}."
+        )
+    # On a GPU this look would make the host wait for the device, and there NaN shows in the logits.
+    if (
+        pixel_values.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not all_finite(
+            torch.func.debug_unwrap(pixel_values)  # of a clip within `vmap`, the batch
+        )
+    ):
+        raise ValueError(
+            f"`pixel_values` contains {'NaN' if pixel_values.isnan().any() else 'infinite numbers'}. Check the frames "
+            "and the processor's `image_mean` and `image_std`."
+        )
+    return pixel_values, grid
+
+
+def all_finite(tensor):
+    """Whether a tensor, which is not empty, holds neither NaN nor infinite numbers."""
+    return all(bound.isfinite() for bound in tensor.detach().aminmax())  # in one pass, and NaN is both
+
+
+def class_token_index(config, num_patches):
+    """Where the class token stands among `num_patches` tubelet tokens: before the first, or before the middle one."""
+    return num_patches // 2 if config.class_token_position == "middle" else 0
+
+
+def sinusoidal_positions(num_positions, dim, device=None):
+    """
+    Sine and cosine of each position at `dim / 2` frequencies, interleaved ("Attention is all you need", section 3.5).
+
+    Returns:
+        `torch.FloatTensor` of shape `(1, num_positions, dim)`.
+    """
+    frequencies = 10000.0 ** (-torch.arange(0, dim, 2, device=device).double() / dim)
+    angles = torch.arange(num_positions, device=device).double()[:, None] * frequencies
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[None, :, :dim].float()
+
+
+def interpolate_positions(positions, grid, new_grid):
+    """
+    Learned position embeddings for another grid of tubelets: trilinear in time, height and width.
+
+    Args:
+        positions (`torch.Tensor` of shape `(1, n_t · n_h · n_w, D)`): of the tubelets alone, without a class token.
+        grid, new_grid (`tuple[int, int, int]`): (n_t, n_h, n_w), theirs and the wanted one.
+
+    Returns:
+        `torch.Tensor` of shape `(1, new n_t · n_h · n_w, D)` and the type of `positions`.
+    """
+    volume = positions.unflatten(1, grid).permute(0, 4, 1, 2, 3)
+    volume = F.interpolate(volume.float(), size=new_grid, mode="trilinear", align_corners=False)
+    return volume.flatten(2).transpose(1, 2).to(positions.dtype)
+
+
+def backward_order(config, grid, device=None):
+    """
+    The order in which the backward direction visits the tokens (paper, section 4.4 and figure 2 b).
+
+    A class token stands in the mirrored place of this order, so that a first token, which sees nothing on the way
+    forward, is visited last on the way back, whatever is reversed.
+
+    Args:
+        config (`VideoMambaConfig`).
+        grid (`tuple[int, int, int]`): (n_t, n_h, n_w).
+        device (`torch.device`, *optional*): of the order's tensors.
+
+    Returns:
+        `ScanOrder` of L tokens, or None for the full reversal.
+    """
+    if config.backward_scan == "spatiotemporal":
+        return None
+    frames, *space = grid
+    tokens = torch.arange(math.prod(grid), device=device).view(frames, math.prod(space))
+    visits = tokens.flip(1 if config.backward_scan == "spatial" else 0).flatten()
+    place = None
+    if config.class_token_position != "none":
+        place = class_token_index(config, visits.numel())
+        mirrored = visits.numel() - place
+        visits = visits + (visits >= place)
+        class_token = torch.full((1,), place, device=device)
+        visits = torch.cat([visits[:mirrored], class_token, visits[mirrored:]])
+    return ScanOrder(visits, torch.argsort(visits), config.backward_scan, frames, place)
+
+
+__all__ = [
+    "all_finite",
+    "backward_order",
+    "checked_clips",
+    "class_token_index",
+    "interpolate_positions",
+    "sinusoidal_positions",
+]
