@@ -73,7 +73,7 @@ def part_shifts(frames, step=4):
 
 def test_the_recipe_swaps_the_labels_that_a_mirror_and_time_swap(monkeypatch):
     """By the hand-worked table: a mirror swaps the halves and turns dx round, reversed time turns all ways round."""
-    recipe = SCRIPT.parent / "recipes" / "camera_motion.args"
+    recipe = ROOT / "examples" / "training" / "recipes" / "camera_motion.args"
     monkeypatch.setattr(sys, "argv", ["script", "--recipe", str(recipe), "--use_cpu"])
     _, arguments, _ = data.parse_arguments(models.ModelArguments, data.DataArguments, TrainingArguments)
     names = list(clips.LABELS)
