@@ -4,7 +4,7 @@
 #                              assembles a checkpoint's complete Hub repository, and pushes it to REPO
 # make lint                    checks style, format and types; needs no PyTorch
 # make kernel-report           prints registers, spills and shared memory of the GPU kernels
-# Each makes .venv on first use, with PYTHON=... if given, else the first Python >= 3.10 it finds.
+# Each makes .venv on first use, with PYTHON=... if given, else the first Python >= 3.11 it finds.
 
 .PHONY: demo hub-repo kernel-report lint test
 .DELETE_ON_ERROR:
@@ -12,7 +12,7 @@
 
 export VIDEO CARD OUTPUT REPO
 venv := .venv/bin/python
-pythons := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11 python3.10 python)
+pythons := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11 python)
 
 demo: .venv/demo-installed
 	@$(venv) examples/tools/classify_video.py $${VIDEO:+"$$VIDEO"}
@@ -35,7 +35,7 @@ kernel-report: .venv/demo-installed
 
 $(venv):
 	@for python in $(pythons); do \
-		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then \
+		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 			echo "Making .venv with $$("$$python" --version)"; \
 			"$$python" -m venv .venv && exit; \
 			rm -rf .venv; \
@@ -43,7 +43,7 @@ $(venv):
 			exit 1; \
 		fi; \
 	done; \
-	echo "No Python 3.10 or later among: $(pythons). Name one with PYTHON=..." >&2; \
+	echo "No Python 3.11 or later among: $(pythons). Name one with PYTHON=..." >&2; \
 	exit 1
 
 # A changed pyproject.toml installs again.

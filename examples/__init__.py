@@ -1,17 +1,18 @@
 """Scripts to copy. Installed, some of them are console commands, each of which runs its script."""
 
-import runpy
 import sys
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 
 
 def _run(script):
+    """Runs a script as Python does, but under the name of the command: `runpy` would put the script's in its place."""
     script = Path(__file__).parent / script
-    sys.path.insert(0, str(script.parent))  # as Python does for a script: they import one another by name
-    try:
-        runpy.run_path(str(script), run_name="__main__")
-    except ModuleNotFoundError as error:
-        sys.exit(f"{error}. Install what this command uses: pip install 'videomamba-transformers[tools,train]'.")
+    sys.path.insert(0, str(script.parent))  # scripts import one another by name
+    module = sys.modules["__main__"] = ModuleType("__main__")
+    module.__file__ = str(script)  # whence processes that are spawned take its classes
+    SourceFileLoader("__main__", str(script)).exec_module(module)
 
 
 def classify():

@@ -196,7 +196,7 @@ def _download(url: str) -> bytes:
                 if not future.done():
                     loop.call_soon_threadsafe(task.cancel)
                 raise
-    except (TimeoutError, asyncio.TimeoutError) as error:
+    except TimeoutError as error:
         raise _endless(url) from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         problem = f"{type(error).__name__}: {_first_line(error)}"

@@ -20,6 +20,32 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+
+CAMERA_MOTION = Path(__file__).resolve().parents[2] / "model_cards" / "videomamba-tiny-camera-motion"
+VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".ts", ".flv", ".3gp"}
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="a folder, a .csv with path (and label), a text file of paths, or a data set")
+    parser.add_argument("--split", default="train", help="of a data set")
+    parser.add_argument("--model", default=str(CAMERA_MOTION), help="a folder or a Hub repository")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the Parquet files")
+    choices = ["scores", "pooled", "tokens"]
+    parser.add_argument("--columns", nargs="+", choices=choices, default=["scores"], help="what to keep of each clip")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--part_size", type=int, default=256, help="clips in a file; a kill costs at most that many")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes that decode, for each GPU")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the model")
+    args = parser.parse_args()
+    if args.batch_size < 1 or args.part_size < 1 or args.num_workers < 0:
+        parser.error("--batch_size and --part_size must be at least 1, --num_workers at least 0")
+    return args
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    parse_arguments()  # before the imports below, which take seconds
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -32,11 +58,8 @@ try:
     import datasets
     from accelerate import PartialState
     from accelerate.utils import gather_object
-except ImportError as error:
-    sys.exit(f"{error}. This script needs datasets and accelerate: pip install 'videomamba-transformers[tools]'.")
-
-CAMERA_MOTION = Path(__file__).resolve().parents[2] / "model_cards" / "videomamba-tiny-camera-motion"
-VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".ts", ".flv", ".3gp"}
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}. Install the extra `tools`: pip install '.[tools]' in a clone of videomamba-transformers.")
 
 
 class Clip(NamedTuple):
@@ -244,21 +267,7 @@ def report(args, folder, clips, spent):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="a folder, a .csv with path (and label), a text file of paths, or a data set")
-    parser.add_argument("--split", default="train", help="of a data set")
-    parser.add_argument("--model", default=str(CAMERA_MOTION), help="a folder or a Hub repository")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the Parquet files")
-    choices = ["scores", "pooled", "tokens"]
-    parser.add_argument("--columns", nargs="+", choices=choices, default=["scores"], help="what to keep of each clip")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--part_size", type=int, default=256, help="clips in a file; a kill costs at most that many")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes that decode, for each GPU")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the model")
-    args = parser.parse_args()
-    if args.batch_size < 1 or args.part_size < 1 or args.num_workers < 0:
-        parser.error("--batch_size and --part_size must be at least 1, --num_workers at least 0")
-
+    args = parse_arguments()
     # Without `cpu`, two processes on a machine without a GPU would not know of each other.
     state = PartialState(cpu=not torch.accelerator.is_available())
     datasets.disable_progress_bars()

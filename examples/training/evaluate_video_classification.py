@@ -14,27 +14,7 @@ is counted once. The output folder gets `results.json`, `predictions.csv`, `scor
 import os
 from dataclasses import dataclass, field
 
-import numpy as np
-import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
-from torch.utils.data import DataLoader, Subset
-from torchvision.transforms import v2
-from tqdm import tqdm
-
-from video_classification_data import (
-    IGNORED,
-    Clips,
-    DataArguments,
-    DecodeFailures,
-    Normalize,
-    load_accuracy,
-    load_clips,
-    match_labels,
-    parse_arguments,
-    read_frames,
-)
-from video_classification_model import ModelArguments, load_model, write_json, write_predictions
+from video_classification_arguments import DataArguments, ModelArguments, check_command_line, parse_arguments
 
 
 @dataclass
@@ -59,6 +39,30 @@ class EvaluationArguments:
         },
     )
     bootstrap_samples: int = field(default=2000, metadata={"help": "Draws for the 95 %% intervals."})
+
+
+if __name__ == "__main__":
+    check_command_line(ModelArguments, DataArguments, EvaluationArguments)
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader, Subset
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from video_classification_data import (
+    IGNORED,
+    Clips,
+    DecodeFailures,
+    Normalize,
+    load_accuracy,
+    load_clips,
+    match_labels,
+    read_frames,
+)
+from video_classification_model import load_model, write_json, write_predictions
 
 
 def frame_order(name, num_frames):

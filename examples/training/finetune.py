@@ -8,26 +8,14 @@ the name of a data set of the Hub with a video and a label column. Without a val
 clips is held out. `--push_to_hub` uploads the result. All flags of `transformers.TrainingArguments` work. The same
 command run again goes on from the last checkpoint in `--output_dir`.
 
-This file needs nothing but `pip install 'videomamba-transformers[train]'`: copy it and change it.
+This file needs nothing but the package with its extra `train`: copy it and change it.
 """
 
 import os
+import sys
 from dataclasses import dataclass, field
 
-import torch
-from datasets import ClassLabel, DatasetDict, Video, load_dataset
-from torchvision.transforms import v2
-from transformers import (
-    AutoModelForVideoClassification,
-    AutoVideoProcessor,
-    HfArgumentParser,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.trainer_utils import get_last_checkpoint
-
-import modeling_videomamba  # noqa: F401  registers VideoMamba with the Auto classes
+from transformers import HfArgumentParser, TrainingArguments
 
 
 # Other defaults than those of TrainingArguments; the command line goes before them.
@@ -56,6 +44,30 @@ class Arguments:
     min_crop_area: float = field(
         default=0.5, metadata={"help": "Training clips are random crops of at least this share of the frame."}
     )
+
+
+def make_parser():
+    parser = HfArgumentParser((Arguments, TrainingArguments))
+    parser.set_defaults(**DEFAULTS)
+    return parser
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    make_parser().parse_args()  # before the imports below, which take seconds
+
+import torch
+from torchvision.transforms import v2
+from transformers import AutoModelForVideoClassification, AutoVideoProcessor, Trainer, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+import modeling_videomamba  # noqa: F401  registers VideoMamba with the Auto classes
+
+
+try:
+    import accelerate  # noqa: F401  what the Trainer stands on
+    from datasets import ClassLabel, DatasetDict, Video, load_dataset
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}. Install the extra `train`: pip install '.[train]' in a clone of videomamba-transformers.")
 
 
 def load_clips(name, validation_fraction, seed):
@@ -102,8 +114,8 @@ def accuracy(prediction):
 
 
 def main():
-    parser = HfArgumentParser((Arguments, TrainingArguments))
-    parser.set_defaults(**DEFAULTS, bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+    parser = make_parser()
+    parser.set_defaults(bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported())
     args, training_args = parser.parse_args_into_dataclasses()
     training_args.remove_unused_columns = False  # the transforms need the column `video`
     set_seed(training_args.seed)

@@ -14,23 +14,10 @@ checkpoint.
 """
 
 import os
+import sys
 from dataclasses import dataclass, field
 
-import torch
-from torchvision.datasets import ImageFolder
-from torchvision.transforms import v2
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    HfArgumentParser,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.trainer_utils import get_last_checkpoint
-
-from modeling_videomamba import VideoMambaConfig, VideoMambaImageProcessor
+from transformers import HfArgumentParser, TrainingArguments
 
 
 # Other defaults than those of TrainingArguments; the command line goes before them.
@@ -68,6 +55,31 @@ class Arguments:
     )
 
 
+def make_parser():
+    parser = HfArgumentParser((Arguments, TrainingArguments))
+    parser.set_defaults(**DEFAULTS)
+    return parser
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    make_parser().parse_args()  # before the imports below, which take seconds
+
+import torch
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, Trainer, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from modeling_videomamba import VideoMambaConfig, VideoMambaImageProcessor
+
+
+try:
+    import accelerate  # noqa: F401  what the Trainer stands on
+    from datasets import ClassLabel, Image, load_dataset
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}. Install the extra `train`: pip install '.[train]' in a clone of videomamba-transformers.")
+
+
 def load_pictures(name):
     """Train and validation pictures as lists of (PIL image, label number), and the names of the labels."""
     if os.path.isdir(name):
@@ -79,8 +91,6 @@ def load_pictures(name):
             different = sorted(set(train.classes) ^ set(validation.classes))
             raise ValueError(f"{name} has labels in one of train/ and validation/ alone: {different[:5]}.")
         return train, validation, train.classes
-    from datasets import ClassLabel, Image, load_dataset
-
     splits = load_dataset(name)
     features = splits["train"].features if {"train", "validation"} <= set(splits) else {}
     columns = [[c for c, kind in features.items() if isinstance(kind, wanted)] for wanted in (Image, ClassLabel)]
@@ -155,8 +165,8 @@ def accuracy(prediction):
 
 
 def main():
-    parser = HfArgumentParser((Arguments, TrainingArguments))
-    parser.set_defaults(**DEFAULTS, bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+    parser = make_parser()
+    parser.set_defaults(bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported())
     args, training_args = parser.parse_args_into_dataclasses()
     set_seed(training_args.seed)
     train, validation, names = load_pictures(args.dataset)

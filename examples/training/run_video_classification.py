@@ -15,23 +15,28 @@ over the file's. For the common case there is a short script, `finetune.py`.
 import os
 import shutil
 
+from transformers import TrainingArguments
+
+from video_classification_arguments import DataArguments, ModelArguments, check_command_line, parse_arguments
+
+
+if __name__ == "__main__":
+    check_command_line(ModelArguments, DataArguments, TrainingArguments)
+
 import numpy as np
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, set_seed
 
 from video_classification_data import (
-    DataArguments,
     DecodeFailures,
     Normalize,
     Stopwatch,
     load_accuracy,
     load_clips,
     match_labels,
-    parse_arguments,
     transform_clips,
 )
 from video_classification_model import (
-    ModelArguments,
     add_adapters,
     draw_curve,
     finish_push,

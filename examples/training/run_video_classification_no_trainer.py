@@ -15,42 +15,7 @@ import os
 import shutil
 from dataclasses import dataclass, field
 
-import torch
-import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedType, set_seed
-from torch.utils.data import DataLoader, IterableDataset
-from tqdm import tqdm
-from transformers import get_scheduler
-
-from video_classification_data import (
-    DataArguments,
-    DecodeFailures,
-    Normalize,
-    Stopwatch,
-    load_accuracy,
-    load_clips,
-    match_labels,
-    number_from,
-    parse_arguments,
-    transform_clips,
-)
-from video_classification_model import (
-    ModelArguments,
-    add_adapters,
-    draw_curve,
-    finish_push,
-    keep_checkpoint,
-    load_model,
-    newest_checkpoint,
-    parameter_groups,
-    read_json,
-    save_for_users,
-    start_push,
-    write_card,
-    write_json,
-    write_results,
-)
+from video_classification_arguments import DataArguments, ModelArguments, check_command_line, parse_arguments
 
 
 @dataclass
@@ -86,6 +51,44 @@ class LoopArguments:
     hub_model_id: str | None = field(default=None, metadata={"help": "Its repository; else named as output_dir."})
     hub_token: str | None = field(default=None, metadata={"help": "Else the one of `hf auth login`."})
     hub_private_repo: bool | None = field(default=None, metadata={"help": "Create it as a private one."})
+
+
+if __name__ == "__main__":
+    check_command_line(ModelArguments, DataArguments, LoopArguments)
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, DistributedType, set_seed
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm import tqdm
+from transformers import get_scheduler
+
+from video_classification_data import (
+    DecodeFailures,
+    Normalize,
+    Stopwatch,
+    load_accuracy,
+    load_clips,
+    match_labels,
+    number_from,
+    transform_clips,
+)
+from video_classification_model import (
+    add_adapters,
+    draw_curve,
+    finish_push,
+    keep_checkpoint,
+    load_model,
+    newest_checkpoint,
+    parameter_groups,
+    read_json,
+    save_for_users,
+    start_push,
+    write_card,
+    write_json,
+    write_results,
+)
 
 
 class Training:

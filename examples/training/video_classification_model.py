@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import zlib
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -33,58 +32,6 @@ logger = logging.getLogger(__name__)
 # Of a new model, if the flags do not say; a trained one has its own.
 NEW_MODEL = {"hidden_size": 384, "num_hidden_layers": 24, "num_frames": 16, "frame_stride": 2, "image_size": 224}
 MANIFEST = "complete.json"  # of a checkpoint: the sizes and checksums of its files, written when all else is
-
-
-@dataclass
-class ModelArguments:
-    """Which model: a trained one, or the size of a new VideoMamba."""
-
-    _argument_group_name = "the model"
-
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Folder or Hub repository to start from; a new VideoMamba if left out."}
-    )
-    config_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder or Hub repository with the config.json of another video classifier, to train it from "
-            "scratch on the same frames; its weights, if there are any, are not read."
-        },
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that comes with that repository."})
-    ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Give the model a new head if the clips have other labels than it knows."}
-    )
-    hidden_size: int | None = field(default=None, metadata={"help": "Width of a new model (384)."})
-    num_hidden_layers: int | None = field(default=None, metadata={"help": "Layers of a new model (24)."})
-    num_frames: int | None = field(default=None, metadata={"help": "Frames a new model sees of a clip (16)."})
-    frame_stride: int | None = field(
-        default=None,
-        metadata={
-            "help": "Every n-th frame around the middle is read (2), unless the model's processor says; 0 spreads the "
-            "frames over the whole clip."
-        },
-    )
-    image_size: int | None = field(
-        default=None, metadata={"help": "Height and width of a new model's frames in pixels (224)."}
-    )
-    class_token_position: str = field(default="first", metadata={"help": "first, middle or none, for a new model."})
-    drop_path_rate: float | None = field(
-        default=None,
-        metadata={"help": "Stochastic depth in training: 0 in a new model, and else as the model has it."},
-    )
-    config_overrides: str | None = field(
-        default=None,
-        metadata={
-            "help": "Any other fields of the model's config: 'backward_scan=spatial,position_embedding_type=none'."
-        },
-    )
-    lora_rank: int = field(
-        default=0, metadata={"help": "Train LoRA adapters of this rank on the projections, and the head; needs peft."}
-    )
-    layer_decay: float = field(
-        default=1.0, metadata={"help": "Learning rate of each layer as a share of that of the next one."}
-    )
 
 
 def load_model(args, names, training):
@@ -201,8 +148,8 @@ def add_adapters(model, rank):
         return model
     try:
         from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ImportError("--lora_rank needs peft: pip install peft") from error
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("--lora_rank needs peft: pip install peft") from error
     targets = [name for name, module in model.named_modules() if name.endswith(("in_proj", "out_proj"))]
     if not targets:
         raise ValueError(f"--lora_rank: {type(model).__name__} has no layers called in_proj or out_proj to adapt.")

@@ -42,8 +42,8 @@ try:
     import gradio as gr
     from starlette.middleware import Middleware
     from starlette.responses import JSONResponse
-except ImportError:
-    sys.exit("The page needs Gradio: pip install 'videomamba-transformers[space]', or gradio.")
+except ModuleNotFoundError:
+    sys.exit("The page needs Gradio: pip install 'gradio>=6,<7'")
 try:
     import modeling_videomamba  # noqa: F401  registers VideoMamba in transformers' Auto classes
 

@@ -1,0 +1,162 @@
+"""The flags that the training and evaluation scripts share. Nothing here takes seconds to import."""
+
+import argparse
+import importlib.util
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+
+EXTRA = ("accelerate", "datasets", "evaluate", "matplotlib", "pandas")  # what every training script imports
+
+
+@dataclass
+class DataArguments:
+    """Which clips, and how they are augmented in training."""
+
+    _argument_group_name = "the clips"
+
+    train_dir: str | None = field(default=None, metadata={"help": "Folder of training clips, a sub-folder a label."})
+    validation_dir: str | None = field(default=None, metadata={"help": "The same for validation."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Instead of folders: a data set of the Hub with a video and a label column."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Which configuration of that data set."})
+    train_split: str = field(default="train", metadata={"help": "Name of its split to train on."})
+    validation_split: str = field(default="validation", metadata={"help": "Name of its split to evaluate on."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the data set while it comes in, without a copy; needs --max_steps."}
+    )
+    train_list: str | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of folders: an annotation file of Kinetics (CSV), Something-Something V2 or COIN (JSON), "
+            "HMDB51's folder of split files, OpenGVLab's lists of Breakfast, COIN and LVU, or a CSV file with the "
+            "columns video and label."
+        },
+    )
+    validation_list: str | None = field(default=None, metadata={"help": "The same for validation."})
+    video_root: str | None = field(default=None, metadata={"help": "The folder that holds the clips of the lists."})
+    label_list: str | None = field(
+        default=None, metadata={"help": "Names of the labels, a line each, for lists that hold their numbers."}
+    )
+    hmdb51_split: int = field(default=1, metadata={"help": "Which of HMDB51's three splits: 1, 2 or 3."})
+    video_column: str = field(default="video", metadata={"help": "Column of the data set that holds the videos."})
+    label_column: str = field(default="label", metadata={"help": "Column of the data set that holds the labels."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many clips, drawn at random."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only so many clips, drawn at random."})
+    max_decode_failures: int = field(
+        default=0,
+        metadata={"help": "Name and skip up to so many clips that cannot be read; one more stops the run."},
+    )
+    allow_missing_classes: bool = field(
+        default=False, metadata={"help": "Train although some classes have no validation clip."}
+    )
+    frame_cache: str | None = field(
+        default=None,
+        metadata={"help": "Keep decoded training frames in this folder, so that later epochs need not decode again."},
+    )
+    min_crop_area: float = field(
+        default=0.5, metadata={"help": "Training frames are random crops of at least this share of the area."}
+    )
+    jitter: float = field(default=0.2, metadata={"help": "Brightness and contrast of training clips vary by this."})
+    rand_augment: int = field(
+        default=0, metadata={"help": "How many of RandAugment's operations a training clip undergoes."}
+    )
+    rand_augment_magnitude: int = field(default=9, metadata={"help": "How strong they are: 0 to 30."})
+    random_erasing: float = field(
+        default=0.0, metadata={"help": "Share of the training clips in which a rectangle is blanked in all frames."}
+    )
+    mirror_swaps: str | None = field(
+        default=None,
+        metadata={
+            "help": "Mirror half the training clips, left to right. These labels trade places, and evaluation is "
+            "repeated on mirrored clips: 'pan left:pan right,turn left:turn right'; '' if a mirror changes no label."
+        },
+    )
+    reversal_swaps: str | None = field(
+        default=None, metadata={"help": "The same for clips played backwards: 'open the door:close the door'."}
+    )
+
+
+@dataclass
+class ModelArguments:
+    """Which model: a trained one, or the size of a new VideoMamba."""
+
+    _argument_group_name = "the model"
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Folder or Hub repository to start from; a new VideoMamba if left out."}
+    )
+    config_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or Hub repository with the config.json of another video classifier, to train it from "
+            "scratch on the same frames; its weights, if there are any, are not read."
+        },
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that comes with that repository."})
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Give the model a new head if the clips have other labels than it knows."}
+    )
+    hidden_size: int | None = field(default=None, metadata={"help": "Width of a new model (384)."})
+    num_hidden_layers: int | None = field(default=None, metadata={"help": "Layers of a new model (24)."})
+    num_frames: int | None = field(default=None, metadata={"help": "Frames a new model sees of a clip (16)."})
+    frame_stride: int | None = field(
+        default=None,
+        metadata={
+            "help": "Every n-th frame around the middle is read (2), unless the model's processor says; 0 spreads the "
+            "frames over the whole clip."
+        },
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Height and width of a new model's frames in pixels (224)."}
+    )
+    class_token_position: str = field(default="first", metadata={"help": "first, middle or none, for a new model."})
+    drop_path_rate: float | None = field(
+        default=None,
+        metadata={"help": "Stochastic depth in training: 0 in a new model, and else as the model has it."},
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={
+            "help": "Any other fields of the model's config: 'backward_scan=spatial,position_embedding_type=none'."
+        },
+    )
+    lora_rank: int = field(
+        default=0, metadata={"help": "Train LoRA adapters of this rank on the projections, and the head; needs peft."}
+    )
+    layer_decay: float = field(
+        default=1.0, metadata={"help": "Learning rate of each layer as a share of that of the next one."}
+    )
+
+
+def parse_arguments(*kinds):
+    """The command line as objects of the given dataclasses; of two values, a flag goes before a recipe."""
+    option = {
+        "metavar": "FILE",
+        "help": "A file of flags, such as those in recipes/; # begins a comment.",
+    }
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--recipe", **option)
+    recipe, flags = early.parse_known_args()
+    if recipe.recipe is not None:
+        flags = shlex.split(Path(recipe.recipe).read_text(encoding="utf-8"), comments=True) + flags
+    parser = HfArgumentParser(kinds)
+    parser.add_argument("--recipe", **option)  # for --help
+    return parser.parse_args_into_dataclasses(flags)[: len(kinds)]
+
+
+def check_command_line(*kinds):
+    """Answers `--help`, or names the packages that are missing: before a script imports what takes seconds."""
+    if {"-h", "--help"} & set(sys.argv):
+        parse_arguments(*kinds)
+    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(
+            f"This script needs {', '.join(missing)}. Install the extra `train`: pip install '.[train]' in a clone of "
+            "videomamba-transformers."
+        )
