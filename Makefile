@@ -2,7 +2,7 @@
 # make test [ARGS="-k name"]   runs the tests; ARGS goes to pytest
 # make hub-repo CARD=videomamba-tiny-camera-motion OUTPUT=folder [REPO=you/name]
 #                              assembles a checkpoint's complete Hub repository, and pushes it to REPO
-# make lint                    checks style, format and types; needs no PyTorch
+# make lint                    checks style, format, types and the pages' figures; needs no PyTorch
 # make kernel-report           prints registers, spills and shared memory of the GPU kernels
 # Each makes .venv on first use, with PYTHON=... if given, else the first Python >= 3.11 it finds.
 
@@ -29,6 +29,7 @@ lint: .venv/lint-installed
 	$(venv) -m mypy
 	.venv/bin/clang-format --dry-run -Werror csrc/*.cu csrc/*.cuh
 	$(venv) csrc/embed.py --check
+	$(venv) docs/check_figures.py
 
 kernel-report: .venv/demo-installed
 	@$(venv) csrc/report.py $(ARGS)
