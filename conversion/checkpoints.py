@@ -15,6 +15,7 @@ from pathlib import Path
 import safetensors
 import torch
 from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
@@ -461,7 +462,7 @@ def run(parser, convert, argv=None):
         remap, model, frame_stride, card = convert(options)
         if not options.dry_run:
             files = write_repository(model, frame_stride, card, options.output, options.overwrite)
-    except (ValueError, OSError, RuntimeError) as error:  # CheckpointError, the config's, a full disk, shapes
+    except (ValueError, StrictDataclassError, OSError, RuntimeError) as error:  # the last two: a full disk, shapes
         raise SystemExit(f"error: {error}") from error
     print(format_table(remap))
     if options.dry_run:

@@ -73,7 +73,7 @@ def refuse_variants(checkpoint, sizes):
     if "stride8" in name or (sizes["grid"] == overlapping and sizes["grid"] * patch_size != image_size):
         raise CheckpointError(
             f"{checkpoint.origin} is not supported: it was fine-tuned with a stride of {patch_size // 2}, so that "
-            f"its {sizes['grid']} × {sizes['grid']} patches overlap; VideoMamba's do not. Take the checkpoint that "
+            f"its {sizes['grid']} x {sizes['grid']} patches overlap; VideoMamba's do not. Take the checkpoint that "
             "was trained with a stride of 16: its name has no `ft`."
         )
 

@@ -1,14 +1,12 @@
 """VideoMamba model configuration."""
 
 import math
+from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 
-POSITION_EMBEDDING_TYPES = ("learned", "sinusoidal", "none")
-CLASS_TOKEN_POSITIONS = ("first", "middle", "none")
-BACKWARD_SCANS = ("spatiotemporal", "spatial", "temporal")
 MAX_LAYERS = 4096  # a file that asks for a thousand million must not keep the machine busy for ever
 
 
@@ -63,7 +61,8 @@ class VideoMambaConfig(PreTrainedConfig):
             Force one implementation of the selective scan by name; the fastest usable one is taken by default.
 
     Raises:
-        ValueError: for values that contradict each other, naming them.
+        StrictDataclassError: of huggingface_hub, for a value that cannot be, or values that contradict each other,
+            naming them; when a config is made, loaded or saved, and when a model is made of it.
 
     Example:
 
@@ -88,14 +87,14 @@ class VideoMambaConfig(PreTrainedConfig):
     state_size: int = 16
     conv_kernel: int = 4
     expand: int = 2
-    time_step_rank: int | str = "auto"
+    time_step_rank: int | Literal["auto"] = "auto"
     time_step_min: float = 0.001
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4
     layer_norm_epsilon: float = 1e-5
-    position_embedding_type: str = "learned"
-    class_token_position: str = "first"
-    backward_scan: str = "spatiotemporal"
+    position_embedding_type: Literal["learned", "sinusoidal", "none"] = "learned"
+    class_token_position: Literal["first", "middle", "none"] = "first"
+    backward_scan: Literal["spatiotemporal", "spatial", "temporal"] = "spatiotemporal"
     drop_path_rate: float | int = 0.0
     initializer_range: float = 0.02
     scan_backend: str | None = None
@@ -104,7 +103,6 @@ class VideoMambaConfig(PreTrainedConfig):
         if self.time_step_rank == "auto":
             self.time_step_rank = math.ceil(self.hidden_size / 16)
         super().__post_init__(**kwargs)
-        self.check_values()
 
     @classmethod
     def light(cls, **kwargs):
@@ -121,8 +119,8 @@ class VideoMambaConfig(PreTrainedConfig):
         """Tubelets of a clip along time, height and width: (n_t, n_h, n_w) of section 4.1."""
         return tubelet_grid(self, self.num_frames, *height_and_width(self.image_size))
 
-    def check_values(self):
-        """Raises a ValueError that names the first field whose value cannot be, or that contradicts another."""
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation: sizes that are none, or that leave no tubelet."""
         for name in (
             "num_channels",
             "num_frames",
@@ -134,22 +132,15 @@ class VideoMambaConfig(PreTrainedConfig):
             "expand",
             "time_step_rank",
         ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                hint = ' or "auto"' if name == "time_step_rank" else ""
-                raise ValueError(f"`{name}` must be a positive integer{hint}, got {value!r}.")
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be a positive integer, got {getattr(self, name)!r}.")
         for name in ("image_size", "patch_size"):
             value = getattr(self, name)
             sizes = [value] if isinstance(value, int) else list(value)
             if len(sizes) not in (1, 2) or any(size < 1 for size in sizes):
                 raise ValueError(f"`{name}` must be one or two positive integers (height, width), got {value!r}.")
-        for name, allowed in (
-            ("position_embedding_type", POSITION_EMBEDDING_TYPES),
-            ("class_token_position", CLASS_TOKEN_POSITIONS),
-            ("backward_scan", BACKWARD_SCANS),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+        if self.num_hidden_layers > MAX_LAYERS:
+            raise ValueError(f"`num_hidden_layers` must be at most {MAX_LAYERS}, got {self.num_hidden_layers}.")
         if self.num_frames < self.tubelet_size:
             raise ValueError(
                 f"A clip of `num_frames`={self.num_frames} is shorter than one tubelet of "
@@ -160,19 +151,23 @@ class VideoMambaConfig(PreTrainedConfig):
                 f"A frame of `image_size`={self.image_size} is smaller than one patch of "
                 f"`patch_size`={self.patch_size}; lower `patch_size` or raise `image_size`."
             )
+
+    def validate_ranges(self):
+        """Part of `@strict`-powered validation: numbers outside the range in which they mean something."""
         if not 0 < self.time_step_floor <= self.time_step_max or not 0 < self.time_step_min <= self.time_step_max:
             raise ValueError(
-                "Step sizes must satisfy 0 < `time_step_min` ≤ `time_step_max` and 0 < `time_step_floor` ≤ "
+                "Step sizes must satisfy 0 < `time_step_min` <= `time_step_max` and 0 < `time_step_floor` <= "
                 f"`time_step_max`, got {self.time_step_min}, {self.time_step_max} and {self.time_step_floor}."
             )
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"`drop_path_rate` is a probability in [0, 1), got {self.drop_path_rate}.")
-        if self.num_hidden_layers > MAX_LAYERS:
-            raise ValueError(f"`num_hidden_layers` must be at most {MAX_LAYERS}, got {self.num_hidden_layers}.")
         if not 0 < self.layer_norm_epsilon < math.inf:
             raise ValueError(f"`layer_norm_epsilon` must be positive and finite, got {self.layer_norm_epsilon}.")
         if not 0 <= self.initializer_range < math.inf:
             raise ValueError(f"`initializer_range` must be finite and not negative, got {self.initializer_range}.")
+
+    def validate_labels(self):
+        """Part of `@strict`-powered validation: labels that are not numbered from 0."""
         if sorted(self.id2label) != list(range(len(self.id2label))):
             raise ValueError(
                 f"`id2label` must name the labels 0 to {len(self.id2label) - 1}, each once, got the numbers "

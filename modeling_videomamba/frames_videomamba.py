@@ -76,12 +76,18 @@ class VideoMambaFramesMixin:
     ) -> BatchFeature:
         """(T, C, H, W) tensors to `pixel_values`."""
         pixel_values = []
-        for video in videos:
-            if do_rescale and video.is_floating_point() and video.numel() and 0 < video.max() <= 1:
-                logger.warning_once(
-                    "The frames are floating point numbers of at most 1 and would be divided by 255 once more. "
-                    "Pass `do_rescale=False` if they lie between 0 and 1."
-                )
+        for i, video in enumerate(videos):
+            if video.is_floating_point():
+                least, most = video.aminmax()
+                if not (least.isfinite() and most.isfinite()):
+                    raise ValueError(
+                        f"The frames of clip {i} contain NaN or infinite numbers. Look at how they were made."
+                    )
+                if do_rescale and 0 < most <= 1:
+                    logger.warning_once(
+                        "The frames are floating point numbers of at most 1 and would be divided by 255 once more. "
+                        "Pass `do_rescale=False` if they lie between 0 and 1."
+                    )
             video = self.resize_and_crop(video, do_resize, size, resample, do_center_crop, crop_size)
             # Frames come as channels-last views, which torchvision resizes three times as fast; but the arithmetic
             # below is four times as fast on contiguous planes.

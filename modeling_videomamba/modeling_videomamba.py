@@ -26,7 +26,6 @@ from .maps_videomamba import VideoMambaDeltaMapsMixin, VideoMambaReadingMapsMixi
 from .rms_norm_cuda import can_fuse_rms_norm, fused_add_rms_norm, fused_rms_norm
 from .selective_scan import ScanOrder, bidirectional_selective_scan
 from .tokens_videomamba import (
-    all_finite,
     backward_order,
     checked_clips,
     class_token_index,
@@ -45,7 +44,7 @@ AUTO_MAP = {
 class VideoMambaTubeletProjection(nn.Conv3d):
     """A convolution whose kernel is its stride, and so one matrix product, which GPUs run several times as fast."""
 
-    def forward(self, pixel_values):
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, C, T, H, W) to (B, D, n_t, n_h, n_w); what does not fill a tubelet is left out."""
         frames, rows, columns = self.kernel_size
         # Views (B, C, n_t, n_h, n_w, frames, rows, columns).
@@ -57,14 +56,14 @@ class VideoMambaTubeletProjection(nn.Conv3d):
 class VideoMambaPatchEmbeddings(nn.Module):
     """Clip (B, T, C, H, W) to tubelet tokens (B, n_t · n_h · n_w, D), frame by frame (paper, section 4.1)."""
 
-    def __init__(self, config):
+    def __init__(self, config: VideoMambaConfig):
         super().__init__()
         tubelet = (config.tubelet_size, *height_and_width(config.patch_size))
         self.projection = VideoMambaTubeletProjection(
             config.num_channels, config.hidden_size, kernel_size=tubelet, stride=tubelet
         )
 
-    def forward(self, pixel_values):
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         pixel_values = pixel_values.to(self.projection.weight.dtype)
         return self.projection(pixel_values.transpose(1, 2)).flatten(2).transpose(1, 2)
 
@@ -77,7 +76,7 @@ class VideoMambaEmbeddings(nn.Module):
     in the sequence, and the tubelets' rows follow in order.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: VideoMambaConfig):
         super().__init__()
         self.config = config
         self.patch_embeddings = VideoMambaPatchEmbeddings(config)
@@ -91,7 +90,7 @@ class VideoMambaEmbeddings(nn.Module):
         elif config.position_embedding_type == "sinusoidal":
             self.register_buffer("sinusoids", sinusoidal_positions(num_patches, config.hidden_size), persistent=False)
 
-    def forward(self, pixel_values, grid):
+    def forward(self, pixel_values: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
         """Clips (B, T, C, H, W), and how many tubelets they hold along time, height and width; tokens (B, L, D)."""
         tokens = self.patch_embeddings(pixel_values)
         positions, class_token = self.positions_for(grid, tokens)
@@ -130,18 +129,18 @@ class VideoMambaEmbeddings(nn.Module):
 class VideoMambaRMSNorm(nn.Module):
     """Root-mean-square norm of the float32 residual stream, computed in float32, out in the weights' type."""
 
-    def __init__(self, hidden_size, eps):
+    def __init__(self, hidden_size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.eps = eps
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if can_fuse_rms_norm(hidden_states, self.weight):
             return fused_rms_norm(hidden_states, self.weight, self.eps)
         normed = F.rms_norm(hidden_states.float(), self.weight.shape, self.weight.float(), self.eps)
         return normed.to(self.weight.dtype)
 
-    def of_sum(self, hidden_states, update):
+    def of_sum(self, hidden_states: torch.Tensor, update: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream with a layer's update added, and the norm of it."""
         same = update.dtype == self.weight.dtype and update.is_contiguous()
         if same and can_fuse_rms_norm(hidden_states, self.weight):
@@ -160,10 +159,10 @@ class VideoMambaMixer(nn.Module):
     `in_proj`, the gate and `out_proj` serve both directions; all else has a leading axis of 2, forward then backward.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: VideoMambaConfig):
         super().__init__()
         self.scan_backend = config.scan_backend
-        inner, states, rank = config.intermediate_size, config.state_size, config.time_step_rank
+        inner, states, rank = config.intermediate_size, config.state_size, int(config.time_step_rank)
         self.in_proj = nn.Linear(config.hidden_size, 2 * inner, bias=False)
         self.conv_weight = nn.Parameter(torch.empty(2, inner, config.conv_kernel))
         self.conv_bias = nn.Parameter(torch.empty(2, inner))
@@ -174,7 +173,7 @@ class VideoMambaMixer(nn.Module):
         self.D = nn.Parameter(torch.empty(2, inner))
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
-    def forward(self, hidden_states, order=None):
+    def forward(self, hidden_states: torch.Tensor, order: ScanOrder | None = None) -> torch.Tensor:
         plain = is_plain_linear(self.out_proj)
         mixed = bidirectional_selective_scan(
             self.in_proj(hidden_states),
@@ -216,20 +215,25 @@ def is_plain_linear(module):
 class VideoMambaLayer(GradientCheckpointingLayer):
     """Pre-norm block: x + mixer(norm(x)), on a residual stream x (B, L, D) that stays in float32."""
 
-    def __init__(self, config, drop_path_rate):
+    def __init__(self, config: VideoMambaConfig, drop_path_rate: float):
         super().__init__()
         self.norm = VideoMambaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mixer = VideoMambaMixer(config)
         self.drop_path_rate = drop_path_rate
 
-    def update(self, hidden_states, order=None):
+    def update(self, hidden_states: torch.Tensor, order: ScanOrder | None = None) -> torch.Tensor:
         """What the layer adds to the residual stream, but for stochastic depth."""
         return self.mixer(self.norm(hidden_states), order)
 
-    def forward(self, hidden_states, order=None, **kwargs: Unpack[TransformersKwargs]):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        order: ScanOrder | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
         return self.add(hidden_states, self.update(hidden_states, order))
 
-    def add(self, hidden_states, update):
+    def add(self, hidden_states: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
         """The residual connection, with stochastic depth in training."""
         if self.training and self.drop_path_rate > 0:
             keep = 1 - self.drop_path_rate
@@ -249,12 +253,13 @@ class VideoMambaPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = "video"
     supports_gradient_checkpointing = True
+    _input_embed_layer = "patch_embeddings"
     _no_split_modules = ["VideoMambaEmbeddings", "VideoMambaLayer"]
     _can_record_outputs = {"hidden_states": VideoMambaLayer}
 
-    def __init__(self, config, *args, **kwargs):
+    def __init__(self, config: VideoMambaConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        self.config.check_values()  # once more: fields may have been set since it was made
+        self.config.validate()  # `from_pretrained` sets the fields that it is given after the config was made
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
@@ -285,7 +290,9 @@ class VideoMambaPreTrainedModel(PreTrainedModel):
         for name, weight in model.named_parameters():
             # Not of quantised ones, which only their own operators understand.
             plain = type(weight) is nn.Parameter and weight.dtype.itemsize > 1 and weight.is_floating_point()
-            if plain and weight.numel() and not weight.is_meta and not all_finite(weight):
+            if not plain or weight.is_meta or not weight.numel():
+                continue
+            if not all(bound.isfinite() for bound in weight.detach().aminmax()):
                 raise ValueError(
                     f"The weight {name!r} of {pretrained_model_name_or_path!r} holds NaN or infinite numbers: was its "
                     "training diverged? Load an earlier checkpoint."
@@ -332,7 +339,7 @@ class VideoMambaPreTrainedModel(PreTrainedModel):
                 Height and width of a frame in pixels from now on; unchanged by default.
 
         Raises:
-            ValueError: if a clip of that size holds no tubelet. The model is then as it was.
+            StrictDataclassError: if a clip of that size holds no tubelet. The model is then as it was.
 
         Example:
 
@@ -345,7 +352,7 @@ class VideoMambaPreTrainedModel(PreTrainedModel):
         resized = copy.deepcopy(self.config)
         resized.num_frames = self.config.num_frames if num_frames is None else num_frames
         resized.image_size = self.config.image_size if image_size is None else image_size
-        resized.check_values()
+        resized.validate()
         embeddings = self.base_model.embeddings
         if self.config.position_embedding_type == "learned":
             table = embeddings.position_embeddings
@@ -435,7 +442,7 @@ class VideoMambaModel(VideoMambaDeltaMapsMixin, VideoMambaPreTrainedModel):
         config (`VideoMambaConfig`).
     """
 
-    def __init__(self, config):
+    def __init__(self, config: VideoMambaConfig):
         super().__init__(config)
         self.embeddings = VideoMambaEmbeddings(config)
         depth = config.num_hidden_layers
@@ -464,9 +471,6 @@ class VideoMambaModel(VideoMambaDeltaMapsMixin, VideoMambaPreTrainedModel):
         place = None if config.class_token_position == "none" else class_token_index(config, math.prod(grid))
         return ScanOrder(visits, self.backward_places, config.backward_scan, grid[0], place)
 
-    def get_input_embeddings(self):
-        return self.embeddings.patch_embeddings
-
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
@@ -491,7 +495,7 @@ class VideoMambaModel(VideoMambaDeltaMapsMixin, VideoMambaPreTrainedModel):
             `(B, L, D)` in float32.
 
         Raises:
-            ValueError: if `pixel_values` has another rank, size or type than the model takes, or contains NaN.
+            ValueError: if `pixel_values` has another rank, size or type than the model takes.
         """
         pixel_values, grid = checked_clips(self.config, pixel_values, interpolate_pos_encoding)
         hidden_states = self.encode(pixel_values, grid, **kwargs)
@@ -503,7 +507,7 @@ class VideoMambaModel(VideoMambaDeltaMapsMixin, VideoMambaPreTrainedModel):
             pooled = last_hidden_state.mean(dim=1)
         return BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=pooled)
 
-    def encode(self, pixel_values, grid, **kwargs):
+    def encode(self, pixel_values: torch.Tensor, grid: tuple[int, int, int], **kwargs) -> torch.Tensor:
         """The residual stream after all layers; in inference on a GPU, each sum is made with the norm after it."""
         hidden_states = self.embeddings(pixel_values, grid).float()
         order = self.order_for(grid, hidden_states.device)
@@ -526,7 +530,7 @@ class VideoMambaForVideoClassification(VideoMambaReadingMapsMixin, VideoMambaPre
         config (`VideoMambaConfig`).
     """
 
-    def __init__(self, config):
+    def __init__(self, config: VideoMambaConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.videomamba = VideoMambaModel(config)
@@ -572,8 +576,9 @@ class VideoMambaForVideoClassification(VideoMambaReadingMapsMixin, VideoMambaPre
         >>> print(model.config.id2label[label])
         pan left
         ```"""
-        kwargs["return_dict"] = True
-        outputs = self.videomamba(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        outputs = self.videomamba(
+            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
+        )
         logits = self.classifier(outputs.pooler_output)
         loss = None
         if labels is not None:
@@ -609,7 +614,7 @@ class VideoMambaForImageClassification(VideoMambaForVideoClassification):
 
     input_modalities = "image"
 
-    def __init__(self, config):
+    def __init__(self, config: VideoMambaConfig):
         if config.num_frames != 1:
             raise ValueError(
                 f"An image classifier sees one frame, but the config has `num_frames`={config.num_frames} and "

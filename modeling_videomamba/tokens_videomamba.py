@@ -49,33 +49,16 @@ def checked_clips(config, pixel_values, interpolate_pos_encoding=False):
     grid = tubelet_grid(config, num_frames, height, width)
     if (num_frames, height, width) != expected and not interpolate_pos_encoding:
         raise ValueError(
-            f"The clip has {num_frames} frames of {height} × {width} pixels, but the model was made for "
-            f"{expected[0]} frames of {expected[1]} × {expected[2]}. Resample the clip, or pass "
+            f"The clip has {num_frames} frames of {height} x {width} pixels, but the model was made for "
+            f"{expected[0]} frames of {expected[1]} x {expected[2]}. Resample the clip, or pass "
             "`interpolate_pos_encoding=True`."
         )
     if 0 in grid:
         raise ValueError(
-            f"The clip has {num_frames} frames of {height} × {width} pixels, less than one tubelet of "
-            f"{config.tubelet_size} frames of {' × '.join(map(str, height_and_width(config.patch_size)))}."
-        )
-    # On a GPU this look would make the host wait for the device, and there NaN shows in the logits.
-    if (
-        pixel_values.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not all_finite(
-            torch.func.debug_unwrap(pixel_values)  # of a clip within `vmap`, the batch
-        )
-    ):
-        raise ValueError(
-            f"`pixel_values` contains {'NaN' if pixel_values.isnan().any() else 'infinite numbers'}. Check the frames "
-            "and the processor's `image_mean` and `image_std`."
+            f"The clip has {num_frames} frames of {height} x {width} pixels, less than one tubelet of "
+            f"{config.tubelet_size} frames of {' x '.join(map(str, height_and_width(config.patch_size)))}."
         )
     return pixel_values, grid
-
-
-def all_finite(tensor):
-    """Whether a tensor, which is not empty, holds neither NaN nor infinite numbers."""
-    return all(bound.isfinite() for bound in tensor.detach().aminmax())  # in one pass, and NaN is both
 
 
 def class_token_index(config, num_patches):
@@ -142,7 +125,6 @@ def backward_order(config, grid, device=None):
 
 
 __all__ = [
-    "all_finite",
     "backward_order",
     "checked_clips",
     "class_token_index",

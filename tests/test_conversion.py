@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -755,7 +756,7 @@ def test_resize_position_embeddings_refuses_and_leaves_the_model_alone():
     model = VideoMambaModel(VideoMambaConfig(hidden_size=32, num_hidden_layers=1, image_size=32))
     before = model.embeddings.position_embeddings
     for size in ({"num_frames": 1}, {"image_size": 8}, {"num_frames": 0}, {"num_frames": 4, "image_size": -1}):
-        with pytest.raises(ValueError, match="`(num_frames|image_size)`"):
+        with pytest.raises(StrictDataclassError, match="`(num_frames|image_size)`"):
             model.resize_position_embeddings(**size)
         assert model.embeddings.position_embeddings is before
         assert model.config.num_frames == 16 and model.config.image_size == 32

@@ -214,6 +214,15 @@ def test_image_processor_takes_no_files(file):
         VideoMambaImageProcessor()(file)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("processor", [VideoMambaImageProcessor(), VideoMambaVideoProcessor()])
+def test_frames_that_are_no_numbers(processor, bad):
+    clips = np.full((2, 3, 40, 40, 3), 0.5, np.float32)
+    clips[1, 2, 7, 8, 1] = bad
+    with pytest.raises(ValueError, match="frames of clip 1 contain NaN or infinite"):
+        processor(clips, do_rescale=False, return_tensors="pt")
+
+
 def test_frames_that_are_already_rescaled(caplog):
     frames = np.stack(numbered_frames(2)).astype(np.float32) / 255
     expected = VideoMambaImageProcessor()(

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoModelForVideoClassification, BitsAndBytesConfig, TorchAoConfig
 
@@ -161,7 +162,7 @@ def test_interpolated_positions_are_linear_in_time_and_space():
 def test_other_sizes_need_interpolation(kind, frames, size):
     model = tiny_model(position_embedding_type=kind)
     pixels = clip(frames=frames, size=size)
-    with pytest.raises(ValueError, match=rf"{frames} frames of {size} × {size}.*4 frames of 32 × 32"):
+    with pytest.raises(ValueError, match=rf"{frames} frames of {size} x {size}.*4 frames of 32 x 32"):
         model(pixels)
     assert model(pixels, interpolate_pos_encoding=True).logits.isfinite().all()
 
@@ -429,8 +430,6 @@ def test_round_trip_through_a_folder(tmp_path):
         (torch.zeros(1, 4, 3, 32, 32, dtype=torch.uint8), "floating point.*uint8"),
         (torch.zeros(1, 4, 3, 32, 32, dtype=torch.complex64), "floating point.*complex64"),
         (torch.zeros(1, 4, 3, 32, 32, dtype=torch.bool), "floating point.*bool"),
-        (torch.full((1, 4, 3, 32, 32), torch.nan), "NaN"),
-        (torch.full((1, 4, 3, 32, 32), -torch.inf), "infinite"),
         (torch.zeros(0, 4, 3, 32, 32), r"\(0, 4, 3, 32, 32\) holds no clip"),
         (None, "must be a `torch.Tensor`, got NoneType.*processor"),
         ([[0.0]], "must be a `torch.Tensor`, got list"),
@@ -443,7 +442,7 @@ def test_pixel_values_that_are_refused(pixels, message):
 
 
 def test_clip_smaller_than_a_tubelet_is_refused():
-    with pytest.raises(ValueError, match="less than one tubelet of 2 frames of 16 × 16"):
+    with pytest.raises(ValueError, match="less than one tubelet of 2 frames of 16 x 16"):
         tiny_model()(clip(frames=1), interpolate_pos_encoding=True)
 
 
@@ -453,11 +452,11 @@ def test_clip_smaller_than_a_tubelet_is_refused():
         ({"num_frames": 1}, "num_frames.*tubelet_size"),
         ({"image_size": 8}, "image_size.*patch_size"),
         ({"image_size": [32, 32, 32]}, "image_size"),
-        ({"class_token_position": "last"}, "class_token_position.*first, middle, none"),
-        ({"backward_scan": "diagonal"}, "backward_scan.*spatiotemporal"),
-        ({"position_embedding_type": "rope"}, "position_embedding_type.*learned"),
+        ({"class_token_position": "last"}, "(?s)class_token_position.*first.*last"),
+        ({"backward_scan": "diagonal"}, "(?s)backward_scan.*spatiotemporal"),
+        ({"position_embedding_type": "rope"}, "(?s)position_embedding_type.*learned"),
         ({"hidden_size": 0}, "hidden_size"),
-        ({"time_step_rank": "large"}, "time_step_rank.*auto"),
+        ({"time_step_rank": "large"}, "(?s)time_step_rank.*auto"),
         ({"time_step_min": 1.0, "time_step_max": 0.1}, "time_step_min"),
         ({"drop_path_rate": 1.0}, "drop_path_rate"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers.*at most 4096"),
@@ -468,7 +467,7 @@ def test_clip_smaller_than_a_tubelet_is_refused():
     ],
 )
 def test_configs_that_contradict_themselves(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(StrictDataclassError, match=message):
         tiny_config(**options)
 
 
@@ -477,14 +476,27 @@ def test_config_is_checked_again_when_it_is_loaded(tmp_path):
     config = copy.deepcopy(config)
     config.num_frames = 1
     config.to_json_file(tmp_path / "config.json")
-    with pytest.raises(ValueError, match="tubelet_size"):
+    with pytest.raises(StrictDataclassError, match="tubelet_size"):
         VideoMambaConfig.from_pretrained(tmp_path)
 
 
 def test_config_is_checked_again_when_a_model_is_made_of_it(tmp_path):
     tiny_model().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="backward_scan.*diagonal"):
-        VideoMambaForVideoClassification.from_pretrained(tmp_path, backward_scan="diagonal")
+    for options, message in (
+        ({"backward_scan": "diagonal"}, "(?s)backward_scan.*spatiotemporal.*diagonal"),
+        ({"patch_size": 64}, "image_size.*patch_size"),
+    ):
+        with pytest.raises(StrictDataclassError, match=message):
+            VideoMambaForVideoClassification.from_pretrained(tmp_path, **options)
+
+
+def test_config_that_contradicts_itself_is_not_saved(tmp_path):
+    config = tiny_config()
+    config.tubelet_size = 8
+    with pytest.raises(StrictDataclassError, match="num_frames.*tubelet_size"):
+        config.save_pretrained(tmp_path)
+    with pytest.raises(StrictDataclassError, match="(?s)class_token_position.*first.*last"):
+        config.class_token_position = "last"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -515,7 +527,7 @@ def test_from_pretrained_fits_the_model_to_the_sizes_asked_for(kind, auto, tmp_p
         assert (found.config.num_frames, found.config.image_size) == (8, 48)
         torch.testing.assert_close(found(pixels).logits, expected)
     assert (changed.num_frames, changed.image_size) == (8, 48)
-    with pytest.raises(ValueError, match="`num_frames`=1 is shorter than one tubelet"):
+    with pytest.raises(StrictDataclassError, match="`num_frames`=1 is shorter than one tubelet"):
         model_class.from_pretrained(tmp_path, num_frames=1)
 
 

@@ -121,7 +121,7 @@ def test_delta_maps_of_chosen_layers_and_other_sizes():
     for layers in ([3], [-4], [0.0], ["1"]):
         with pytest.raises(ValueError, match="`layers` must list integers from -3 to 2"):
             model.delta_maps(clips(), layers=layers)
-    with pytest.raises(ValueError, match="8 frames of 48 × 48"):
+    with pytest.raises(ValueError, match="8 frames of 48 x 48"):
         model.delta_maps(clips(1, 8, 48))
 
 

@@ -192,6 +192,21 @@ def test_no_module_is_too_long_to_read(module, request):
     assert lines <= (700 if module == "modeling_videomamba" else 800)
 
 
+def test_messages_are_ascii():
+    """So that they can be typed into a search: `224 x 224`."""
+    for path, tree in parsed("modeling_videomamba"):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                assert node.name.isascii(), f"{path}:{node.lineno}"
+            # What is raised and what is logged.
+            is_call = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+            if isinstance(node, ast.Raise) or (
+                is_call and node.func.attr in ("error", "info", "warning", "warning_once")
+            ):
+                texts = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
+                assert all(text.isascii() for text in texts if isinstance(text, str)), f"{path}:{node.lineno}"
+
+
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_no_module_uses_underscored_names_of_another(folder):
     ours = {path.stem for path in (ROOT / folder).rglob("*.py")} | {"modeling_videomamba", "conversion"}

@@ -213,6 +213,10 @@ class VideoMambaModelTest(modeling_common.ModelTesterMixin, pipeline_common.Pipe
         for model_class in self.all_model_classes:
             model = model_class(self.model_tester.get_config())
             self.assertIsInstance(model.get_input_embeddings(), VideoMambaPatchEmbeddings)
+            others = VideoMambaPatchEmbeddings(model.config)
+            model.set_input_embeddings(others)
+            self.assertIs(model.get_input_embeddings(), others)
+            self.assertIs(model.base_model.embeddings.patch_embeddings, others)
             self.assertIsNone(model.get_output_embeddings())
 
     def run_task_tests(self, task, **kwargs):

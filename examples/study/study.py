@@ -313,12 +313,15 @@ def check(names, arguments, common):
 
 
 def read_config(path):
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     import modeling_videomamba  # noqa: F401  registers VideoMamba in transformers' Auto classes
 
     try:
         return AutoConfig.from_pretrained(path)
+    except StrictDataclassError as error:
+        sys.exit(f"The checkpoint {path} cannot be read: {error.__cause__}")
     except (OSError, ValueError) as error:
         sys.exit(f"The checkpoint {path} cannot be read: {str(error).splitlines()[0]}")
 

@@ -48,6 +48,7 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
 from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
@@ -282,7 +283,7 @@ def main():
         args.output.mkdir(parents=True, exist_ok=True)
         if state.is_main_process:
             check_settings(args.output, settings)
-    except ValueError as error:
+    except (ValueError, StrictDataclassError) as error:
         sys.exit(str(error))
     parts = []
     for number, start in enumerate(range(0, len(clips), args.part_size)):
