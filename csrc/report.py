@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from modeling_videomamba import selective_scan_cuda as backend
+from modeling_videomamba import selective_scan_cuda_plan as plan
 from modeling_videomamba import selective_scan_cuda_runtime as runtime
 
 
@@ -28,18 +28,18 @@ def configurations():
     for dtype in (torch.bfloat16, torch.float32):
         common = {"IO": runtime.DTYPES[dtype], "PT": runtime.DTYPES[dtype], "CHANNELS": CHANNELS, "N": STATES}
         common |= {"R": RANK, "K": TAPS, "VEC": 1}
-        for kernel, share in backend.WALKS:
+        for kernel, share in plan.WALKS:
             if dtype == torch.float32 and share != 1:
                 continue
-            options, threads, shared = backend.walk_settings(kernel, share, RANK, STATES, CHANNELS, dtype)
+            options, threads, shared = plan.walk_settings(kernel, share, RANK, STATES, CHANNELS, dtype)
             note = {0.5: "two warps for 16 channels", 1: "16 channels a warp", 2: "32 channels a warp"}[share]
             yield kernel, dtype, note, {**common, **options}, threads, shared
         for kernel in ("conv", "conv_backward"):
-            yield kernel, dtype, f"{backend.CONV_CHANNELS} channels a thread", common, backend.CONV_THREADS, 0
+            yield kernel, dtype, f"{plan.CONV_CHANNELS} channels a thread", common, plan.CONV_THREADS, 0
         if dtype != torch.float32:
-            shared = backend.conv_backward_bytes(RANK, STATES)
+            shared = plan.conv_backward_bytes(RANK, STATES)
             note = "2 channels a thread, with the projection"
-            yield "proj_conv_backward", dtype, note, common, backend.CONV_BACKWARD_THREADS, shared
+            yield "proj_conv_backward", dtype, note, common, plan.CONV_BACKWARD_THREADS, shared
         yield "pass_states", dtype, "a state a thread", common, 128, 0
 
 

@@ -58,6 +58,11 @@ def no_gpu_reason(device, dtype):
 
 
 @functools.cache
+def multiprocessors_of(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
 def nvrtc():
     """The NVRTC that came with PyTorch, or the system's."""
     major = torch.version.cuda.split(".")[0]

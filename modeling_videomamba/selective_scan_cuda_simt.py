@@ -12,7 +12,15 @@ import functools
 
 import torch
 
-from .selective_scan_cuda_runtime import DTYPES, Launch, compiled_architectures, driver, no_gpu_reason, source_constant
+from .selective_scan_cuda_runtime import (
+    DTYPES,
+    Launch,
+    compiled_architectures,
+    driver,
+    multiprocessors_of,
+    no_gpu_reason,
+    source_constant,
+)
 from .selective_scan_torch import bidirectional_selective_scan as plain_bidirectional_selective_scan
 
 
@@ -68,10 +76,6 @@ def split_length(sequences, length, channels, multiprocessors):
     return span, -(-length // span)
 
 
-def _multiprocessors(device):
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 class _Walks:
     """The kernels over one set of tensors: u, delta (G, B, L, E), A (G, E, N), B and C (G, B, L, N), in float32."""
 
@@ -80,7 +84,7 @@ class _Walks:
         self.states = A.shape[2]
         self.device = u.device
         self.sequences = self.groups * self.batch
-        self.span, self.spans = split_length(self.sequences, self.length, self.channels, _multiprocessors(u.device))
+        self.span, self.spans = split_length(self.sequences, self.length, self.channels, multiprocessors_of(u.device))
         self.tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C}
 
     def new(self, *shape):

@@ -1,15 +1,9 @@
 """The scan on a CPU, compiled by Numba on the user's machine: no compiler to install, and nothing to build beforehand.
 
-Work is cut into units that never share a sum: one clip's block of `BLOCK` channels, walked token by token in the order
-of visits, with its states (N, BLOCK) in the first-level cache. The innermost loops run over the block's channels, a
-number known at compile time, so LLVM turns them into vector instructions; a call of the C library's `exp` would stop
-it, hence the polynomials. Convolution, SiLU, softplus, skip term and gate are inside; the two thin projections are
-PyTorch's. The backward pass walks chunks of `CHUNK` tokens from the last to the first, and recomputes the states of a
-chunk from the one that the forward pass left at its border.
-
-The kernels release the GIL and a few Python threads take units as they come. Numba's own parallel loops would not do:
-its thread pools abort after a fork, or when two Python threads use them at once. Since the cut into units does not
-depend on the number of threads, neither do the results.
+Convolution, SiLU, softplus, skip term and gate are inside the kernels (`selective_scan_numba_kernels`); the two thin
+projections are PyTorch's. The kernels release the GIL and a few Python threads take units as they come. Numba's own
+parallel loops would not do: its thread pools abort after a fork, or when two Python threads use them at once. Since
+the cut into units does not depend on the number of threads, neither do the results.
 """
 
 import ctypes
@@ -21,29 +15,28 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import torch
 from transformers.utils import logging
 
+from .selective_scan_numba_kernels import (
+    BLOCK,
+    CHUNK,
+    IMPORT_ERROR,
+    LN2,
+    LOG2E,
+    ROWS,
+    convolve,
+    convolve_backward,
+    scan,
+    scan_backward,
+)
 
-try:
-    from llvmlite import ir
-    from numba import njit, types
-    from numba.extending import intrinsic, overload
-
-    IMPORT_ERROR = None
-except ImportError as error:
-    IMPORT_ERROR = error
 
 logger = logging.get_logger(__name__)
 
 # Each copy of this code in a process (one travels with every Hub repository) has operators of its own.
 _NAMESPACE = __package__.replace("modeling_videomamba", "videomamba").replace(".", "_")
 
-BLOCK = 64  # channels of a unit
-CHUNK = 32  # tokens between two kept states
-AHEAD = 8  # tokens by which loads run ahead of their use
-ROWS = 256  # tokens of a unit of the convolution
 WORKSPACE = 2**27  # bytes
 
 
@@ -65,549 +58,6 @@ def bidirectional_selective_scan(
     parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (xz, *parameters))
     return _mixer(xz, *parameters, None if order is None else order.visits, keep)[0]
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Functions of one number, inlined into the kernels. Errors are relative and below 4e-7.
-# --------------------------------------------------------------------------------------------------------------------
-
-LOG2E = np.float32(1.4426950408889634)
-LN2 = np.float32(0.6931471805599453)
-ROUNDER = np.float32(1.5 * 2**23)  # adding it rounds a float32 to an integer, which then stands in the low bits
-
-
-def _compiled(*fastmath, **options):
-    """Compile a function at its first call, without Python's checks; nothing at all if Numba is missing."""
-
-    def decorate(function):
-        if IMPORT_ERROR is not None:
-            return function
-        return njit(fastmath=set(fastmath), error_model="numpy", **options)(function)
-
-    return decorate
-
-
-def _kernel(function):
-    """Compile a kernel, and keep the result on disk: beside this file, or else in the user's cache directory."""
-    try:
-        return _compiled("contract", nogil=True, cache=True)(function)
-    except RuntimeError:  # nowhere to write
-        return _compiled("contract", nogil=True)(function)
-
-
-if IMPORT_ERROR is None:
-
-    @intrinsic
-    def _bits(context, x):
-        return types.int32(types.float32), lambda _, builder, sig, args: builder.bitcast(args[0], ir.IntType(32))
-
-    @intrinsic
-    def _from_bits(context, x):
-        return types.float32(types.int32), lambda _, builder, sig, args: builder.bitcast(args[0], ir.FloatType())
-
-    @intrinsic
-    def _disjoint(context):
-        """
-        Have LLVM vectorise the calling function in earnest: with a promise that its array arguments do not overlap, so
-        that it need not make sure, and with 512-bit vectors if the CPU has them, where by itself it stays with 256.
-        """
-
-        def generate(context, builder, signature, args):
-            for argument in builder.function.args:
-                pointee = getattr(argument.type, "pointee", None)
-                # Of the pointers, those to data, not to what Numba knows about their memory.
-                if isinstance(pointee, ir.FloatType) or pointee == ir.IntType(16):
-                    argument.add_attribute("noalias")
-            # llvmlite does not know this attribute and would refuse it; `set.add` passes by its check.
-            set.add(builder.function.attributes, '"prefer-vector-width"="512"')
-            return context.get_dummy_value()
-
-        return types.void(), generate
-
-    @intrinsic
-    def _hot(context):
-        """Have LLVM compile the calling function by itself, so that its loops have all registers."""
-
-        def generate(context, builder, signature, args):
-            builder.function.attributes.add("noinline")
-            return context.get_dummy_value()
-
-        return types.void(), generate
-
-    @intrinsic
-    def _fetch_line(context, address):
-        """Start to load the cache line at an address."""
-
-        def generate(context, builder, signature, args):
-            pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-            prefetch = builder.module.declare_intrinsic(
-                "llvm.prefetch", (pointer,), ir.FunctionType(ir.VoidType(), (pointer, number, number, number))
-            )
-            to_read, to_keep, data = number(0), number(3), number(1)
-            builder.call(prefetch, (builder.inttoptr(args[0], pointer), to_read, to_keep, data))
-            return context.get_dummy_value()
-
-        return types.void(types.intp), generate
-
-    def _to_float(x):
-        """A float32 as it is, or the bits of a bfloat16 as a float32."""
-
-    def _to_type_of(x, row):
-        """A float32 as it is, or as the bits of the nearest bfloat16 if `row` holds such bits."""
-
-    @overload(_to_float)
-    def _(x):
-        if x == types.uint16:
-            return lambda x: _from_bits(np.int32(np.int32(x) << np.int32(16)))
-        return lambda x: x
-
-    @overload(_to_type_of)
-    def _(x, row):
-        if row.dtype == types.uint16:
-
-            def to_bfloat16(x, row):
-                bits = np.uint32(_bits(x))
-                to_even = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-                return np.uint16((bits + to_even) >> np.uint32(16))
-
-            return to_bfloat16
-        return lambda x, row: x
-
-
-@_compiled("contract")
-def _exp2(x):
-    """2 to the power of x, for x up to 127; what would fall below 2**-126 becomes that. NaN stays NaN."""
-    x = np.float32(-126) if x < np.float32(-126) else x
-    rounded = x + ROUNDER
-    f = x - (rounded - ROUNDER)
-    # Minimax on [-1/2, 1/2], and exactly 1 at 0, where the decays of small steps are.
-    p = np.float32(0.0013264727) * f + np.float32(0.009671513)
-    p = p * f + np.float32(0.055507336)
-    p = p * f + np.float32(0.24022242)
-    p = p * f + np.float32(0.693147)
-    p = p * f + np.float32(1)
-    return _from_bits(np.int32(_bits(p) + np.int32(_bits(rounded) << np.int32(23))))
-
-
-@_compiled("contract")
-def _softplus(x):
-    """log(1 + exp(x))."""
-    e = _exp2(-abs(x) * LOG2E)
-    # log(1 + e) / e, minimax on [0, 1].
-    p = np.float32(0.005364821) * e - np.float32(0.030065781)
-    p = p * e + np.float32(0.07920452)
-    p = p * e - np.float32(0.13753802)
-    p = p * e + np.float32(0.19153655)
-    p = p * e - np.float32(0.24857163)
-    p = p * e + np.float32(0.33321324)
-    p = p * e - np.float32(0.49999648)
-    p = p * e + np.float32(1)
-    return (x if x > np.float32(0) else np.float32(0)) + p * e
-
-
-@_compiled("contract")
-def _sigmoid(x):
-    x = x * -LOG2E
-    return np.float32(1) / (np.float32(1) + _exp2(np.float32(126) if x > np.float32(126) else x))
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Walks through one chunk of at most CHUNK tokens with one block of channels: where nearly all the time goes. A row is
-# BLOCK channels; those beyond the last are zeros. There are tables of a row a token, Δ (`size`), Δ u (`size_u`), y;
-# and of a row a state, A log2(e), h. BC (CHUNK, 2N) holds B and C.
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@_compiled()
-def _tables(count, rows):
-    """
-    `count` tables of zeros (rows + 1, BLOCK), from the start of a cache line.
-
-    The row that nobody needs keeps row k of two tables from lying at the same place of two pages, where a processor
-    takes a store to the one for a store to the other.
-    """
-    size = count * (rows + 1) * BLOCK
-    memory = np.zeros(size + 16, np.float32)
-    start = -(memory.ctypes.data // 4) % 16
-    return memory[start : start + size].reshape((count, rows + 1, BLOCK))
-
-
-@_compiled("contract")
-def _walk(steps, size, size_u, y, BC, A, h):
-    """Advance h by some steps, in place, and add C h to y."""
-    _hot()
-    _disjoint()
-    num_states = BC.shape[1] // 2
-    for k in range(steps):
-        size_k, size_u_k, y_k = size[k], size_u[k], y[k]
-        for n in range(num_states):
-            b, b_out = BC[k, n], BC[k, num_states + n]
-            A_n, h_n = A[n], h[n]
-            for c in range(BLOCK):
-                new = _exp2(size_k[c] * A_n[c]) * h_n[c] + size_u_k[c] * b
-                h_n[c] = new
-                y_k[c] += new * b_out
-
-
-@_compiled("contract")
-def _walk_again(steps, size, size_u, y, BC, A, h, decay):
-    """The same, but all is kept: row k N + n of h is the state before step k, and that of `decay` is exp(Δ_k A)."""
-    _hot()
-    _disjoint()
-    num_states = BC.shape[1] // 2
-    for k in range(steps):
-        size_k, size_u_k, y_k = size[k], size_u[k], y[k]
-        for n in range(num_states):
-            b, b_out = BC[k, n], BC[k, num_states + n]
-            A_n, decay_n = A[n], decay[k * num_states + n]
-            before, after = h[k * num_states + n], h[(k + 1) * num_states + n]
-            for c in range(BLOCK):
-                a = _exp2(size_k[c] * A_n[c])
-                new = a * before[c] + size_u_k[c] * b
-                decay_n[c] = a
-                after[c] = new
-                y_k[c] += new * b_out
-
-
-# Reassociation, for the sums over channels to run in vectors.
-@_compiled("contract", "reassoc")
-def _walk_back(steps, size, size_u, BC, A, h, decay, d_y, adjoint, d_size, d_size_u, d_A, d_BC):
-    """
-    From the last step to the first, through what `_walk_again` kept; `grad` is the gradient of a step's new state.
-
-    Updates `adjoint`, which a step passes to the one before it; adds to d_size (by way of the decay alone), d_size_u
-    and d_A; sets d_BC.
-    """
-    _hot()
-    _disjoint()
-    num_states = BC.shape[1] // 2
-    for k in range(steps - 1, -1, -1):
-        size_k, size_u_k, d_y_k, d_size_k, d_size_u_k = size[k], size_u[k], d_y[k], d_size[k], d_size_u[k]
-        for n in range(num_states):
-            b, b_out = BC[k, n], BC[k, num_states + n]
-            A_n, adjoint_n, d_A_n, decay_n = A[n], adjoint[n], d_A[n], decay[k * num_states + n]
-            before, after = h[k * num_states + n], h[(k + 1) * num_states + n]
-            d_b, d_b_out = np.float32(0), np.float32(0)
-            for c in range(BLOCK):
-                grad = adjoint_n[c] + d_y_k[c] * b_out
-                d_b_out += d_y_k[c] * after[c]
-                d_b += grad * size_u_k[c]
-                d_size_u_k[c] += grad * b
-                grad *= decay_n[c]
-                adjoint_n[c] = grad
-                grad *= before[c]
-                d_size_k[c] += grad * A_n[c]
-                d_A_n[c] += grad * size_k[c]
-            d_BC[k, n], d_BC[k, num_states + n] = d_b, d_b_out
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Rows, by which a chunk is loaded before the walk and stored after it. The arguments that are written to come last.
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def _row(function):
-    return _compiled("contract", forceinline=True)(function)
-
-
-@_row
-def _fetch(row):
-    """Start to load a row."""
-    for i in range(0, row.size * row.itemsize, 64):
-        _fetch_line(row.ctypes.data + i)
-
-
-@_row
-def _fill(value, row):
-    for c in range(row.size):
-        row[c] = value
-
-
-@_row
-def _copy(source, target):
-    """As many numbers as the shorter of two rows holds."""
-    _disjoint()
-    for c in range(min(source.size, target.size)):
-        target[c] = source[c]
-
-
-@_row
-def _convert(source, target):
-    _disjoint()
-    for c in range(source.size):
-        target[c] = _to_float(source[c])
-
-
-@_row
-def _discretize(u, delta, bias, D, size, size_u, y):
-    _disjoint()
-    for c in range(u.size):
-        value = _to_float(u[c])
-        step = _softplus(delta[c] + bias[c])
-        size[c] = step
-        size_u[c] = step * value
-        y[c] = D[c] * value
-
-
-@_row
-def _gate(z, y_forward, y_backward, out):
-    _disjoint()
-    for c in range(z.size):
-        gate = _to_float(z[c])
-        mean = np.float32(0.5) * (y_forward[c] + y_backward[c])
-        out[c] = _to_type_of(mean * gate * _sigmoid(gate), out)
-
-
-@_row
-def _gate_backward(z, grad, d_y):
-    _disjoint()
-    for c in range(z.size):
-        gate = _to_float(z[c])
-        d_y[c] = np.float32(0.5) * _to_float(grad[c]) * gate * _sigmoid(gate)
-
-
-@_row
-def _gate_gradient(z, grad, y_forward, y_backward, d_z):
-    _disjoint()
-    for c in range(z.size):
-        gate = _to_float(z[c])
-        mean = np.float32(0.5) * (y_forward[c] + y_backward[c])
-        sigmoid = _sigmoid(gate)
-        slope = sigmoid * (np.float32(1) + gate * (np.float32(1) - sigmoid))
-        d_z[c] = _to_type_of(_to_float(grad[c]) * mean * slope, d_z)
-
-
-@_row
-def _discretize_backward(u, delta, bias, D, size, d_y, d_size, d_size_u, d_u, d_delta, d_D, d_bias):
-    _disjoint()
-    for c in range(u.size):
-        value = _to_float(u[c])
-        d_u[c] = d_size_u[c] * size[c] + d_y[c] * D[c]
-        d_raw = (d_size[c] * LN2 + d_size_u[c] * value) * _sigmoid(delta[c] + bias[c])
-        d_delta[c] = d_raw
-        d_D[c] += d_y[c] * value
-        d_bias[c] += d_raw
-
-
-@_row
-def _add_product(a, b, total):
-    _disjoint()
-    for c in range(min(a.size, b.size)):
-        total[c] += a[c] * _to_float(b[c])
-
-
-@_row
-def _add(x, total):
-    _disjoint()
-    for c in range(x.size):
-        total[c] += x[c]
-
-
-@_row
-def _silu(x, out):
-    _disjoint()
-    for c in range(out.size):
-        out[c] = _to_type_of(x[c] * _sigmoid(x[c]), out)
-
-
-@_row
-def _silu_backward(x, d_out, d_x):
-    _disjoint()
-    for c in range(d_out.size):
-        sigmoid = _sigmoid(x[c])
-        d_x[c] = d_out[c] * sigmoid * (np.float32(1) + x[c] * (np.float32(1) - sigmoid))
-
-
-@_row
-def _round(x, out):
-    _disjoint()
-    for c in range(out.size):
-        out[c] = _to_type_of(x[c], out)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Kernels. Each call does one unit. xz (B, L, 2E) and what else has the activations' type is float32, or uint16 with
-# the bits of bfloat16; `visits` (2, L) lists the tokens in the order in which each direction visits them.
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@_kernel
-def _convolve(unit, xz, weight, bias, visits, u):
-    """u (2, B, L, E) = SiLU(causal convolution of x) in `ROWS` steps of a direction; weight (2, K, E), bias (2, E)."""
-    _hot()
-    _, batch, length, channels = u.shape
-    taps = weight.shape[1]
-    tiles = (length + ROWS - 1) // ROWS
-    direction, clip, tile = unit // tiles // batch, unit // tiles % batch, unit % tiles
-    total = np.empty(channels, np.float32)
-    for step in range(tile * ROWS, min((tile + 1) * ROWS, length)):
-        _copy(bias[direction], total)
-        for tap in range(max(0, taps - 1 - step), taps):
-            _add_product(weight[direction, tap], xz[clip, visits[direction, step - (taps - 1) + tap]], total)
-        _silu(total, u[direction, clip, visits[direction, step]])
-
-
-@_kernel
-def _scan(unit, xz, u, delta, BC, A, D, delta_bias, visits, out, states):
-    """
-    Both directions of a block of channels, and their gated mean.
-
-    u (2, B, L, E), delta (2, B, L, E) before bias and softplus, BC (2, B, L, 2N), A (2, N, E) times log2(e), D and
-    delta_bias (2, E). Writes out (B, L, E), and into `states` (B, 2, ceil(L / CHUNK), N, E) the state that each chunk
-    starts from, unless it has no chunks. Spoils delta[0], which holds the forward direction's y for a while.
-    """
-    _hot()
-    _, batch, length, channels = u.shape
-    num_states = A.shape[1]
-    blocks = (channels + BLOCK - 1) // BLOCK
-    clip, first = unit // blocks, unit % blocks * BLOCK
-    last = min(first + BLOCK, channels)
-    by_state, by_token = _tables(2, num_states), _tables(3, CHUNK)
-    A_block, h = by_state[0], by_state[1]
-    size, size_u, y = by_token[0], by_token[1], by_token[2]
-    BC_chunk = np.empty((CHUNK, 2 * num_states), np.float32)
-    for direction in range(2):
-        D_block, bias_block = D[direction, first:last], delta_bias[direction, first:last]
-        for n in range(num_states):
-            _copy(A[direction, n, first:last], A_block[n])
-            _fill(np.float32(0), h[n])
-        for start in range(0, length, CHUNK):
-            steps = min(CHUNK, length - start)
-            if states.shape[2] > 0:
-                for n in range(num_states):
-                    _copy(h[n], states[clip, direction, start // CHUNK, n, first:last])
-            for k in range(steps):
-                token = visits[direction, start + k]
-                ahead = visits[direction, min(start + k + AHEAD, length - 1)]
-                _fetch(u[direction, clip, ahead, first:last])
-                _fetch(delta[direction, clip, ahead, first:last])
-                _copy(BC[direction, clip, token], BC_chunk[k])
-                u_k, delta_k = u[direction, clip, token, first:last], delta[direction, clip, token, first:last]
-                _discretize(u_k, delta_k, bias_block, D_block, size[k], size_u[k], y[k])
-            _walk(steps, size, size_u, y, BC_chunk, A_block, h)
-            for k in range(steps):
-                token = visits[direction, start + k]
-                y_forward = delta[0, clip, token, first:last]
-                if direction == 0:
-                    _copy(y[k], y_forward)
-                    continue
-                ahead = visits[direction, min(start + k + AHEAD, length - 1)]
-                _fetch(delta[0, clip, ahead, first:last])
-                _fetch(xz[clip, ahead, channels + first : channels + last])
-                _fetch(out[clip, ahead, first:last])
-                z = xz[clip, token, channels + first : channels + last]
-                _gate(z, y_forward, y[k], out[clip, token, first:last])
-
-
-@_kernel
-def _scan_backward(unit, xz, grad, u, delta, BC, A, D, delta_bias, visits, states, d_xz, d_u, d_delta, d_BC, d_params):
-    """
-    Gradients of `_scan`, whose arguments it takes and spoils, given `grad`, that of `out`.
-
-    Writes the half of d_xz (B, L, 2E) that is the gate's; d_u and d_delta (2, B, L, E); and partial sums: d_BC
-    (blocks, 2, B, L, 2N) of this block of channels, d_params (B, 2, N + 2, E) of this clip: A's, D's, delta_bias'.
-    """
-    _hot()
-    _, batch, length, channels = u.shape
-    num_states = A.shape[1]
-    blocks = (channels + BLOCK - 1) // BLOCK
-    clip, block = unit // blocks, unit % blocks
-    first = block * BLOCK
-    last = min(first + BLOCK, channels)
-    by_state, by_token, sums = _tables(3, num_states), _tables(6, CHUNK), _tables(1, 1)[0]
-    A_block, adjoint, d_A = by_state[0], by_state[1], by_state[2]
-    size, size_u, y = by_token[0], by_token[1], by_token[2]
-    d_y, d_size, d_size_u = by_token[3], by_token[4], by_token[5]
-    kept = _tables(2, (CHUNK + 1) * num_states)
-    h, decay, d_D, d_bias = kept[0], kept[1], sums[0], sums[1]
-    BC_chunk = np.empty((CHUNK, 2 * num_states), np.float32)
-    d_BC_chunk = np.empty_like(BC_chunk)
-    for direction in range(2):
-        D_block, bias_block = D[direction, first:last], delta_bias[direction, first:last]
-        _fill(np.float32(0), d_D)
-        _fill(np.float32(0), d_bias)
-        for n in range(num_states):
-            _copy(A[direction, n, first:last], A_block[n])
-            _fill(np.float32(0), adjoint[n])
-            _fill(np.float32(0), d_A[n])
-        for chunk in range((length - 1) // CHUNK, -1, -1):
-            start = chunk * CHUNK
-            steps = min(CHUNK, length - start)
-            for n in range(num_states):
-                _copy(states[clip, direction, chunk, n, first:last], h[n])
-            for k in range(steps):
-                token = visits[direction, start + k]
-                _copy(BC[direction, clip, token], BC_chunk[k])
-                u_k, delta_k = u[direction, clip, token, first:last], delta[direction, clip, token, first:last]
-                z, grad_k = xz[clip, token, channels + first : channels + last], grad[clip, token, first:last]
-                _discretize(u_k, delta_k, bias_block, D_block, size[k], size_u[k], y[k])
-                _gate_backward(z, grad_k, d_y[k])
-                _fill(np.float32(0), d_size[k])
-                _fill(np.float32(0), d_size_u[k])
-            _walk_again(steps, size, size_u, y, BC_chunk, A_block, h, decay)
-            _walk_back(
-                steps, size, size_u, BC_chunk, A_block, h, decay, d_y, adjoint, d_size, d_size_u, d_A, d_BC_chunk
-            )
-            for k in range(steps):
-                token = visits[direction, start + k]
-                _copy(d_BC_chunk[k], d_BC[block, direction, clip, token])
-                u_k, delta_k = u[direction, clip, token, first:last], delta[direction, clip, token, first:last]
-                d_u_k, d_delta_k = d_u[direction, clip, token, first:last], d_delta[direction, clip, token, first:last]
-                _discretize_backward(
-                    u_k, delta_k, bias_block, D_block, size[k], d_y[k], d_size[k], d_size_u[k], d_u_k, d_delta_k, d_D,
-                    d_bias,
-                )  # fmt: skip
-                y_forward = delta[0, clip, token, first:last]
-                if direction == 0:
-                    _copy(y[k], y_forward)
-                    continue
-                z = xz[clip, token, channels + first : channels + last]
-                d_z = d_xz[clip, token, channels + first : channels + last]
-                _gate_gradient(z, grad[clip, token, first:last], y_forward, y[k], d_z)
-        for n in range(num_states):
-            _copy(d_A[n], d_params[clip, direction, n, first:last])
-        _copy(d_D, d_params[clip, direction, num_states, first:last])
-        _copy(d_bias, d_params[clip, direction, num_states + 1, first:last])
-
-
-@_kernel
-def _convolve_backward(unit, xz, weight, bias, visits, d_u, d_xz, d_params):
-    """
-    Gradients of `_convolve`, whose arguments it takes, for a block of channels of a clip, given d_u (2, B, L, E).
-
-    Writes the half of d_xz (B, L, 2E) that is x's, and d_params (B, 2, K + 1, E) of this clip: the taps', the bias'.
-    """
-    _hot()
-    _, batch, length, channels = d_u.shape
-    taps = weight.shape[1]
-    blocks = (channels + BLOCK - 1) // BLOCK
-    clip, first = unit // blocks, unit % blocks * BLOCK
-    last = min(first + BLOCK, channels)
-    d_x, by_tap, totals = _tables(1, length)[0], _tables(3, taps + 1), _tables(1, 2)[0]
-    weights, inputs, sums = by_tap[0], by_tap[1], by_tap[2]
-    total, d_total = totals[0], totals[1]
-    for direction in range(2):
-        for tap in range(taps):
-            _copy(weight[direction, tap, first:last], weights[tap])
-        _copy(bias[direction, first:last], weights[taps])
-        for tap in range(taps + 1):
-            _fill(np.float32(0), sums[tap])
-        for step in range(length):
-            skipped = max(0, taps - 1 - step)
-            _copy(weights[taps], total)
-            for tap in range(skipped, taps):
-                x = xz[clip, visits[direction, step - (taps - 1) + tap], first:last]
-                _convert(x, inputs[tap])
-                _add_product(weights[tap], inputs[tap], total)
-            _silu_backward(total, d_u[direction, clip, visits[direction, step], first:last], d_total)
-            _add(d_total, sums[taps])
-            for tap in range(skipped, taps):
-                _add_product(d_total, inputs[tap], sums[tap])
-                _add_product(d_total, weights[tap], d_x[visits[direction, step - (taps - 1) + tap]])
-        for tap in range(taps + 1):
-            _copy(sums[tap], d_params[clip, direction, tap, first:last])
-    for token in range(length):
-        _round(d_x[token], d_xz[clip, token, first:last])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -720,7 +170,7 @@ def _visits(order, length):
 
 
 def _shared_arguments(conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, visits):
-    """What the kernels take, of the parameters: (weight, bias, visits) of `_convolve`, (A, ..., visits) of `_scan`."""
+    """What the kernels take, of the parameters: (weight, bias, visits) of `convolve`, (A, ..., visits) of `scan`."""
 
     def copy(parameter):  # a NumPy view would lock a parameter's own memory, which FSDP frees and fills
         return parameter.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
@@ -729,9 +179,9 @@ def _shared_arguments(conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_
     return (copy(conv_weight.transpose(1, 2)), copy(conv_bias), visits), (A, copy(D), copy(dt_proj_bias), visits)
 
 
-def _project(xz, convolution, x_proj_weight, dt_proj_weight, u, delta):
+def _project(xz, for_convolution, x_proj_weight, dt_proj_weight, u, delta):
     """Fill u and delta (2, B, L, E); returns the time steps (2, B L, R) before `dt_proj` and BC (2, B, L, 2N)."""
-    _run(_convolve, 2 * xz.shape[0] * ((xz.shape[1] + ROWS - 1) // ROWS), xz, *convolution, u)
+    _run(convolve, 2 * xz.shape[0] * ((xz.shape[1] + ROWS - 1) // ROWS), xz, *for_convolution, u)
     rank = dt_proj_weight.shape[2]
     projected = torch.bmm(u.flatten(1, 2), x_proj_weight.to(u.dtype).transpose(1, 2)).float()
     time_step, BC = projected[..., :rank], projected[..., rank:]
@@ -742,14 +192,14 @@ def _project(xz, convolution, x_proj_weight, dt_proj_weight, u, delta):
 def _forward(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, order, keep_states):
     xz = xz.contiguous()
     out, states = _outputs(xz, A_log, keep_states)
-    convolution, scan = _shared_arguments(
+    for_convolution, for_scan = _shared_arguments(
         conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, _visits(order, xz.shape[1])
     )
     for clips in _groups(xz, 2):
         shape = (2, *out[clips].shape)
         u, delta = _workspace.take((shape, xz.dtype), (shape, torch.float32))
-        _, BC = _project(xz[clips], convolution, x_proj_weight, dt_proj_weight, u, delta)
-        _run(_scan, shape[1] * _blocks(shape[3]), xz[clips], u, delta, BC, *scan, out[clips], states[clips])
+        _, BC = _project(xz[clips], for_convolution, x_proj_weight, dt_proj_weight, u, delta)
+        _run(scan, shape[1] * _blocks(shape[3]), xz[clips], u, delta, BC, *for_scan, out[clips], states[clips])
     return out, states
 
 
@@ -763,7 +213,7 @@ def _outputs(xz, A_log, keep_states):
 def _backward(grad, states, xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, order):
     xz, grad = xz.contiguous(), grad.to(xz.dtype).contiguous()
     channels, taps, num_states = conv_weight.shape[1], conv_weight.shape[2], A_log.shape[2]
-    convolution, scan = _shared_arguments(
+    for_convolution, for_scan = _shared_arguments(
         conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, _visits(order, xz.shape[1])
     )
     blocks = _blocks(channels)
@@ -772,10 +222,10 @@ def _backward(grad, states, xz, conv_weight, conv_bias, x_proj_weight, dt_proj_w
     for clips in _groups(xz, 4):
         shape = (2, *grad[clips].shape)
         u, delta, d_u, d_delta = _workspace.take((shape, xz.dtype), *[(shape, torch.float32)] * 3)
-        time_step, BC = _project(xz[clips], convolution, x_proj_weight, dt_proj_weight, u, delta)
+        time_step, BC = _project(xz[clips], for_convolution, x_proj_weight, dt_proj_weight, u, delta)
         d_BC, d_params = BC.new_empty(blocks, *BC.shape), BC.new_empty(shape[1], 2, num_states + 2, channels)
         _run(
-            _scan_backward, shape[1] * blocks, xz[clips], grad[clips], u, delta, BC, *scan, states[clips],
+            scan_backward, shape[1] * blocks, xz[clips], grad[clips], u, delta, BC, *for_scan, states[clips],
             d_xz[clips], d_u, d_delta, d_BC, d_params,
         )  # fmt: skip
         d_scan = d_scan + d_params.sum(0)
@@ -788,10 +238,10 @@ def _backward(grad, states, xz, conv_weight, conv_bias, x_proj_weight, dt_proj_w
         d_u.flatten(1, 2).add_(torch.bmm(d_projected, x_proj_weight.to(u.dtype)))
 
         d_params = BC.new_empty(shape[1], 2, taps + 1, channels)
-        _run(_convolve_backward, shape[1] * blocks, xz[clips], *convolution, d_u, d_xz[clips], d_params)
+        _run(convolve_backward, shape[1] * blocks, xz[clips], *for_convolution, d_u, d_xz[clips], d_params)
         d_conv = d_conv + d_params.sum(0)
     d_A, d_D, d_bias = d_scan.split([num_states, 1, 1], dim=1)
-    d_A_log = (LN2 * d_A * scan[0]).transpose(1, 2)
+    d_A_log = (LN2 * d_A * for_scan[0]).transpose(1, 2)
     return (
         d_xz, d_conv[:, :taps].transpose(1, 2), d_conv[:, taps], d_x_proj, d_dt_proj, d_bias[:, 0], d_A_log, d_D[:, 0]
     )  # fmt: skip
@@ -800,7 +250,7 @@ def _backward(grad, states, xz, conv_weight, conv_bias, x_proj_weight, dt_proj_w
 @functools.cache
 def _compile(dtype, backward):
     """Compile what is needed for activations of `dtype`, or load it from disk, by a run on one token."""
-    kernels = (_convolve, _scan, _scan_backward, _convolve_backward)
+    kernels = (convolve, scan, scan_backward, convolve_backward)
 
     def compiled():
         return sum(len(kernel.signatures) - sum(kernel.stats.cache_hits.values()) for kernel in kernels)
@@ -813,7 +263,7 @@ def _compile(dtype, backward):
     if backward:
         _backward(out, states, xz, *parameters)
     if compiled() > before:
-        place = _scan.stats.cache_path
+        place = scan.stats.cache_path
         logger.warning(
             f"Compiled the CPU scan's {'backward' if backward else 'forward'} pass for {dtype} in "
             f"{time.perf_counter() - started:.1f} s. "

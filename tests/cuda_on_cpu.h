@@ -1,5 +1,6 @@
 // Runs the CUDA kernels of csrc/ on a CPU: threads are coroutines, blocks run one after the other.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 #include <cmath>
 #include <cstdint>
@@ -7,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <algorithm>
+#include <deque>
 #include <functional>
 #include <vector>
 #define EMULATED
@@ -33,14 +35,25 @@ static Index threadIdx, blockIdx, blockDim, gridDim;
 char shared[1 << 18] __attribute__((aligned(16)));
 
 struct Warp { int count = 0; unsigned generation = 0; float exchanged[32]; float a[32][2], b[32]; unsigned a16[32][4], b16[32][2]; };
-struct Fiber { ucontext_t context; bool done, waiting; std::vector<char> stack; };  // waiting: at a barrier
-static std::vector<Fiber> fibers;
+// A coroutine that runs one thread after the other of those with its number; waiting: at a barrier.
+struct Fiber { ucontext_t context; jmp_buf place; bool begun, done, waiting; std::vector<char> stack; };
+static std::deque<Fiber> fibers;  // their contexts may not move
 static std::vector<Warp> warps;
 static int current;
 struct Barrier { int count; unsigned generation; };
 static Barrier barriers[16];
-static ucontext_t scheduler;
-static void yield_() { swapcontext(&fibers[current].context, &scheduler); }
+static jmp_buf scheduler;
+// A jump keeps the signal mask, for which `swapcontext` would ask the system each time.
+static void yield_() {
+    if (!_setjmp(fibers[current].place)) _longjmp(scheduler, 1);
+}
+static void resume(int t) {
+    current = t, threadIdx = {t, 0, 0};
+    if (_setjmp(scheduler)) return;
+    if (fibers[t].begun) _longjmp(fibers[t].place, 1);
+    fibers[t].begun = true;
+    setcontext(&fibers[t].context);
+}
 static void sync_warp() {
     Warp &w = warps[current / 32];
     unsigned generation = w.generation;
@@ -129,14 +142,27 @@ static void copy_commit() {}
 template <int PENDING> static void copy_wait() {}
 
 static std::function<void()> kernel_;
-static void run_thread() {
-    kernel_();
-    fibers[current].done = true;
+static void run_threads() {
+    for (;;) {
+        kernel_();
+        fibers[current].done = true;
+        yield_();
+    }
 }
+// A grid of x, y and z blocks, each of so many threads.
 static void run_on_cpu(std::function<void()> kernel, int x, int y, int z, int threads) {
     kernel_ = kernel;
     gridDim = {x, y, z}, blockDim = {threads, 1, 1};
-    fibers.resize(threads);
+    for (int t = fibers.size(); t < threads; t++) {
+        fibers.emplace_back();
+        Fiber &fiber = fibers.back();
+        fiber.begun = false;
+        fiber.stack.resize(1 << 17);
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.data();
+        fiber.context.uc_stack.ss_size = fiber.stack.size();
+        makecontext(&fiber.context, run_threads, 0);
+    }
     for (int bz = 0; bz < z; bz++)
         for (int by = 0; by < y; by++)
             for (int bx = 0; bx < x; bx++) {
@@ -144,15 +170,7 @@ static void run_on_cpu(std::function<void()> kernel, int x, int y, int z, int th
                 memset(shared, 0xff, sizeof shared);
                 warps.assign((threads + 31) / 32, Warp());
                 for (Barrier &b : barriers) b.count = 0;
-                for (Fiber &fiber : fibers) {
-                    fiber.done = fiber.waiting = false;
-                    fiber.stack.resize(1 << 17);
-                    getcontext(&fiber.context);
-                    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-                    fiber.context.uc_stack.ss_size = fiber.stack.size();
-                    fiber.context.uc_link = &scheduler;
-                    makecontext(&fiber.context, run_thread, 0);
-                }
+                for (Fiber &fiber : fibers) fiber.done = fiber.waiting = false;
                 // A warp runs until a barrier holds it, as far ahead of the others as it can; each round from the other end.
                 for (int alive = threads, round = 0; alive; round++)
                     for (int i = 0; i < (int)warps.size(); i++) {
@@ -161,8 +179,7 @@ static void run_on_cpu(std::function<void()> kernel, int x, int y, int z, int th
                             runs = false;
                             for (int t = first; t < last; t++)
                                 if (!fibers[t].done) {
-                                    current = t, threadIdx = {t, 0, 0};
-                                    swapcontext(&scheduler, &fibers[t].context);
+                                    resume(t);
                                     alive -= fibers[t].done;
                                     runs |= !fibers[t].done && !fibers[t].waiting;
                                 }

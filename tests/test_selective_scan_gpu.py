@@ -7,9 +7,6 @@ space too.
 
 import ctypes
 import functools
-import hashlib
-import os
-import shutil
 import struct
 import subprocess
 import sys
@@ -29,6 +26,7 @@ from modeling_videomamba import (
     selective_scan_cuda_simt,
     use_scan_backend,
 )
+from modeling_videomamba import selective_scan_cuda_plan as plan
 from modeling_videomamba import selective_scan_cuda_runtime as runtime
 from modeling_videomamba.selective_scan import BACKENDS, bidirectional_selective_scan, select_scan_backend
 from modeling_videomamba.selective_scan_reference import bidirectional_selective_scan_reference
@@ -36,7 +34,8 @@ from modeling_videomamba.tokens_videomamba import backward_order
 from scan_helpers import scan_order
 
 
-SHIM = Path(__file__).with_name("cuda_on_cpu.h")
+pytest_plugins = "cuda_emulation"  # its fixtures
+
 CSRC = Path(__file__).parents[1] / "csrc"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 gpu = pytest.mark.gpu
@@ -101,69 +100,6 @@ def assert_close_to_reference(tensors, grad, order, tolerance, backend=selective
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def compile_for_cpu(tmp_path_factory):
-    """File of csrc/, macros and further C++ -> a library."""
-    compiler = os.environ.get("CXX") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++, to compile the CUDA kernels for the CPU")
-    folder = tmp_path_factory.mktemp("kernels")
-    shim = shutil.copy(SHIM, folder)
-    flags = ["-O1", "-std=c++17", "-fPIC", "-w"]
-    # Compiled once; GCC takes what lies beside the header under this name.
-    subprocess.run([compiler, *flags, "-x", "c++-header", "-o", f"{shim}.gch", shim], check=True)
-
-    @functools.cache
-    def compile_source(file, options, more):
-        path = folder / hashlib.sha256(repr((file, options, more)).encode()).hexdigest()[:16]
-        path.with_suffix(".cpp").write_text(f'#include "{SHIM.name}"\n#include "{CSRC / file}"\n{more}\n')
-        macros = [f"-D{macro}={value}" for macro, value in options]
-        command = [compiler, *flags, "-shared", *macros, "-o", f"{path}.so", f"{path}.cpp"]
-        subprocess.run(command, check=True)
-        return ctypes.CDLL(f"{path}.so")
-
-    return compile_source
-
-
-@pytest.fixture
-def on_cpu(monkeypatch, compile_for_cpu):
-    """Send launches to the CPU; gives a function that sets how many multiprocessors the scan shall plan for."""
-
-    def queue(launch, arguments, stream):
-        assert launch.shared <= 227 * 1024, "more shared memory than a Hopper GPU has"
-        options = ((f"{launch.name.upper()}_KERNEL", 1), *launch.options.items())
-        kind = launch.name.split("_")[0]
-        struct = {"rms": "NormArgs", "simt": "SimtArgs"}.get(kind, "Args")
-        start = f"""extern "C" void launch(const {struct} *args, int x, int y, int z, int threads) {{
-            run_on_cpu([=] {{ {launch.name}(*args); }}, x, y, z, threads);
-        }}"""
-        library = compile_for_cpu(runtime.KERNEL_FILES[launch.name], options, start)
-        library.launch(ctypes.byref(arguments), *launch.grid, launch.threads)
-
-    def new(call, *shape, dtype=torch.float32):
-        return torch.full(shape, float("nan"), dtype=dtype)
-
-    monkeypatch.setattr(runtime.Launch, "queue", queue)
-    monkeypatch.setattr(selective_scan_cuda._Call, "new", new)
-    monkeypatch.setattr(selective_scan_cuda_simt._Walks, "new", new)
-
-    def plan_for(multiprocessors):
-        for backend in (selective_scan_cuda, selective_scan_cuda_simt):
-            monkeypatch.setattr(backend, "_multiprocessors", lambda device: multiprocessors)
-
-    return plan_for
-
-
-@pytest.fixture
-def launched(on_cpu, monkeypatch):
-    """The names of the kernels that were launched."""
-    names, queue = [], runtime.Launch.queue
-    monkeypatch.setattr(
-        runtime.Launch, "queue", lambda launch, *arguments: names.append(launch.name) or queue(launch, *arguments)
-    )
-    return names
-
-
 # How the work is cut depends on how it fills the GPU: for 132 multiprocessors these lengths are cut into chunks, for a
 # tenth of one a warp takes 32 channels, and where there are few, two warps share 16.
 @pytest.mark.parametrize(
@@ -187,7 +123,7 @@ def test_kernels_on_the_cpu_in_bfloat16(on_cpu, multiprocessors, batch, length, 
 @pytest.mark.parametrize("order", ["reversal", "temporal"])
 def test_long_runs_of_the_convolution(on_cpu, monkeypatch, order):
     on_cpu(1)
-    monkeypatch.setattr(selective_scan_cuda, "FEW_TOKENS", 0)
+    monkeypatch.setattr(plan, "FEW_TOKENS", 0)
     tensors, grad = make_inputs(2, 126, 24, torch.bfloat16)
     assert_close_to_reference(tensors, grad, make_order(order, 126), TOLERANCE[torch.bfloat16])
 
@@ -206,10 +142,8 @@ def test_gradients_of_the_projection_from_many_channels(
     on_cpu, monkeypatch, length, channels, order, dtype, rank, capacity, warps, buffers
 ):
     on_cpu(0.1)
-    monkeypatch.setattr(selective_scan_cuda, "_shared_memory", lambda device: capacity * 1024)
-    options, _, _ = selective_scan_cuda.walk_settings(
-        "backward", 1, rank, 16, channels, dtype, capacity=capacity * 1024
-    )
+    monkeypatch.setattr(plan, "shared_memory_of", lambda device: capacity * 1024)
+    options, _, _ = plan.walk_settings("backward", 1, rank, 16, channels, dtype, capacity=capacity * 1024)
     assert (options["W"], options["BUFFERS"]) == (warps, buffers)
     length += order == "temporal"  # 7 frames
     tensors, grad = make_inputs(1, length, channels, dtype, rank=rank)
@@ -243,7 +177,7 @@ def test_the_backward_pass_of_the_projection_goes_along_with_that_of_the_convolu
 # that would leave half of 132 multiprocessors idle.
 @pytest.mark.parametrize("walks, warps", [(64, 6), (16, 6), (12, 6), (9, 2), (8, 3), (2, 2)])
 def test_few_sequences_are_spread_over_all_multiprocessors(walks, warps):
-    assert selective_scan_cuda.widest_team(768, walks, 132) == warps
+    assert plan.widest_team(768, walks, 132) == warps
 
 
 @pytest.mark.parametrize(
@@ -366,10 +300,8 @@ def test_a_sequence_beyond_32_bit_offsets_takes_wider_ones():
 
     def is_wide(length):
         shape = torch.Size((1, length, 48))
-        plan = selective_scan_cuda.ScanPlan(
-            torch.device("cpu"), 132, 32768, torch.float32, shape, True, False, False, parameters
-        )
-        return plan.options["WIDE"]
+        made = plan.ScanPlan(torch.device("cpu"), 132, 32768, torch.float32, shape, True, False, False, parameters)
+        return made.options["WIDE"]
 
     most = 2**32 // (48 * 4) + 1  # rows of 24 channels and their gates
     assert (is_wide(most - 1), is_wide(most)) == (0, 1)
@@ -599,20 +531,20 @@ def test_python_reserves_the_shared_memory_that_the_kernels_take(compile_for_cpu
             for blocks in (1, 2):
                 if split and (kernel != "scan" or blocks == 2):
                     continue
-                found = selective_scan_cuda.shared_bytes(kernel, blocks, split, rank, states, dtype)
+                found = plan.shared_bytes(kernel, blocks, split, rank, states, dtype)
                 assert found == scan.forward(blocks, kind), (kernel, blocks, split)
     for warps, buffers in ((1, 1), (6, 2)):
         more = """extern "C" int backward_shared() { return BACKWARD_SHARED; }
         extern "C" int team_shared() { return BACKWARD_TEAM_SHARED; }"""
         settings = (*options[:-1], ("W", warps), ("BUFFERS", buffers))
         backward = compile_for_cpu("scan_backward.cu", settings, more)
-        assert backward.backward_shared() == selective_scan_cuda.shared_bytes("backward", 1, 0, rank, states, dtype)
-        assert backward.team_shared() == selective_scan_cuda.team_bytes(warps, buffers, rank, states, dtype)
+        assert backward.backward_shared() == plan.shared_bytes("backward", 1, 0, rank, states, dtype)
+        assert backward.team_shared() == plan.team_bytes(warps, buffers, rank, states, dtype)
     if (rank + 2 * states) % 2 == 0 and io:
         more = 'extern "C" int conv_shared() { return CONV_BACKWARD_SHARED; }'
         options = (("IO", io), ("R", rank), ("N", states), ("PROJ_CONV_BACKWARD_KERNEL", 1))
         conv = compile_for_cpu("convolution.cu", options, more)
-        assert conv.conv_shared() == selective_scan_cuda.conv_backward_bytes(rank, states)
+        assert conv.conv_shared() == plan.conv_backward_bytes(rank, states)
     more = 'extern "C" int simt_shared() { return SIMT_SHARED; }'
     simt = compile_for_cpu("simt.cu", (("IO", 0), ("N", states), ("SIMT_BACKWARD_KERNEL", 1)), more)
     assert simt.simt_shared() == selective_scan_cuda_simt.shared_bytes(states)
