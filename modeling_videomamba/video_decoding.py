@@ -296,7 +296,7 @@ def _put_frames(container, stream, index, position: int, last: int, clip, to_rgb
     codec, times = stream.codec_context.codec, index.times
     must_be_key = not codec.intra_only and codec.name not in _CHECKS_KEYS
     started = False
-    for frame in decoded_frames(container, stream, index.side_data, times[last]):
+    for frame in decoded_frames(container, stream, index.side_data, times[position : last + 1]):
         if frame.pts is None:
             return False
         if not started and frame.pts < times[position]:

@@ -23,20 +23,20 @@ except ImportError:
 VIDEO_MAX_CLIP_BYTES = int(os.environ.get("VIDEO_MAX_CLIP_BYTES", 2**32))  # of all frames that one call returns
 
 
-def decoded_frames(container, stream, side_data=(), last: int | None = None):
+def decoded_frames(container, stream, side_data=(), times=None):
     """
     The frames from where the container stands, in the order in which they are shown, without damaged packets.
 
     Args:
         side_data: that of an `Index`: what came with packets before those that are read now is given to the first.
-        last: the time of presentation of the last frame that is needed. Once its packet has been decoded, the decoder
-            is asked for all that it holds, and no further packet is decoded: after this, a seek.
+        times: the times of presentation of the frames that are needed. Once their packets have been decoded, the
+            decoder is asked for all that it holds, and no further packet is decoded: after this, a seek.
     """
     packets = itertools.chain(read_packets(container, stream), [None])  # None makes it give out what it holds back
     if side_data:
         packets = _bring_along(packets, side_data)
-    if last is not None:
-        packets = _until(packets, last)
+    if times is not None:
+        packets = _until_decoded(packets, set(times))
     for packet in packets:
         if packet is not None:
             check_encryption(packet)
@@ -58,13 +58,13 @@ def _bring_along(packets, side_data):
     yield from packets
 
 
-def _until(packets, last: int):
-    """The packets up to the one that is shown at `last`, and the one behind it, which may be its second field."""
+def _until_decoded(packets, times: set):
+    """The packets up to the last that is shown at one of `times`, and the one behind, which may be its second field."""
     for packet in packets:
         yield packet
-        if packet is not None and packet.pts == last:
-            yield next(packets)
-            yield None
+        times.discard(packet and packet.pts)
+        if not times:
+            yield from (next(packets), None)
             return
 
 
