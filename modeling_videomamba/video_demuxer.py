@@ -269,9 +269,7 @@ def read_index(container, stream, name: str, end: int | None = None) -> Index:
     index.total = len(times)
     # AVI stores no times of presentation: libav makes them up, and wrongly if there are B-frames.
     made_up = container.format.name == "avi" and stream.codec_context.has_b_frames
-    # A palette that does not come beside packets stands in some of them.
-    kept = kind == "palette" and not index.side_data and not stream.codec_context.codec.intra_only
-    if made_up or kept or None in times or len(set(times)) < len(times):
+    if made_up or None in times or len(set(times)) < len(times):
         index.times, index.keys = None, []
     else:
         times.sort()
