@@ -25,7 +25,7 @@ except ImportError:
 
 logger = logging.get_logger(__name__)
 
-PYAV = int(av.__version__.split(".")[0]) if av is not None else 0
+_PYAV = int(av.__version__.split(".")[0]) if av is not None else 0
 
 # What is refused, so that a small file cannot take all memory; docs/limits.md lists it. An environment variable of the
 # same name, or an assignment to this, raises it.
@@ -80,7 +80,7 @@ def _open_container(file):
         file,
         container_options={"protocol_whitelist": "none"},
         options={"max_pixels": str(VIDEO_MAX_FRAME_PIXELS)},
-        **({"metadata_errors": "ignore"} if PYAV < 19 else {}),
+        **({"metadata_errors": "ignore"} if _PYAV < 19 else {}),
     )
 
 
@@ -324,7 +324,6 @@ def frame_rate(stream, times):
 
 
 __all__ = [
-    "PYAV",
     "Index",
     "Progress",
     "check_encryption",

@@ -7,7 +7,7 @@ from bisect import bisect_right
 import numpy as np
 import torch
 
-from .video_demuxer import PYAV, check_encryption, read_packets
+from .video_demuxer import check_encryption, read_packets
 from .video_sources import first_line
 
 
@@ -80,11 +80,10 @@ class ToRGB:
     def __init__(self, name: str):
         self.name, self.matrix = name, None
         self.reformatter = av.video.reformatter.VideoReformatter()
-        self.options = {"threads": 1} if PYAV >= 17 else {}  # before, there were no threads
 
     def __call__(self, frame) -> np.ndarray:
         try:
-            pixels = self.reformatter.reformat(frame, format="rgb24", **self.options).to_ndarray()
+            pixels = self.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
         except av.FFmpegError as error:
             raise ValueError(
                 f"{self.name} has colours that FFmpeg cannot convert to RGB ({first_line(error)}: pixel format "
