@@ -1,4 +1,4 @@
-"""What has to hold in a forked process, which inherits none of its parent's threads."""
+"""What has to hold in forked processes, which inherit none of their parent's threads."""
 
 import os
 
@@ -6,16 +6,20 @@ import torch
 from torch.utils.data import get_worker_info
 
 
+def after_fork(function):
+    """Decorates a function of no arguments that is called in each process that is forked from this one."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=function)
+    return function
+
+
+@after_fork
 def _use_one_thread():
     """
-    PyTorch's OpenMP does not know that its threads are gone: what it splits among them would wait for ever. It splits
-    nothing among one. (PyTorch does the same in the workers of a `DataLoader`.)
+    OpenMP does not know that its threads are gone: what PyTorch splits among them (copies, resizing, products) would
+    wait for ever. Among one, nothing is split. PyTorch does the same in the workers of a `DataLoader`.
     """
     torch.set_num_threads(1)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_use_one_thread)
 
 
 def decoding_threads() -> int:
@@ -23,4 +27,4 @@ def decoding_threads() -> int:
     return 0 if get_worker_info() is None else 1
 
 
-__all__ = ["decoding_threads"]
+__all__ = ["after_fork", "decoding_threads"]

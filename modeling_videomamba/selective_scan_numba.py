@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
+from .forked_process import after_fork
+
 
 try:
     from llvmlite import ir
@@ -621,14 +623,10 @@ _threads = None  # a pool of our own, where PyTorch's cannot be had
 _on_torch_threads = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
 
 
+@after_fork
 def _forget_threads():
-    """A forked process has none of its parent's threads, and OpenMP does not know."""
     global _threads, _on_torch_threads
     _threads = _on_torch_threads = None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_threads)
 
 
 def _run(kernel, units, *arrays):

@@ -59,7 +59,7 @@ def _bring_along(packets, side_data):
 
 
 def _until_decoded(packets, times: set):
-    """The packets up to the last that is shown at one of `times`, and the one behind, which may be its second field."""
+    """The packets up to the last that is shown at one of `times`, and one more, which may be its second field."""
     for packet in packets:
         yield packet
         times.discard(packet and packet.pts)

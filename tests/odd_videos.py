@@ -329,7 +329,7 @@ for is_key, suffix in ((True, "all_keys"), (False, "no_keys")):
 
 
 def paletted(path, codec="rawvideo", change_at=40):
-    """Pictures of 8 bits with a palette, which the container hands out once; from frame `change_at` on with another."""
+    """Pictures of 8 bits with a palette, which the container hands out once; from frame `change_at` on another."""
     palettes = np.zeros((2, 256, 4), np.uint8)  # ARGB
     palettes[:, :, 0] = 255
     palettes[:, 1:3, 1:] = np.array([[20, 235], [235, 20]])[..., None]
@@ -347,7 +347,7 @@ def paletted(path, codec="rawvideo", change_at=40):
 
 
 def lcevc_message(path):
-    """H.264 with an (empty) layer of LCEVC beside each picture, in a message of ITU-T T.35: side data without a name."""
+    """H.264 with an (empty) layer of LCEVC beside each picture, in a message of ITU-T T.35."""
     payload = bytes([0xB4, 0x00, 0x50, 0x00]) + bytes(8)
     unit = H264Writer.unit(6, bytes([4, len(payload)]) + payload + b"\x80")[4:]
 
@@ -587,7 +587,7 @@ def another_track_ends(path):
 
 
 def damaged_pictures(path):
-    """MPEG-4 of key frames alone; of every tenth the last bytes are missing, which its decoder reports and conceals."""
+    """MPEG-4 of key frames alone; of every tenth the last bytes are missing, which the decoder reports."""
     plain = path.with_name(f"plain_{path.name}")
     write_video(plain, 40, codec="mpeg4", gop=1)
 

@@ -9,7 +9,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 
 from modeling_videomamba import VideoMambaVideoProcessor
 from modeling_videomamba.video_decoding import decode_video
@@ -54,7 +53,6 @@ def _report(pipe, function, *args):
     with open("/proc/self/statm") as file:
         size = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
-    torch.set_num_threads(1)  # as in PyTorch's own workers: the threads of the tests before did not come along
     try:
         pipe.send(function(*args))
     except Exception as error:
@@ -110,8 +108,8 @@ def test_kind(name, tmp_path):
     check(name, tmp_path)
 
 
-# Real files of such kinds, by the first twelve digits of their SHA-1: how many frames the ffmpeg command (5.1.9) shows,
-# and their mean brightness; or what is said of the file.
+# Real files of such kinds, by the first digits of their SHA-1: how many frames the ffmpeg command (5.1.9) shows, and
+# their mean brightness; or what is said of the file.
 REAL_MEDIA = {
     "0b6bfd623282.mp4": (305, 217.295),  # LCEVC: the base layer
     "22b42bc2cfcf.mp4": (119, 107.944),  # another track ends earlier
