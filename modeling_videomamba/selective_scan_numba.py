@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from transformers.utils import logging
 
+from .forked_process import after_fork
 from .selective_scan_numba_kernels import (
     BLOCK,
     CHUNK,
@@ -71,14 +72,10 @@ _threads = None  # a pool of our own, where PyTorch's cannot be had
 _on_torch_threads = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
 
 
+@after_fork
 def _forget_threads():
-    """A forked process has none of its parent's threads, and OpenMP does not know."""
     global _threads, _on_torch_threads
     _threads = _on_torch_threads = None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_threads)
 
 
 def _run(kernel, units, *arrays):

@@ -16,11 +16,11 @@ def frame_counter(stream):
         # A frame that is only referred to: its show_frame bit (RFC 6386, section 9.1) is 0.
         return lambda packet: bool(memoryview(packet)[0] & 0x10)
     if codec == "h264":
-        return _H264FieldCounter(extradata)
+        return H264FieldCounter(extradata)
     return lambda packet: True
 
 
-class _H264FieldCounter:
+class H264FieldCounter:
     """
     Where the fields of a frame are pictures of their own, each may be a packet: the second of two begins no frame.
     (ITU-T H.264, sections 7.3.2.1.1, 7.3.3 and 7.4.1.2.4.)
@@ -130,4 +130,4 @@ class _Bits:
             last = scale or last
 
 
-__all__ = ["frame_counter"]
+__all__ = ["H264FieldCounter", "frame_counter"]

@@ -18,7 +18,7 @@ import torch
 # The tensors of the tests are tiny: more threads make them slower on large machines.
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED_DATA = Path(os.environ.get("SHARED_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 
 
 def pytest_collection_modifyitems(items):
@@ -72,5 +72,5 @@ def bars(tmp_path_factory) -> Path:
 def shared_data() -> Path:
     """The folder of real video clips beside the project, which are not ours to distribute."""
     if not SHARED_DATA.is_dir():
-        pytest.skip("needs the real clips in ../shared/data, which is not there")
+        pytest.skip(f"needs the real clips in {SHARED_DATA}, which is not there (SHARED_DATA=folder names another)")
     return SHARED_DATA

@@ -325,6 +325,105 @@ for is_key, suffix in ((True, "all_keys"), (False, "no_keys")):
         }.items()
     }
 
+# ---- side data ----
+
+
+def paletted(path, codec="rawvideo", change_at=40):
+    """Pictures of 8 bits with a palette, which the container hands out once; from frame `change_at` on another."""
+    palettes = np.zeros((2, 256, 4), np.uint8)  # ARGB
+    palettes[:, :, 0] = 255
+    palettes[:, 1:3, 1:] = np.array([[20, 235], [235, 20]])[..., None]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "pal8"
+        for i in ALL:
+            bright, changed = numbered_frame(i).mean(-1) > 127, i >= change_at
+            frame = av.VideoFrame.from_ndarray(
+                (1 + (bright != changed).astype(np.uint8), palettes[int(changed)]), format="pal8"
+            )
+            frame.pts, frame.time_base = i, Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def lcevc_message(path):
+    """H.264 with an (empty) layer of LCEVC beside each picture, in a message of ITU-T T.35."""
+    payload = bytes([0xB4, 0x00, 0x50, 0x00]) + bytes(8)
+    unit = H264Writer.unit(6, bytes([4, len(payload)]) + payload + b"\x80")[4:]
+
+    def add(packet, i):
+        changed = av.Packet(len(unit).to_bytes(4, "big") + unit + bytes(packet))
+        changed.pts, changed.dts, changed.time_base = packet.pts, packet.dts, packet.time_base
+        changed.is_keyframe = packet.is_keyframe
+        return [changed]
+
+    copy_packets(_plain(path), path, add)
+
+
+def headers_change(path):
+    """FLV whose second half has another header, which comes once."""
+    parts = [path.with_name(f"{quantizer}.flv") for quantizer in (20, 44)]
+    for part in parts:
+        write_video(part, 40, b_frames=0, gop=10, options={"profile": "baseline", "qp": part.stem})
+    with av.open(str(parts[1])) as other, av.open(str(path), "w") as new, av.open(str(parts[0])) as old:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        header = av.packet.PacketSideData(1, len(other.streams.video[0].codec_context.extradata))  # new extradata
+        memoryview(header)[:] = other.streams.video[0].codec_context.extradata
+        for i, packets in enumerate(zip(old.demux(video=0), other.demux(video=0), strict=True)):
+            packet = packets[i >= 20]
+            if i == 20:
+                packet.set_sidedata(header)
+            if packet.size:
+                packet.stream = stream
+                new.mux(packet)
+
+
+KINDS |= {
+    "palette.avi": (paletted, ALL),
+    "palette.mov": (paletted, ALL),
+    "palette_changes.avi": (partial(paletted, change_at=20), ALL),
+    "palette_msrle.avi": (partial(paletted, codec="msrle"), ALL),
+    "palette_smc.mov": (partial(paletted, codec="smc"), ALL),
+    "palette_png.nut": (partial(paletted, codec="png"), ALL),
+    "lcevc.mp4": (lcevc_message, ALL),
+    "headers_change.flv": (headers_change, ALL),
+}
+
+# ---- what decoders other than PyAV get wrong ----
+
+
+def mirrored(path):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"preset": "veryfast"})
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        stream.set_display_rotation(90, hflip=True)
+        for i in ALL:
+            frame = np.ascontiguousarray(np.rot90(numbered_frame(i, 96, 64)[:, ::-1], -1))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def edit_list(path, change):
+    """An MP4 whose edit list's one entry, (duration, beginning) in units of 1/1000 s and of the track, is changed."""
+    data = bytearray(encoded(path, gop=10, b_frames=0))
+    entry = data.index(b"elst") + 12
+    data[entry : entry + 8] = struct.pack(">Ii", *change(*struct.unpack(">Ii", data[entry : entry + 8])))
+    path.write_bytes(data)
+
+
+NEGATIVE = {"container_options": {"movflags": "negative_cts_offsets"}}
+KINDS |= {
+    "mirrored_and_turned.mp4": (mirrored, ALL),
+    "edit_list_cuts_the_end.mp4": (partial(edit_list, change=lambda duration, begin: (800, begin)), ALL[:20]),
+    "edit_list_cuts_the_beginning.mp4": (
+        partial(edit_list, change=lambda duration, begin: (duration, begin + 10 * 512)),
+        ALL[10:],
+    ),
+    "negative_offsets.mp4": (partial(write, **NEGATIVE), ALL),
+    "ten_bits.mp4": (partial(write, pix_fmt="yuv420p10le"), ALL),
+    "interlaced_and_cropped.mp4": (partial(write, size=(72, 96), options={"x264-params": "interlaced=1"}), ALL),
+}
+
 # ---- times ----
 
 
@@ -465,6 +564,44 @@ def cut(path, keep, **options):
     truncate(plain, path, keep)
 
 
+def another_track_ends(path):
+    """An MP4 whose sound, of the same time as the video, stands behind it and is cut off."""
+    video, sound, plain = (path.with_name(name) for name in ("video.mp4", "sound.m4a", f"plain_{path.name}"))
+    write_video(video, 40, b_frames=0)
+    write_audio(sound)
+    with (
+        av.open(str(video)) as first,
+        av.open(str(sound)) as second,
+        av.open(str(plain), "w", options={"movflags": "faststart"}) as new,
+    ):
+        streams = [new.add_stream_from_template(old.streams[0]) for old in (first, second)]
+        for old, stream in zip((first, second), streams, strict=True):
+            for packet in old.demux(old.streams[0]):
+                if packet.size:
+                    shift = 0 if old is first else int(2 / packet.time_base)  # behind the video, by an edit list
+                    packet.pts, packet.dts, packet.stream = packet.pts + shift, packet.dts + shift, stream
+                    new.mux(packet)
+    data = plain.read_bytes().replace(b"edts", b"free")
+    with av.open(str(plain)) as container:
+        path.write_bytes(data[: min(packet.pos for packet in container.demux(audio=0) if packet.size)])
+
+
+def damaged_pictures(path):
+    """MPEG-4 of key frames alone; of every tenth the last bytes are missing, which the decoder reports."""
+    plain = path.with_name(f"plain_{path.name}")
+    write_video(plain, 40, codec="mpeg4", gop=1)
+
+    def damage(packet, i):
+        if i % 10 != 9:
+            return None
+        damaged = av.Packet(bytes(packet)[: -packet.size // 4] + bytes(packet.size // 4))
+        damaged.pts, damaged.dts, damaged.time_base = packet.pts, packet.dts, packet.time_base
+        damaged.is_keyframe = True
+        return [damaged]
+
+    copy_packets(plain, path, damage)
+
+
 def overwritten(path, where, **options):
     plain = path.with_name(f"plain_{path.name}")
     write_video(plain, 40, **options)
@@ -483,6 +620,8 @@ KINDS |= {
     "noise_behind.mp4": (lambda path: join(path, encoded(path), np.random.default_rng(0).bytes(5000)), ALL),
     "noise_before.ts": (lambda path: join(path, np.random.default_rng(0).bytes(1000), encoded(path)), WHOLE),
     "zeros_before.mp4": (lambda path: join(path, bytes(1000), encoded(path)), WHOLE),
+    "another_track_ends.mp4": (another_track_ends, ALL),
+    "damaged_pictures.mkv": (damaged_pictures, ALL),
     "no_index.mp4": (partial(cut, keep=0.5), "lacks its index"),
     "claims_more.avi": (lambda path: claim_frames_in_avi(_plain(path, codec="mpeg4"), path, 4000), ALL),
     "claims_less.avi": (lambda path: claim_frames_in_avi(_plain(path, codec="mpeg4"), path, 4), ALL),
@@ -497,6 +636,77 @@ def _plain(path, **options):
 def replaced(path, old, new, **options):
     path.write_bytes(encoded(path, **options).replace(old, new))
 
+
+# ---- encrypted files, fragments ----
+
+KEY = {"encryption_scheme": "cenc-aes-ctr", "encryption_key": "0123456789abcdef" * 2, "encryption_kid": "f" * 32}
+
+
+def encrypted_webm(path):
+    """WebM whose track says that it is encrypted, in the place of its title. (EBML; the payload stays as it was.)"""
+    title = b"x" * 32
+    content = bytes.fromhex("5033 8101 5035 93 47e1 8105 47e2 8c") + b"0123456789ab"  # type, algorithm, key
+    content = bytes.fromhex("6240") + bytes([0x80 | len(content)]) + content
+    content += b"\xec" + bytes([0x80 | (len(title) - len(content) - 2)]) + bytes(len(title) - len(content) - 2)  # void
+    replaced(path, b"\x53\x6e\xa0" + title, b"\x6d\x80\xa0" + content, title=title.decode(), **VP8)
+
+
+def protected_wmv(path):
+    """WMV whose list of further descriptions is one of further encryption."""
+    names = (bytes.fromhex("40a4d0d207e3d21197f000a0c95ea850"), bytes.fromhex("14e68a292226174cb935dae07ee9289c"))
+    replaced(path, *names, codec="wmv2", title="t")
+
+
+def scrambled_ts(path):
+    """A transport stream whose packets of video say that they are scrambled, as they are."""
+    data, rng = bytearray(encoded(path)), np.random.default_rng(0)
+    for place in range(0, len(data), 188):
+        if data[place + 1] & 0x1F == 1 and data[place + 2] == 0:
+            start = 4 + (data[place + 3] & 0x20 and 1 + data[place + 4])
+            data[place + 3] |= 0x80
+            data[place + start : place + 188] = rng.bytes(188 - start)
+    path.write_bytes(data)
+
+
+def headerless_ts(path):
+    """A part of H.264 without its parameter sets: a segment of HLS that needs the one before."""
+
+    def strip(packet, i):
+        units = bytes(packet).split(b"\0\0\1")
+        stripped = av.Packet(b"\0\0\1".join(unit for unit in units if not unit or unit[0] & 31 not in (7, 8)))
+        stripped.pts, stripped.dts, stripped.time_base = packet.pts, packet.dts, packet.time_base
+        return [stripped]
+
+    raw = path.with_suffix(".h264")
+    write_video(raw, 40, b_frames=0, options={"x264-params": "repeat-headers=1"}, format="h264")
+    copy_packets(raw, path, strip)
+
+
+def fragments(path, part):
+    """The beginning of a fragmented file, or what comes behind it."""
+    options = {"movflags": "frag_keyframe+empty_moov"}
+    mark = b"moof" if path.suffix == ".mp4" else b"\x1f\x43\xb6\x75"
+    data = encoded(path, container_options=options) if path.suffix == ".mp4" else encoded(path, **VP8)
+    place = data.index(mark) - 4 * (mark == b"moof")
+    path.write_bytes(data[:place] if part == "beginning" else data[place:])
+
+
+ENCRYPTED = "is encrypted, as its container says"
+KINDS |= {
+    "encrypted_h264.mp4": (partial(write, container_options=KEY), ENCRYPTED),
+    "encrypted_fragments.mp4": (
+        partial(write, container_options={**KEY, "movflags": "frag_keyframe+empty_moov"}),
+        ENCRYPTED,
+    ),
+    "encrypted_hevc.mp4": (partial(write, container_options=KEY, **H265), ENCRYPTED),
+    "encrypted.webm": (encrypted_webm, ENCRYPTED),
+    "protected.wmv": (protected_wmv, ENCRYPTED),
+    "scrambled.ts": (scrambled_ts, "a scrambled"),
+    "headerless.ts": (headerless_ts, "header of its h264 stream is missing"),
+    "fragments.mp4": (partial(fragments, part="rest"), "without its beginning.*Put its beginning before it"),
+    "fragments.webm": (partial(fragments, part="rest"), "without its beginning.*Put its beginning before it"),
+    "beginning.mp4": (partial(fragments, part="beginning"), "without the fragments.*Put them behind it"),
+}
 
 # ---- no video at all ----
 
@@ -550,7 +760,7 @@ KINDS |= {
     "animated.webp": (partial(picture, format="webp", frames=9), list(range(9)) if PYAV >= 19 else "animated WebP"),
     "sound.wav": (sound, "no video stream"),
     "sound.m4a": (write_audio, "no video stream"),
-    "sound_with_cover.mp4": (partial(write_audio, cover=numbered_frame(0)), "no video stream"),
+    "sound_with_cover.mp4": (partial(write_audio, cover=numbered_frame(0)), r"only audio \(aac\), a cover picture.$"),
     "unknown_codec.mkv": (partial(replaced, old=b"V_MPEG4/ISO/AVC", new=b"V_MPEG4/ISO/XYZ"), "codec unknown"),
     "unknown_codec.mp4": (partial(replaced, old=b"mp4v", new=b"zzzz", codec="mpeg4"), WHOLE),
     "encrypted.mp4": (partial(replaced, old=b"avc1", new=b"encv"), WHOLE),

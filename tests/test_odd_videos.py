@@ -9,7 +9,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 
 from modeling_videomamba import VideoMambaVideoProcessor
 from modeling_videomamba.video_decoding import decode_video
@@ -54,7 +53,6 @@ def _report(pipe, function, *args):
     with open("/proc/self/statm") as file:
         size = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
-    torch.set_num_threads(1)  # as in PyTorch's own workers: the threads of the tests before did not come along
     try:
         pipe.send(function(*args))
     except Exception as error:
@@ -108,6 +106,82 @@ def check(name, tmp_path, decoder="pyav"):
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in KINDS])
 def test_kind(name, tmp_path):
     check(name, tmp_path)
+
+
+# Real files of such kinds, by the first digits of their SHA-1: how many frames the ffmpeg command (5.1.9) shows, and
+# their mean brightness; or what is said of the file.
+REAL_MEDIA = {
+    "0b6bfd623282.mp4": (305, 217.295),  # LCEVC: the base layer
+    "22b42bc2cfcf.mp4": (119, 107.944),  # another track ends earlier
+    "23c676bd7e1f.mp4": r"only audio \(aac\), a cover picture\.$",
+    "4a817b1c172a.mp4": "is encrypted, as its container says",
+    "5085ede6d628.ts": "is a scrambled",
+    "89f61f537071.265": (1, 64.407),  # MV-HEVC: the base view
+    "970759ae23fa.ogg": r"only audio \(vorbis\), a cover picture\.$",
+    "adbb647c151e.mp4": (10, 125.196),  # MV-HEVC
+    "cad49efd1cf5.mp4": "is encrypted, as its container says",
+    "d2659a5e2447.mp4": "is encrypted, as its container says",
+    "d75221a9b380.mp4": (11, 139.426),  # MV-HEVC
+    "e5508d94664a.mp4": (95, 36.937),  # every tenth frame is reported as damaged, and looks whole
+    "e71002fab179.avi": (44, 116.552),  # a palette
+    "efc577f42dfe.wmv": "is encrypted, as its container says",
+}
+
+
+@pytest.mark.parametrize("name", REAL_MEDIA)
+def test_real_media(shared_data, name):
+    path = str(shared_data / "real_media" / name)
+    if not os.path.exists(path):
+        pytest.skip("needs the real files in ../shared/data/real_media, which is not there")
+    expected = REAL_MEDIA[name]
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected) as error:
+            decode_video(path)
+        assert path in str(error.value)
+        return
+    frames, metadata = decode_video(path)
+    assert len(frames) == expected[0] == metadata.total_num_frames
+    assert abs(frames.mean(dtype=np.float64) - expected[1]) < 0.01
+    assert metadata.num_damaged_frames == (10 if name.startswith("e5508") else 0)
+    indices = [len(frames) // 2, len(frames) - 1]
+    some, _ = decode_video(path, lambda metadata: indices)
+    np.testing.assert_array_equal(some, frames[indices])
+
+
+@pytest.mark.parametrize("name", ["palette.avi", "palette_changes.avi", "palette.mov", "headers_change.flv"])
+def test_sections_have_what_comes_once(tmp_path, name):
+    path = tmp_path / name
+    KINDS[name][0](path)
+    frames, _ = decode_video(str(path))
+    for start, stop in ((0, 10), (12, 15), (24, 40)):
+        section, _ = decode_video(str(path), section=(start / 25, stop / 25))
+        np.testing.assert_array_equal(section, frames[start:stop])
+
+
+def test_damaged_frames_keep_their_places(tmp_path):
+    path = tmp_path / "damaged_pictures.mkv"
+    KINDS[path.name][0](path)
+    frames, metadata = decode_video(str(path))
+    assert read_numbers(frames) == ALL and metadata.num_damaged_frames == 4
+    frames, metadata = decode_video(str(path), lambda metadata: [8, 9, 9, 10])
+    assert read_numbers(frames) == [8, 9, 9, 10] and metadata.num_damaged_frames == 2
+    _, metadata = decode_video(str(path), lambda metadata: [10, 18])
+    assert metadata.num_damaged_frames == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decoder", ["torchcodec", "decord"])
+@pytest.mark.parametrize("name", [name for name in KINDS if name.endswith((".mp4", ".mov"))])
+def test_other_decoders_return_the_same_frames(name, tmp_path, decoder):
+    pytest.importorskip(decoder)
+    KINDS[name][0](tmp_path / name)
+    outcomes = []
+    for which in ("pyav", decoder):
+        try:
+            outcomes.append(decode_video(str(tmp_path / name), decoder=which)[0])
+        except ValueError as error:
+            outcomes.append(str(error))
+    np.testing.assert_array_equal(*outcomes)
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_videomamba import video_decoding
+from modeling_videomamba import video_decoding, video_demuxer, video_frames, video_sources
 from modeling_videomamba.video_decoding import choose_decoder, decode_video, decoded_frames, open_pyav
 from video_files import (
     FILES,
@@ -99,12 +99,12 @@ def test_only_the_section_is_read(tmp_path, monkeypatch):
     path = write_video(tmp_path / "long.mkv", 1000, gop=1)
     read = []
 
-    class Counting(video_decoding._File):
+    class Counting(video_sources._File):
         def read(self, *args):
             read.append(super().read(*args))
             return read[-1]
 
-    monkeypatch.setattr(video_decoding, "_File", Counting)
+    monkeypatch.setattr(video_sources, "_File", Counting)
     frames, _ = decode_video(path, lambda metadata: [0, 4], section=(20, 21))
     assert read_numbers(frames) == [500, 504]
     assert sum(map(len, read)) < os.path.getsize(path) / 2
@@ -140,8 +140,8 @@ def test_only_what_is_needed_is_decoded(tmp_path, monkeypatch):
     decoded = []
     original = video_decoding.decoded_frames
 
-    def counting(container, stream):
-        for frame in original(container, stream):
+    def counting(*args):
+        for frame in original(*args):
             decoded.append(frame.pts)
             yield frame
 
@@ -348,13 +348,13 @@ def test_bytes_with_every_decoder(video, decoder):
 
 def test_limits(video, monkeypatch):
     path = video("h264.mp4")
-    monkeypatch.setattr(video_decoding, "VIDEO_MAX_CLIP_BYTES", 3 * 64 * 96 * 8)
+    monkeypatch.setattr(video_frames, "VIDEO_MAX_CLIP_BYTES", 3 * 64 * 96 * 8)
     assert len(fetch(path, range(8))[0]) == 8
     with pytest.raises(
         ValueError, match="9 frames of .*h264.mp4 take 165888 bytes, more than 147456.*raise VIDEO_MAX_"
     ):
         fetch(path, range(9))
-    monkeypatch.setattr(video_decoding, "VIDEO_MAX_FRAME_PIXELS", 64 * 96 - 1)
+    monkeypatch.setattr(video_demuxer, "VIDEO_MAX_FRAME_PIXELS", 64 * 96 - 1)
     with pytest.raises(ValueError, match="h264.mp4 has frames .*6143.*raise VIDEO_MAX_FRAME_PIXELS"):
         fetch(path)
 
@@ -400,8 +400,8 @@ def test_an_error_that_is_kept_keeps_no_decoder(tmp_path, video):
 
 def test_what_takes_long_is_said(video, monkeypatch):
     said, clock = [], itertools.count(step=3)
-    monkeypatch.setattr(video_decoding.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(video_decoding.logger, "warning", said.append)
+    monkeypatch.setattr(video_demuxer.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(video_demuxer.logger, "warning", said.append)
     fetch(video("h264.mp4"), [0])
     assert 5 < len(said) < 60  # at most one in ten seconds, for 60 packets of three
     assert "h264.mp4 is read through to count its frames: " in said[0] and "Ctrl-C" in said[0]
@@ -522,17 +522,17 @@ def test_urls(server, video, monkeypatch):
 
 
 def test_urls_that_never_end(server, monkeypatch):
-    monkeypatch.setattr(video_decoding, "DOWNLOAD_TIMEOUT", 0.2)
+    monkeypatch.setattr(video_sources, "DOWNLOAD_TIMEOUT", 0.2)
     with pytest.raises(ConnectionError, match="/slow could not be downloaded .*Timeout"):
         fetch(server + "/slow")
-    monkeypatch.setattr(video_decoding, "VIDEO_MAX_DOWNLOAD_BYTES", 1 << 18)
+    monkeypatch.setattr(video_sources, "VIDEO_MAX_DOWNLOAD_BYTES", 1 << 18)
     with pytest.raises(ConnectionError, match="/endless did not end within 262144 bytes"):
         fetch(server + "/endless")
 
 
 @pytest.mark.parametrize("path", ["/drip", "/drip_headers"])
 def test_the_deadline_holds_byte_by_byte(server, monkeypatch, path):
-    monkeypatch.setattr(video_decoding, "VIDEO_MAX_DOWNLOAD_SECONDS", 0.5)
+    monkeypatch.setattr(video_sources, "VIDEO_MAX_DOWNLOAD_SECONDS", 0.5)
     start = time.monotonic()
     with pytest.raises(ConnectionError, match=f"{path} did not end within .* 0.5 seconds"):
         fetch(server + path)
@@ -589,7 +589,7 @@ def test_the_next_decoder_stands_in(video, monkeypatch):
     monkeypatch.setattr(video_decoding, "av", None)
     frames, metadata = fetch(video("h264.mp4"), [2, 50])
     assert read_numbers(frames) == [2, 50] and metadata.video_backend == "decord"
-    with pytest.raises(ValueError, match="h264.ts: decord may misplace the frames.*pip install av"):
+    with pytest.raises(ValueError, match="h264.ts: decord may return wrong frames.*pip install av"):
         fetch(video("h264.ts"), [0])
 
 

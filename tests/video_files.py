@@ -61,12 +61,14 @@ def write_video(
     container_options=None,
     audio=False,
     format=None,
+    title=None,
 ) -> str:
     """Writes a video and returns its path as a string.
 
     `frames` is a number of numbered frames, or an iterable of (H, W, 3) uint8 arrays; `size` is (height, width);
     `pts` gives each frame's time in units of 1 / 1000 s (for variable frame rates); `rotation` is the display
-    rotation in degrees to write into the container, counter-clockwise as libav counts.
+    rotation in degrees to write into the container, counter-clockwise as libav counts; `title` names the video's track
+    in Matroska, and the whole elsewhere.
     """
     if isinstance(frames, int):
         frames = [numbered_frame(i, *size) for i in range(frames)]
@@ -83,6 +85,8 @@ def write_video(
             stream.codec_context.time_base = Fraction(1, 1000)
         if rotation is not None:
             stream.set_display_rotation(rotation)
+        if title is not None:
+            stream.metadata["title"] = container.metadata["title"] = title
         sound = container.add_stream("aac", rate=8000) if audio else None
         for i, array in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
