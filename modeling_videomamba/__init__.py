@@ -9,6 +9,7 @@ from transformers import (
     AutoVideoProcessor,
 )
 
+from .clip_loading import ClipLoader, predict_clips
 from .configuration_videomamba import VideoMambaConfig, count_parameters_and_macs
 from .image_processing_videomamba import VideoMambaImageProcessor
 from .modeling_videomamba import (
@@ -42,6 +43,7 @@ VideoMambaVideoProcessor.register_for_auto_class("AutoVideoProcessor")
 
 
 __all__ = [
+    "ClipLoader",
     "VideoMambaConfig",
     "VideoMambaForImageClassification",
     "VideoMambaForVideoClassification",
@@ -50,5 +52,6 @@ __all__ = [
     "VideoMambaPreTrainedModel",
     "VideoMambaVideoProcessor",
     "count_parameters_and_macs",
+    "predict_clips",
     "use_scan_backend",
 ]

@@ -123,7 +123,7 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
         files = _list_files(videos)
         if files is not None:
             # Each frame is resized as soon as it is decoded: of large ones, one is in memory at a time.
-            transform = self._transform_of_frames(kwargs)
+            transform = self.frame_transform(**kwargs)
             sample_file = None if do_sample_frames is False else sample
             decoded = [decode_video(file, sample_file, decoder, transform, section) for file in files]
             frames, metadata = [frames for frames, _ in decoded], [about for _, about in decoded]
@@ -151,8 +151,8 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
         kwargs.update(do_sample_frames=False, input_data_format="channels_first", video_metadata=metadata)
         return super().preprocess(frames, **kwargs)
 
-    def _transform_of_frames(self, kwargs):
-        """Resize and crop, with the options of a call, on its device."""
+    def frame_transform(self, **kwargs):
+        """A function that resizes and crops (..., C, H, W) frames: with the saved options, but for those of a call."""
         kwargs = {name: kwargs.get(name, getattr(self, name, None)) for name in self.valid_kwargs.__annotations__}
         kwargs, device = self._standardize_kwargs(**kwargs), kwargs["device"]
         options = {name: kwargs[name] for name in ("do_resize", "size", "resample", "do_center_crop", "crop_size")}

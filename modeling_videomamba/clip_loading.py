@@ -1,0 +1,307 @@
+"""
+Many clips from files to results: processes decode, and the device does not wait for the host.
+
+A worker of a `DataLoader` decodes a clip and leaves its frames, as bytes, in a slot of shared memory; through the
+loader's pipe goes only where they are. The memory is page-locked for a GPU, which copies the slot, resizes and
+normalises on a stream of its own, beside the model on the caller's. `predict_clips` fetches results while the next
+batches run.
+"""
+
+import contextlib
+import multiprocessing
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from transformers.utils import logging
+
+from .video_decoding import decode_video
+
+
+logger = logging.get_logger(__name__)
+
+SLOT_BYTES = 2**24  # of a clip that is handed over as it was decoded: 16 frames of up to 720 x 480 pixels, say
+PREFETCH = 2  # clips that each worker has been given
+SPARE_SLOTS = 4  # from which the GPU may still copy while the workers fill the others
+
+
+@dataclass
+class ClipBatch:
+    """One batch of a [`ClipLoader`]."""
+
+    index: int  # the batch's own number, from 0
+    clips: list[int] = field(default_factory=list)  # the numbers of those that could be read
+    pixel_values: torch.Tensor | None = None  # (B, T, C, H, W) float32 of these; None if there are none
+    errors: dict[int, str] = field(default_factory=dict)  # why each of the others could not be read, by its number
+    seconds: float = 0.0  # that the workers took for all of them, in sum
+
+
+class ClipLoader:
+    """
+    Batches of clips from files. Each iteration goes through all of them.
+
+    A batch consists of the same clips in every run. Batches come when they are complete, in about their order, so that
+    a clip that takes long holds up its own batch alone. Clips that cannot be read are left out of their batch, with
+    the reason. Pixels are those that the processor makes of the file; where a GPU resizes, they differ by at most one
+    level of 255.
+
+    Memory is bounded: `2 * num_workers + 5` slots, and the clips of batches that are not complete, resized.
+
+    Args:
+        clips: paths, URLs or bytes of files: a list, or an object with `len` that a worker asks for one by its number.
+        processor ([`VideoMambaVideoProcessor`]): samples, resizes and normalises, with the values saved in it.
+        batch_size: clips in a batch.
+        batch_sampler: the numbers of the clips of each batch, instead.
+        num_workers: processes that decode, each with one thread. 0: this process does, with all threads.
+        device: where the pixels are to be.
+        slot_bytes: on a GPU, frames of clips of at most this size are resized there, those of larger clips by the
+            worker that decodes them. 0 makes the workers resize all.
+        multiprocessing_context: how workers start: `"fork"`, `"spawn"`, `"forkserver"` or `None`, Python's default.
+    """
+
+    def __init__(
+        self,
+        clips: Sequence,
+        processor,
+        batch_size: int = 8,
+        *,
+        batch_sampler: Sequence[Sequence[int]] | None = None,
+        num_workers: int = 0,
+        device: torch.device | str = "cpu",
+        slot_bytes: int = SLOT_BYTES,
+        multiprocessing_context: str | None = None,
+    ):
+        if batch_size < 1 or num_workers < 0 or slot_bytes < 0:
+            raise ValueError(
+                f"`batch_size` is {batch_size}, `num_workers` {num_workers} and `slot_bytes` {slot_bytes}, but they "
+                "must be at least 1, 0 and 0."
+            )
+        if batch_sampler is None:
+            batch_sampler = [range(i, min(i + batch_size, len(clips))) for i in range(0, len(clips), batch_size)]
+        self.clips, self.processor, self.batches = clips, processor, batch_sampler
+        self.num_workers, self.device = num_workers, torch.device(device)
+        self.slot_bytes = slot_bytes if self.device.type == "cuda" else 0
+        self.context = multiprocessing.get_context(multiprocessing_context)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[ClipBatch]:
+        crop = self.processor.crop_size if self.processor.do_center_crop else {"height": 0, "width": 0}
+        resized = (self.processor.num_frames or 0) * 3 * crop["height"] * crop["width"]
+        slots = PREFETCH * self.num_workers + 1 + SPARE_SLOTS
+        ring = _Ring(slots, max(1, resized, self.slot_bytes), self.context)
+        workers = DataLoader(
+            _Reader(self.clips, self.processor, ring, self.slot_bytes),
+            batch_size=None,
+            sampler=_tasks(self.batches, ring),
+            collate_fn=tuple,
+            num_workers=self.num_workers,
+            prefetch_factor=PREFETCH if self.num_workers else None,
+            in_order=False,
+            multiprocessing_context=self.context if self.num_workers else None,
+        )
+        arrivals = iter(workers)  # starts the processes, before the memory is page-locked
+        device = _Device(self.device, self.processor, ring.bytes)
+        begun: dict[int, tuple[ClipBatch, dict[int, torch.Tensor]]] = {}
+        try:
+            for (index, place, slot), found, seconds in arrivals:
+                batch, frames = begun.setdefault(index, (ClipBatch(index), {}))
+                numbers, copied = self.batches[index], None
+                batch.seconds += seconds
+                if isinstance(found, str):
+                    batch.errors[numbers[place]] = found
+                else:
+                    frames[place], copied = device.take(ring.read(slot, found), found.is_resized)
+                ring.give_back(slot, copied)
+                if len(frames) + len(batch.errors) == len(numbers):
+                    del begun[index]
+                    batch.clips = [numbers[place] for place in sorted(frames)]
+                    if frames:
+                        batch.pixel_values = device.finish([frames[place] for place in sorted(frames)])
+                    yield batch
+                    del batch, frames  # the caller alone holds what is on the device
+        finally:
+            del arrivals
+            device.close()
+
+
+class _Frames(NamedTuple):
+    """Frames that a worker left in its slot, channels last; or, if they did not fit, the frames themselves."""
+
+    shape: tuple[int, ...]  # (T, H, W, C)
+    is_resized: bool
+    too_large: torch.Tensor | None = None
+
+
+class _Ring:
+    """
+    Slots of shared memory, as bytes: (slots, size). Whoever gives one back says by which event it will be free.
+
+    (An array of `multiprocessing` can be handed to processes however they start, and lies in a temporary file where
+    /dev/shm, of 64 MB in many containers, is too small.)
+    """
+
+    def __init__(self, count: int, size: int, context):
+        self.size, self.memory = size, context.RawArray("B", count * size)
+        self.bytes = torch.frombuffer(self.memory, dtype=torch.uint8).view(count, size)
+        self.free: deque = deque((slot, None) for slot in range(count))
+
+    def take(self) -> int:
+        slot, copied = self.free.popleft()
+        if copied is not None:
+            copied.synchronize()
+        return slot
+
+    def give_back(self, slot: int, copied) -> None:
+        self.free.append((slot, copied))
+
+    def read(self, slot: int, found: _Frames) -> torch.Tensor:
+        """(T, C, H, W), a view."""
+        if found.too_large is not None:
+            return found.too_large
+        count = torch.Size(found.shape).numel()
+        return self.bytes[slot, :count].view(found.shape).permute(0, 3, 1, 2)
+
+
+def _tasks(batches, ring: _Ring) -> Iterator[tuple]:
+    """What the workers are told: which clip, its batch and place there, and the slot for its frames."""
+    for index, numbers in enumerate(batches):
+        for place, number in enumerate(numbers):
+            yield number, (index, place, ring.take())
+
+
+class _Reader(Dataset):
+    """Decodes a clip, in a worker, and resizes its frames if they would take more than `slot_bytes`."""
+
+    def __init__(self, clips, processor, ring: _Ring, slot_bytes: int):
+        self.clips, self.processor, self.slot_bytes = clips, processor, slot_bytes
+        self.memory, self.size = ring.memory, ring.size
+
+    def __getitem__(self, task) -> tuple:
+        """The batch, place and slot; what was read, as `_Frames`, or the reason why not; and the seconds it took."""
+        number, where = task
+        start = time.perf_counter()
+        try:
+            found = self.read(self.clips[number], self.size * where[-1])
+        except Exception as error:  # whatever is wrong with one clip must not stop the others
+            found = " ".join(f"{error}".split()) or type(error).__name__
+        return where, found, time.perf_counter() - start
+
+    def read(self, file, offset: int) -> _Frames:
+        processor, count, is_resized = self.processor, 0, False
+        resize_and_crop = processor.frame_transform()
+
+        def sample(metadata):
+            nonlocal count
+            indices = processor.sample_frames(metadata)
+            count = len(indices)
+            return indices
+
+        def shrink(frame):
+            nonlocal is_resized
+            is_resized = count * frame.nbytes > self.slot_bytes
+            return resize_and_crop(frame) if is_resized else frame
+
+        start, stop = processor.start_seconds, processor.stop_seconds
+        section = None if start is None and stop is None else (start or 0, stop)
+        frames, _ = decode_video(file, sample, processor.decoder, shrink, section)
+        if frames.nbytes > self.size:  # of a processor that does not crop, or whose number of frames varies
+            return _Frames((), is_resized, frames)
+        frames = frames.permute(0, 2, 3, 1)
+        room = torch.frombuffer(self.memory, dtype=torch.uint8, count=frames.nbytes, offset=offset)
+        room.view(frames.shape).copy_(frames)
+        return _Frames(tuple(frames.shape), is_resized)
+
+
+class _Device:
+    """Copies frames out of the ring and makes `pixel_values` of them: on a GPU, on a stream of its own."""
+
+    def __init__(self, device: torch.device, processor, ring: torch.Tensor):
+        self.device, self.processor, self.ring, self.stream = device, processor, ring, None
+        if device.type == "cuda":
+            self.stream, self.resize_and_crop = torch.cuda.Stream(device), processor.frame_transform(device=device)
+            self.is_locked = int(torch.cuda.cudart().cudaHostRegister(ring.data_ptr(), ring.nbytes, 1)) == 0
+            if not self.is_locked:
+                logger.warning(f"{ring.nbytes} bytes could not be page-locked: the GPU waits for each copy.")
+                with contextlib.suppress(RuntimeError):  # the next kernel would report it as its own error
+                    torch.zeros(1, device=device).add_(1)
+
+    def take(self, frames: torch.Tensor, is_resized: bool) -> tuple:
+        """(T, C, H, W) uint8 in a slot to the same on the device, resized; and when the slot is free."""
+        if self.stream is None:
+            return frames.clone(), None
+        with torch.cuda.stream(self.stream):
+            frames = frames.to(self.device, non_blocking=True)
+            copied = self.stream.record_event()
+            return frames if is_resized else self.resize_and_crop(frames), copied
+
+    def finish(self, clips: list[torch.Tensor]) -> torch.Tensor:
+        """`pixel_values` that the caller's stream may use."""
+        options = {"do_sample_frames": False, "do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
+        options |= {"input_data_format": "channels_first", "device": self.device}
+        with torch.cuda.stream(self.stream):  # of a CPU, None: nothing
+            pixel_values = self.processor(clips, **options)["pixel_values"]
+        if self.stream is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self.stream)
+            pixel_values.record_stream(current)
+        return pixel_values
+
+    def close(self) -> None:
+        if self.stream is not None:
+            self.stream.synchronize()
+            if self.is_locked:
+                torch.cuda.cudart().cudaHostUnregister(self.ring.data_ptr())
+
+
+def predict_clips(
+    function: Callable[[torch.Tensor], dict[str, torch.Tensor]], batches: Iterable[ClipBatch], in_flight: int = 2
+) -> Iterator[tuple[ClipBatch, dict[str, torch.Tensor]]]:
+    """
+    Runs a model on batches and fetches its results, while the device goes on with the next ones.
+
+    Args:
+        function: takes `pixel_values` and returns tensors by name.
+        batches: a [`ClipLoader`].
+        in_flight: batches that may have been given to the device before the results of the first are waited for.
+
+    Yields:
+        Each batch, without its `pixel_values`, and what the function returned for it, on the CPU; nothing where no
+        clip could be read.
+    """
+    running: deque = deque()
+    for batch in batches:
+        pixel_values, batch.pixel_values = batch.pixel_values, None
+        with torch.inference_mode():
+            running.append((batch, *_fetch({} if pixel_values is None else function(pixel_values))))
+        del pixel_values
+        while running and (len(running) > in_flight or running[0][-1] is None or running[0][-1].query()):
+            yield _result(*running.popleft())
+    while running:
+        yield _result(*running.popleft())
+
+
+def _fetch(outputs: dict[str, torch.Tensor]) -> tuple:
+    """Begins to copy tensors to page-locked memory. Returns the copies, and the event after which they are whole."""
+    copies, stream = dict(outputs), None
+    for name, tensor in outputs.items():
+        if tensor.is_cuda:
+            stream = torch.cuda.current_stream(tensor.device)
+            copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            copies[name].copy_(tensor, non_blocking=True)
+    return copies, stream and stream.record_event()
+
+
+def _result(batch: ClipBatch, outputs: dict[str, torch.Tensor], copied) -> tuple:
+    if copied is not None:
+        copied.synchronize()
+        outputs = {name: tensor.clone() for name, tensor in outputs.items()}  # the page-locked memory is used again
+    return batch, outputs
+
+
+__all__ = ["ClipBatch", "ClipLoader", "predict_clips"]
