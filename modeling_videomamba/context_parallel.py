@@ -118,7 +118,7 @@ class ContextParallel(nn.Module):
         return torch.cat([tokens[:, :place], class_token, tokens[:, place:]], dim=1).float(), place
 
     def layer(self, layer, hidden_states):
-        return layer.add(hidden_states, self.mix(layer.mixer, layer.norm(hidden_states)))
+        return layer.residual(hidden_states, self.mix(layer.mixer, layer.norm(hidden_states)))
 
     def mix(self, mixer, hidden_states):
         """`VideoMambaMixer.forward` of a part."""

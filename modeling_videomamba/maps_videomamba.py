@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers.utils import ModelOutput
 
 from .selective_scan_torch import at_own_tokens, causal_convolution, in_order_of_visits, selection, selective_scan
-from .tokens_videomamba import checked_clips, class_token_index
+from .tokens_videomamba import backward_order, checked_clips, class_token_index
 
 
 @dataclass
@@ -64,7 +64,7 @@ class VideoMambaDeltaMapsMixin:
         chosen = [index % depth for index in chosen]
         pixel_values, grid = checked_clips(self.config, pixel_values, interpolate_pos_encoding)
         hidden_states = backbone.embeddings(pixel_values, grid).float()
-        order = backbone.order_for(grid, hidden_states.device)
+        order = backward_order(self.config, grid, hidden_states.device)
         found = {}
         for index, layer in enumerate(backbone.layers[: max(chosen, default=-1) + 1]):
             if index in chosen:
@@ -110,7 +110,7 @@ class VideoMambaReadingMapsMixin(VideoMambaDeltaMapsMixin):
         backbone = self.base_model
         pixel_values, grid = checked_clips(self.config, pixel_values, interpolate_pos_encoding)
         last = backbone.embeddings(pixel_values, grid).float()
-        order = backbone.order_for(grid, last.device)
+        order = backward_order(self.config, grid, last.device)
         inputs = []
         for layer in backbone.layers:
             inputs.append(last)

@@ -88,7 +88,8 @@ class VideoMambaEmbeddings(nn.Module):
             num_tokens = num_patches + self.has_class_token
             self.position_embeddings = nn.Parameter(torch.zeros(1, num_tokens, config.hidden_size))
         elif config.position_embedding_type == "sinusoidal":
-            self.register_buffer("sinusoids", sinusoidal_positions(num_patches, config.hidden_size), persistent=False)
+            # No buffer: others average, round and offload buffers.
+            self.sinusoids = sinusoidal_positions(num_patches, config.hidden_size)
 
     def forward(self, pixel_values: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
         """Clips (B, T, C, H, W), and how many tubelets they hold along time, height and width; tokens (B, L, D)."""
@@ -109,7 +110,10 @@ class VideoMambaEmbeddings(nn.Module):
         """
         positions, class_token = None, self.cls_token if self.has_class_token else None
         if self.config.position_embedding_type == "sinusoidal":
-            positions = self.sinusoids_for(grid, tokens.device).to(tokens)
+            sinusoids = self.sinusoids
+            if sinusoids.shape[1] != math.prod(grid):
+                sinusoids = sinusoidal_positions(math.prod(grid), self.config.hidden_size)
+            positions = sinusoids.to(tokens)
         elif self.config.position_embedding_type == "learned":
             positions = self.position_embeddings[:, self.has_class_token :]
             if grid != self.config.grid_size:
@@ -118,12 +122,12 @@ class VideoMambaEmbeddings(nn.Module):
                 class_token = class_token + self.position_embeddings[:, :1]
         return positions, class_token
 
-    def sinusoids_for(self, grid, device):
-        """The table (1, n_t · n_h · n_w, D): the one at hand, or another for clips of another size."""
-        # Accelerate leaves a module that it offloads whole with buffers on "meta".
-        if math.prod(grid) == self.sinusoids.shape[1] and not self.sinusoids.is_meta:
-            return self.sinusoids
-        return sinusoidal_positions(math.prod(grid), self.config.hidden_size, device)
+    def _apply(self, *args, **kwargs):
+        super()._apply(*args, **kwargs)
+        device = self.patch_embeddings.projection.weight.device
+        if self.config.position_embedding_type == "sinusoidal" and device.type != "meta":
+            self.sinusoids = self.sinusoids.to(device)
+        return self
 
 
 class VideoMambaRMSNorm(nn.Module):
@@ -212,6 +216,29 @@ def is_plain_linear(module):
     return plain and type(module.weight) in (nn.Parameter, torch.Tensor)
 
 
+class VideoMambaResidual(nn.Module):
+    """
+    The residual connection, with stochastic depth in training. `output_hidden_states` records what goes in and out
+    here: the hooks that transformers attaches for it, and leaves, keep nobody from calling a layer's parts.
+    """
+
+    def __init__(self, drop_path_rate: float):
+        super().__init__()
+        self.drop_path_rate = drop_path_rate
+
+    def forward(
+        self, hidden_states: torch.Tensor, update: torch.Tensor, norm: VideoMambaRMSNorm | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream (B, L, D) with a layer's update; if the next layer's norm is given, its norm too."""
+        if self.training and self.drop_path_rate > 0:
+            keep = 1 - self.drop_path_rate
+            update = update * update.new_empty(update.shape[0], 1, 1).bernoulli_(keep).div_(keep)
+        return hidden_states + update if norm is None else norm.of_sum(hidden_states, update)
+
+    def extra_repr(self):
+        return f"drop_path_rate={self.drop_path_rate:.3g}"
+
+
 class VideoMambaLayer(GradientCheckpointingLayer):
     """Pre-norm block: x + mixer(norm(x)), on a residual stream x (B, L, D) that stays in float32."""
 
@@ -219,7 +246,7 @@ class VideoMambaLayer(GradientCheckpointingLayer):
         super().__init__()
         self.norm = VideoMambaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mixer = VideoMambaMixer(config)
-        self.drop_path_rate = drop_path_rate
+        self.residual = VideoMambaResidual(drop_path_rate)
 
     def update(self, hidden_states: torch.Tensor, order: ScanOrder | None = None) -> torch.Tensor:
         """What the layer adds to the residual stream, but for stochastic depth."""
@@ -231,18 +258,11 @@ class VideoMambaLayer(GradientCheckpointingLayer):
         order: ScanOrder | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        return self.add(hidden_states, self.update(hidden_states, order))
-
-    def add(self, hidden_states: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
-        """The residual connection, with stochastic depth in training."""
-        if self.training and self.drop_path_rate > 0:
-            keep = 1 - self.drop_path_rate
-            update = update * update.new_empty(update.shape[0], 1, 1).bernoulli_(keep).div_(keep)
-        return hidden_states + update
+        return self.residual(hidden_states, self.update(hidden_states, order))
 
     def may_join(self):
         """Whether its parts may be called without it, so that its sum is made with the norm of the next layer."""
-        return not self.training and is_untouched(self, VideoMambaLayer) and is_untouched(self.norm, VideoMambaRMSNorm)
+        return is_untouched(self, VideoMambaLayer) and is_untouched(self.norm, VideoMambaRMSNorm)
 
 
 class VideoMambaPreTrainedModel(PreTrainedModel):
@@ -255,7 +275,7 @@ class VideoMambaPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _input_embed_layer = "patch_embeddings"
     _no_split_modules = ["VideoMambaEmbeddings", "VideoMambaLayer"]
-    _can_record_outputs = {"hidden_states": VideoMambaLayer}
+    _can_record_outputs = {"hidden_states": VideoMambaResidual}
 
     def __init__(self, config: VideoMambaConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
@@ -329,8 +349,11 @@ class VideoMambaPreTrainedModel(PreTrainedModel):
         """
         Fit the model to clips of another length or frame size, for example to fine-tune a 16-frame model on 32 frames.
 
-        Learned position embeddings are interpolated in time and space, in place; the class token keeps its own. The
-        config follows; a processor has to be told by its `num_frames`, `size` and `crop_size`.
+        Learned position embeddings are interpolated in time and space; the class token keeps its own. They stay the
+        same parameter, so that an optimizer made before goes on training them. One that has made a step already holds
+        moments of the old size, and is to be made anew unless the number of tubelets stays; so is what
+        `DistributedDataParallel` or a compiler made of the model. The config follows; a processor has to be told by
+        its `num_frames`, `size` and `crop_size`.
 
         Args:
             num_frames (`int`, *optional*):
@@ -353,19 +376,16 @@ class VideoMambaPreTrainedModel(PreTrainedModel):
         resized.num_frames = self.config.num_frames if num_frames is None else num_frames
         resized.image_size = self.config.image_size if image_size is None else image_size
         resized.validate()
-        embeddings = self.base_model.embeddings
-        if self.config.position_embedding_type == "learned":
+        embeddings, grid, new_grid = self.base_model.embeddings, self.config.grid_size, resized.grid_size
+        if self.config.position_embedding_type == "learned" and grid != new_grid:
             table = embeddings.position_embeddings
             class_token, tubelets = table.tensor_split([int(embeddings.has_class_token)], dim=1)
-            tubelets = interpolate_positions(tubelets, self.config.grid_size, resized.grid_size)
-            table = nn.Parameter(torch.cat([class_token, tubelets], dim=1), requires_grad=table.requires_grad)
-            embeddings.position_embeddings = table
-        elif self.config.position_embedding_type == "sinusoidal":
-            embeddings.sinusoids = embeddings.sinusoids_for(resized.grid_size, embeddings.sinusoids.device).to(
-                embeddings.sinusoids
-            )
+            table.data = torch.cat([class_token, interpolate_positions(tubelets, grid, new_grid)], dim=1)
+            table.grad = None
+        elif self.config.position_embedding_type == "sinusoidal" and grid != new_grid:
+            sinusoids = sinusoidal_positions(math.prod(new_grid), self.config.hidden_size)
+            embeddings.sinusoids = sinusoids.to(embeddings.sinusoids.device)
         self.config.num_frames, self.config.image_size = resized.num_frames, resized.image_size
-        self.base_model.keep_order()
 
     def floating_point_ops(self, inputs):
         """
@@ -409,12 +429,6 @@ class VideoMambaPreTrainedModel(PreTrainedModel):
                 init.trunc_normal_(module.cls_token, std=config.initializer_range)
             if config.position_embedding_type == "learned":
                 init.trunc_normal_(module.position_embeddings, std=config.initializer_range)
-            elif config.position_embedding_type == "sinusoidal":
-                init.copy_(module.sinusoids, sinusoidal_positions(*module.sinusoids.shape[1:], device="cpu"))
-        elif isinstance(module, VideoMambaModel) and module.backward_visits is not None:
-            order = backward_order(config, config.grid_size, device="cpu")
-            init.copy_(module.backward_visits, order.visits)
-            init.copy_(module.backward_places, order.places)
         elif isinstance(module, nn.Conv3d) or module is getattr(self, "classifier", None):
             init.trunc_normal_(module.weight, std=config.initializer_range)
             init.zeros_(module.bias)
@@ -450,26 +464,7 @@ class VideoMambaModel(VideoMambaDeltaMapsMixin, VideoMambaPreTrainedModel):
             VideoMambaLayer(config, config.drop_path_rate * index / max(depth - 1, 1)) for index in range(depth)
         )
         self.norm = VideoMambaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.keep_order()
         self.post_init()
-
-    def keep_order(self):
-        """Keep the backward direction's order for clips of the config's size among the tensors of the model."""
-        order = backward_order(self.config, self.config.grid_size, self.norm.weight.device)
-        self.kept_order = self.config.backward_scan, self.config.class_token_position, self.config.grid_size
-        self.register_buffer("backward_visits", None if order is None else order.visits, persistent=False)
-        self.register_buffer("backward_places", None if order is None else order.places, persistent=False)
-
-    def order_for(self, grid, device):
-        """The order for clips of (n_t, n_h, n_w) tubelets: the one that is kept, or another for another size."""
-        config, visits = self.config, self.backward_visits
-        kept = (config.backward_scan, config.class_token_position, grid) == self.kept_order
-        if kept and visits is None:
-            return None
-        if not kept or visits.is_meta:  # as in `sinusoids_for`
-            return backward_order(config, grid, device)
-        place = None if config.class_token_position == "none" else class_token_index(config, math.prod(grid))
-        return ScanOrder(visits, self.backward_places, config.backward_scan, grid[0], place)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -510,7 +505,7 @@ class VideoMambaModel(VideoMambaDeltaMapsMixin, VideoMambaPreTrainedModel):
     def encode(self, pixel_values: torch.Tensor, grid: tuple[int, int, int], **kwargs) -> torch.Tensor:
         """The residual stream after all layers; in inference on a GPU, each sum is made with the norm after it."""
         hidden_states = self.embeddings(pixel_values, grid).float()
-        order = self.order_for(grid, hidden_states.device)
+        order = backward_order(self.config, grid, hidden_states.device)
         layers = list(self.layers)
         if not (can_fuse_rms_norm(hidden_states, self.norm.weight) and all(layer.may_join() for layer in layers)):
             for layer in layers:
@@ -518,8 +513,8 @@ class VideoMambaModel(VideoMambaDeltaMapsMixin, VideoMambaPreTrainedModel):
             return hidden_states
         normed = layers[0].norm(hidden_states)
         for layer, after in itertools.pairwise(layers):
-            hidden_states, normed = after.norm.of_sum(hidden_states, layer.mixer(normed, order))
-        return hidden_states + layers[-1].mixer(normed, order)
+            hidden_states, normed = layer.residual(hidden_states, layer.mixer(normed, order), after.norm)
+        return layers[-1].residual(hidden_states, layers[-1].mixer(normed, order))
 
 
 class VideoMambaForVideoClassification(VideoMambaReadingMapsMixin, VideoMambaPreTrainedModel):

@@ -66,15 +66,15 @@ def class_token_index(config, num_patches):
     return num_patches // 2 if config.class_token_position == "middle" else 0
 
 
-def sinusoidal_positions(num_positions, dim, device=None):
+def sinusoidal_positions(num_positions, dim):
     """
     Sine and cosine of each position at `dim / 2` frequencies, interleaved ("Attention is all you need", section 3.5).
 
     Returns:
-        `torch.FloatTensor` of shape `(1, num_positions, dim)`.
+        `torch.FloatTensor` of shape `(1, num_positions, dim)`, on the CPU, where there is float64.
     """
-    frequencies = 10000.0 ** (-torch.arange(0, dim, 2, device=device).double() / dim)
-    angles = torch.arange(num_positions, device=device).double()[:, None] * frequencies
+    frequencies = 10000.0 ** (-torch.arange(0, dim, 2, device="cpu").double() / dim)
+    angles = torch.arange(num_positions, device="cpu").double()[:, None] * frequencies
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[None, :, :dim].float()
 
 
@@ -112,16 +112,21 @@ def backward_order(config, grid, device=None):
     if config.backward_scan == "spatiotemporal":
         return None
     frames, *space = grid
-    tokens = torch.arange(math.prod(grid), device=device).view(frames, math.prod(space))
-    visits = tokens.flip(1 if config.backward_scan == "spatial" else 0).flatten()
-    place = None
-    if config.class_token_position != "none":
-        place = class_token_index(config, visits.numel())
-        mirrored = visits.numel() - place
-        visits = visits + (visits >= place)
-        class_token = torch.full((1,), place, device=device)
-        visits = torch.cat([visits[:mirrored], class_token, visits[mirrored:]])
-    return ScanOrder(visits, torch.argsort(visits), config.backward_scan, frames, place)
+    patches = torch.arange(math.prod(grid), device=device).view(frames, math.prod(space))
+    visits = patches.flip(1 if config.backward_scan == "spatial" else 0).flatten()
+    if config.class_token_position == "none":
+        return ScanOrder(visits, visits, config.backward_scan, frames)  # a reversal is its own inverse
+    place = class_token_index(config, visits.numel())
+    step = visits.numel() - place
+    return ScanOrder(
+        _inserted(visits, step, place), _inserted(visits, place, step), config.backward_scan, frames, place
+    )
+
+
+def _inserted(permutation, index, number):
+    """A permutation with one more number at an index, before which and above which the others make room."""
+    moved = permutation + (permutation >= number)
+    return torch.cat([moved[:index], moved.new_full((1,), number), moved[index:]])
 
 
 __all__ = [

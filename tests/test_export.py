@@ -28,6 +28,7 @@ from modeling_videomamba import (
 from modeling_videomamba.selective_scan import bidirectional_selective_scan
 from modeling_videomamba.selective_scan_export import softplus
 from modeling_videomamba.selective_scan_reference import bidirectional_selective_scan_reference
+from modeling_videomamba.tokens_videomamba import backward_order
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -70,7 +71,7 @@ def test_backend_matches_the_float64_reference(reversed_tokens):
     order = None
     if reversed_tokens:
         model = small_model(backward_scan="temporal", class_token_position="middle")
-        order = model.videomamba.order_for(model.config.grid_size, "cpu")
+        order = backward_order(model.config, model.config.grid_size)
         inputs[0] = torch.randn(2, len(order.visits), 12, generator=generator)
     expected = bidirectional_selective_scan_reference(*inputs, order=order, dtype=torch.float64)
     found = bidirectional_selective_scan(*inputs, order=order, backend="export")

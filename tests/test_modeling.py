@@ -1,5 +1,6 @@
 """The model of the paper: its counts, tokens, positions, orders, losses, initialisation, and what it refuses."""
 
+import contextlib
 import copy
 import math
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 from transformers import AutoModelForVideoClassification, BitsAndBytesConfig, TorchAoConfig
 
 from modeling_videomamba import (
@@ -197,7 +199,7 @@ def test_backward_orders_by_hand(reversal, class_token, expected):
         assert order is None
         return
     assert order.visits.tolist() == expected
-    assert order.places[order.visits].tolist() == list(range(len(expected)))
+    assert order.places[order.visits].tolist() == order.visits[order.places].tolist() == list(range(len(expected)))
 
 
 @pytest.mark.parametrize("class_token", ["first", "middle", "none"])
@@ -224,30 +226,36 @@ def test_backward_orders_can_be_worked_out_from_their_structure(reversal, class_
     assert order.visits.tolist() == visits
 
 
-@pytest.mark.parametrize("class_token", ["first", "none"])
-def test_order_and_positions_that_are_kept_are_those_of_the_clip(class_token, tmp_path):
-    """Loaded, resized, moved, and for clips of another size: always as if they were made anew."""
-    model = tiny_model(
-        backward_scan="temporal", class_token_position=class_token, position_embedding_type="sinusoidal"
-    )
+def test_sinusoids_that_are_kept_are_those_of_the_clip(tmp_path):
+    """Loaded, resized, moved and rounded, and for clips of another size: always as if they were made anew."""
+    model = tiny_model(position_embedding_type="sinusoidal")
     model.save_pretrained(tmp_path)
-    loaded = VideoMambaForVideoClassification.from_pretrained(tmp_path)
-    resized = VideoMambaForVideoClassification.from_pretrained(tmp_path)
+    loaded, resized, moved, rounded = (VideoMambaForVideoClassification.from_pretrained(tmp_path) for _ in range(4))
     resized.resize_position_embeddings(num_frames=8)
-    for found in (model, loaded, resized):
-        kept = found.videomamba.order_for(found.config.grid_size, torch.device("cpu"))
-        expected = backward_order(found.config, found.config.grid_size)
-        assert kept.visits is found.videomamba.backward_visits and kept[2:] == expected[2:]
-        assert torch.equal(kept.visits, expected.visits) and torch.equal(kept.places, expected.places)
+    with torch.device("meta"):
+        assert VideoMambaForVideoClassification(model.config).videomamba.embeddings.sinusoids.device.type == "cpu"
+    moved.to("meta").to_empty(device="cpu")
+    rounded.bfloat16().float()
+    for found in (model, loaded, resized, moved, rounded):
         table = sinusoidal_positions(math.prod(found.config.grid_size), 32)
         assert torch.equal(found.videomamba.embeddings.sinusoids, table)
-    assert not set(model.state_dict()) & {"videomamba.backward_visits", "videomamba.embeddings.sinusoids"}
     torch.testing.assert_close(
         resized(clip(frames=8)).logits, loaded(clip(frames=8), interpolate_pos_encoding=True).logits
     )
-    loaded.config.backward_scan = "spatial"  # an order that is not kept
-    other = loaded.videomamba.order_for(loaded.config.grid_size, torch.device("cpu"))
-    assert torch.equal(other.visits, backward_order(loaded.config, loaded.config.grid_size).visits)
+
+
+@pytest.mark.parametrize("average", [get_ema_multi_avg_fn(0.9999), get_ema_multi_avg_fn(0.3), get_swa_multi_avg_fn()])
+@pytest.mark.parametrize("backward_scan", ["spatiotemporal", "spatial", "temporal"])
+def test_averaged_weights_scan_in_the_same_order(backward_scan, average):
+    """Weights that do not change are averaged to themselves; buffers, which may be averaged too, there are none."""
+    model = tiny_model(backward_scan=backward_scan, position_embedding_type="sinusoidal")
+    averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    for _ in range(5):
+        averaged.update_parameters(model)
+    assert not list(model.buffers()) and averaged.n_averaged == 5
+    for backend in ("sequential", "torch", None):
+        with use_scan_backend(backend) if backend else contextlib.nullcontext():
+            assert torch.equal(averaged(clip()).logits, model(clip()).logits)
 
 
 def test_class_token_sees_all_tokens_and_the_reversals_differ():
@@ -325,7 +333,16 @@ def test_a_sum_is_made_with_the_norm_after_it_unless_somebody_looks_on(monkeypat
         torch.testing.assert_close(model(clip()).logits, expected)
         hook.remove()
         assert called == ["hook"] and not joined
-        assert len(model(clip(), output_hidden_states=True).hidden_states) == len(layers) + 1
+        # What transformers attaches to record them stays attached.
+        for _ in range(2):
+            joined.clear()
+            recorded = model(clip(), output_hidden_states=True).hidden_states
+            assert len(recorded) == len(layers) + 1 and len(joined) == len(layers) - 1
+        joined.clear()
+        torch.testing.assert_close(model(clip()).logits, expected)
+        assert len(joined) == len(layers) - 1
+    for found, alone in zip(recorded, model(clip(), output_hidden_states=True).hidden_states, strict=True):
+        torch.testing.assert_close(found, alone)
 
 
 # ---- outputs, losses, training
@@ -367,7 +384,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 def test_stochastic_depth_grows_with_depth_and_skips_whole_samples():
     model = tiny_model(num_hidden_layers=3, drop_path_rate=0.5)
     layers = model.videomamba.layers
-    assert [layer.drop_path_rate for layer in layers] == [0.0, 0.25, 0.5]
+    assert [layer.residual.drop_path_rate for layer in layers] == [0.0, 0.25, 0.5]
     hidden = torch.randn(400, 3, 32)
     kept = layers[2](hidden) - hidden
     updates = layers[2].train()(hidden) - hidden
@@ -529,6 +546,43 @@ def test_from_pretrained_fits_the_model_to_the_sizes_asked_for(kind, auto, tmp_p
     assert (changed.num_frames, changed.image_size) == (8, 48)
     with pytest.raises(StrictDataclassError, match="`num_frames`=1 is shorter than one tubelet"):
         model_class.from_pretrained(tmp_path, num_frames=1)
+
+
+@pytest.mark.parametrize("sizes", [{"num_frames": 8}, {"num_frames": 2, "image_size": 64}, {"image_size": 33}])
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
+def test_positions_that_were_resized_are_trained_by_an_optimizer_made_before(optimizer_class, sizes):
+    model = tiny_model(class_token_position="middle")
+    optimizer = optimizer_class(model.parameters(), lr=0.1)
+    model.resize_position_embeddings(**sizes)
+    before = model.videomamba.embeddings.position_embeddings.detach().clone()
+    frames, size = model.config.num_frames, model.config.image_size
+    model(clip(frames=frames, size=size), labels=torch.tensor([0, 1])).loss.backward()
+    optimizer.step()
+    after = model.videomamba.embeddings.position_embeddings
+    assert after.shape[1] == 1 + math.prod(model.config.grid_size)
+    assert (after != before).flatten(0, 1).any(1).all()
+    torch.testing.assert_close(
+        model(clip(frames=frames, size=size)).logits,
+        model(clip(frames=frames, size=size), interpolate_pos_encoding=True).logits,
+    )
+
+
+def test_an_optimizer_with_moments_of_the_old_positions_does_not_go_on_silently():
+    model = tiny_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    def step():
+        pixels = clip(frames=model.config.num_frames, size=model.config.image_size)
+        model(pixels, labels=torch.tensor([0, 1])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    model.resize_position_embeddings(image_size=40)  # as many tubelets
+    step()
+    model.resize_position_embeddings(num_frames=8)
+    with pytest.raises(RuntimeError, match="size"):
+        step()
 
 
 def test_tuples_instead_of_outputs():

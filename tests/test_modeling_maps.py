@@ -256,7 +256,7 @@ def test_linearized_layer_gives_the_same_output():
     for backward_scan in ("spatiotemporal", "spatial"):
         model = small_model(backward_scan=backward_scan).videomamba
         hidden_states = torch.randn(2, 13, 24)
-        order = model.order_for((3, 2, 2), torch.device("cpu"))
+        order = backward_order(model.config, (3, 2, 2))
         for layer in model.layers:
             found = linear_layer(layer, hidden_states, order)
             torch.testing.assert_close(found, layer(hidden_states, order), atol=1e-5, rtol=1e-5)
