@@ -104,6 +104,24 @@ class VideoMambaConfig(PreTrainedConfig):
             self.time_step_rank = math.ceil(self.hidden_size / 16)
         super().__post_init__(**kwargs)
 
+    def __setattr__(self, name, value):
+        """Labels are numbered by integers. For another number of labels, what kind of problem it was is forgotten."""
+        if name == "id2label" and isinstance(value, dict):
+            value = {int(number): label for number, label in value.items()}
+            before = self.__dict__.get("id2label")
+            if before is not None and len(before) != len(value):
+                self.problem_type = None
+        elif name == "label2id" and isinstance(value, dict):
+            value = {label: int(number) for label, number in value.items()}
+        super().__setattr__(name, value)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As [`~PreTrainedConfig.from_dict`]; a `problem_type` that is given is set after the number of labels."""
+        if "problem_type" in kwargs:
+            kwargs["problem_type"] = kwargs.pop("problem_type")  # is the last now
+        return super().from_dict(config_dict, **kwargs)
+
     @classmethod
     def light(cls, **kwargs):
         """The paper's light model (table 6): 24 layers of width 192. `kwargs` override any other field."""

@@ -22,6 +22,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_videomamba import VideoMambaConfig, count_parameters_and_macs, height_and_width
 from .context_parallel import ContextParallel
+from .loss_videomamba import classification_loss
 from .maps_videomamba import VideoMambaDeltaMapsMixin, VideoMambaReadingMapsMixin
 from .rms_norm_cuda import can_fuse_rms_norm, fused_add_rms_norm, fused_rms_norm
 from .selective_scan import ScanOrder, bidirectional_selective_scan
@@ -533,6 +534,7 @@ class VideoMambaForVideoClassification(VideoMambaReadingMapsMixin, VideoMambaPre
     def __init__(self, config: VideoMambaConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
+        self.loss_function = classification_loss
         self.videomamba = VideoMambaModel(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
         self.post_init()
