@@ -65,6 +65,8 @@ class VideoMambaPatchEmbeddings(nn.Module):
         )
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if pixel_values.is_meta and not self.projection.weight.is_meta:
+            raise ValueError("`pixel_values` is on the device meta, and so holds no frames, but the model has weights.")
         pixel_values = pixel_values.to(self.projection.weight.dtype)
         return self.projection(pixel_values.transpose(1, 2)).flatten(2).transpose(1, 2)
 
@@ -443,6 +445,8 @@ class VideoMambaModel(VideoMambaDeltaMapsMixin, VideoMambaPreTrainedModel):
         config (`VideoMambaConfig`).
     """
 
+    _auto_class = "AutoModel"
+
     def __init__(self, config: VideoMambaConfig):
         super().__init__(config)
         self.embeddings = VideoMambaEmbeddings(config)
@@ -531,6 +535,8 @@ class VideoMambaForVideoClassification(VideoMambaReadingMapsMixin, VideoMambaPre
         config (`VideoMambaConfig`).
     """
 
+    _auto_class = "AutoModelForVideoClassification"
+
     def __init__(self, config: VideoMambaConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -615,6 +621,7 @@ class VideoMambaForImageClassification(VideoMambaForVideoClassification):
     ```"""
 
     input_modalities = "image"
+    _auto_class = "AutoModelForImageClassification"
 
     def __init__(self, config: VideoMambaConfig):
         if config.num_frames != 1:
