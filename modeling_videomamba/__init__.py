@@ -33,8 +33,8 @@ AutoImageProcessor.register(
 )
 AutoVideoProcessor.register(VideoMambaConfig, VideoMambaVideoProcessor, exist_ok=True)
 
-# `save_pretrained` and `push_to_hub` then put this code beside what they save, for `trust_remote_code=True`, as they do
-# beside the models, whose classes say so themselves.
+# `save_pretrained` and `push_to_hub` then put this code beside what they save, for `trust_remote_code=True`. (The
+# classes of models say so themselves.)
 VideoMambaConfig.register_for_auto_class()
 VideoMambaImageProcessor.register_for_auto_class("AutoImageProcessor")
 VideoMambaVideoProcessor.register_for_auto_class("AutoVideoProcessor")

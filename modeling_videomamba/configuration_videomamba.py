@@ -113,7 +113,9 @@ class VideoMambaConfig(PreTrainedConfig):
             if name == "id2label" and len(value) != len(self.__dict__.get("id2label") or value):
                 self.problem_type = None
         elif name == "dtype" and isinstance(value, str) and not isinstance(getattr(torch, value, None), torch.dtype):
-            raise ValueError(f"`dtype` is {value!r}, but must name a type of PyTorch, such as 'float32' or 'bfloat16'.")
+            raise ValueError(
+                f"`dtype` is {value!r}, but must name a type of PyTorch, such as 'float32' or 'bfloat16'."
+            )
         super().__setattr__(name, value)
 
     @classmethod

@@ -99,8 +99,8 @@ class VideoMambaFramesMixin:
             for name, values in (("image_mean", image_mean), ("image_std", image_std)):
                 if do_normalize and isinstance(values, list | tuple) and len(values) not in (1, video.shape[-3]):
                     raise ValueError(
-                        f"`{name}` has {len(values)} numbers, but the frames have {video.shape[-3]} channels: give one "
-                        "for each, or a single number."
+                        f"`{name}` has {len(values)} numbers, but the frames have {video.shape[-3]} channels: give "
+                        "one for each, or a single number."
                     )
             video = self.resize_and_crop(video, do_resize, size, resample, do_center_crop, crop_size)
             # Frames come as channels-last views, which torchvision resizes three times as fast; but the arithmetic
