@@ -143,10 +143,11 @@ def parsed(folder):
 
 # The parts of the package, and what each may import besides itself. A module belongs to the first pattern that fits.
 PARTS = {
-    r"selective_scan.*|rms_norm_cuda": ("scan", set()),
+    r"forked_process": ("processes", set()),
+    r"selective_scan.*|rms_norm_cuda": ("scan", {"processes"}),
     r"(frames|image_processing|video_processing)_videomamba": ("processors", {"decoder"}),
     r".*_videomamba|context_parallel": ("model", {"scan"}),
-    r"video_.*": ("decoder", set()),
+    r"video_.*|clip_loading": ("decoder", {"processes"}),
     r"__init__": ("package", {"scan", "processors", "model", "decoder"}),
 }
 
