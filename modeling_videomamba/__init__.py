@@ -33,11 +33,9 @@ AutoImageProcessor.register(
 )
 AutoVideoProcessor.register(VideoMambaConfig, VideoMambaVideoProcessor, exist_ok=True)
 
-# `save_pretrained` and `push_to_hub` then put this code beside the weights, for `trust_remote_code=True`.
+# `save_pretrained` and `push_to_hub` then put this code beside what they save, for `trust_remote_code=True`. (The
+# classes of models say so themselves.)
 VideoMambaConfig.register_for_auto_class()
-VideoMambaModel.register_for_auto_class("AutoModel")
-VideoMambaForImageClassification.register_for_auto_class("AutoModelForImageClassification")
-VideoMambaForVideoClassification.register_for_auto_class("AutoModelForVideoClassification")
 VideoMambaImageProcessor.register_for_auto_class("AutoImageProcessor")
 VideoMambaVideoProcessor.register_for_auto_class("AutoVideoProcessor")
 

@@ -3,6 +3,7 @@
 import math
 from typing import Literal
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -75,6 +76,7 @@ class VideoMambaConfig(PreTrainedConfig):
     ```"""
 
     model_type = "videomamba"
+    keys_to_ignore_at_inference = ["hidden_states"]  # the Trainer then gathers the logits alone
     base_model_fsdp_plan = {"layers.*": "free_full_weight", "norm": "keep_full_weight"}
 
     image_size: int | list[int] | tuple[int, int] = 224
@@ -103,6 +105,25 @@ class VideoMambaConfig(PreTrainedConfig):
         if self.time_step_rank == "auto":
             self.time_step_rank = math.ceil(self.hidden_size / 16)
         super().__post_init__(**kwargs)
+
+    def __setattr__(self, name, value):
+        """Labels are numbered by integers. For another number of labels, what kind of problem it was is forgotten."""
+        if name in ("id2label", "label2id") and value is not None:
+            value = _by_integers(name, value)
+            if name == "id2label" and len(value) != len(self.__dict__.get("id2label") or value):
+                self.problem_type = None
+        elif name == "dtype" and isinstance(value, str) and not isinstance(getattr(torch, value, None), torch.dtype):
+            raise ValueError(
+                f"`dtype` is {value!r}, but must name a type of PyTorch, such as 'float32' or 'bfloat16'."
+            )
+        super().__setattr__(name, value)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As [`~PreTrainedConfig.from_dict`]; a `problem_type` that is given is set after the number of labels."""
+        if "problem_type" in kwargs:
+            kwargs["problem_type"] = kwargs.pop("problem_type")  # is the last now
+        return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def light(cls, **kwargs):
@@ -154,9 +175,10 @@ class VideoMambaConfig(PreTrainedConfig):
 
     def validate_ranges(self):
         """Part of `@strict`-powered validation: numbers outside the range in which they mean something."""
-        if not 0 < self.time_step_floor <= self.time_step_max or not 0 < self.time_step_min <= self.time_step_max:
+        longest = self.time_step_max
+        if not 0 < self.time_step_floor <= longest < math.inf or not 0 < self.time_step_min <= longest:
             raise ValueError(
-                "Step sizes must satisfy 0 < `time_step_min` <= `time_step_max` and 0 < `time_step_floor` <= "
+                "Step sizes must satisfy 0 < `time_step_min` <= `time_step_max` < inf and 0 < `time_step_floor` <= "
                 f"`time_step_max`, got {self.time_step_min}, {self.time_step_max} and {self.time_step_floor}."
             )
         if not 0 <= self.drop_path_rate < 1:
@@ -173,6 +195,21 @@ class VideoMambaConfig(PreTrainedConfig):
                 f"`id2label` must name the labels 0 to {len(self.id2label) - 1}, each once, got the numbers "
                 f"{', '.join(map(str, self.id2label))}."
             )
+
+
+def _by_integers(name, labels):
+    """`id2label` or `label2id` with integers as numbers, which may be given as text."""
+    if not isinstance(labels, dict):
+        raise ValueError(
+            f"`{name}` is a {type(labels).__name__}, but must be a dict. Of a list of names, `dict(enumerate(names))` "
+            "makes an `id2label`."
+        )
+    try:
+        if name == "id2label":
+            return {int(number): label for number, label in labels.items()}
+        return {label: int(number) for label, number in labels.items()}
+    except (TypeError, ValueError):
+        raise ValueError(f"`{name}` must number the labels by integers, got {labels}.") from None
 
 
 def height_and_width(size):

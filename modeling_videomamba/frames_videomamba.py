@@ -35,6 +35,14 @@ class VideoMambaFramesMixin:
     do_convert_rgb = True
     model_input_names = ["pixel_values"]
 
+    @classmethod
+    def from_dict(cls, processor_dict, **kwargs):
+        for key in ("image_processor_type", "video_processor_type"):
+            named = processor_dict.get(key, "VideoMamba")
+            if not str(named).startswith("VideoMamba"):  # the Auto classes pass over a class that there is not
+                logger.warning("These are settings of another class (`%s` %s), read as %s.", key, named, cls.__name__)
+        return super().from_dict(processor_dict, **kwargs)
+
     def _standardize_kwargs(self, **kwargs) -> dict:
         """The base class's, and checks of what it lets pass."""
         kwargs = super()._standardize_kwargs(**kwargs)
@@ -87,6 +95,12 @@ class VideoMambaFramesMixin:
                     logger.warning_once(
                         "The frames are floating point numbers of at most 1 and would be divided by 255 once more. "
                         "Pass `do_rescale=False` if they lie between 0 and 1."
+                    )
+            for name, values in (("image_mean", image_mean), ("image_std", image_std)):
+                if do_normalize and isinstance(values, list | tuple) and len(values) not in (1, video.shape[-3]):
+                    raise ValueError(
+                        f"`{name}` has {len(values)} numbers, but the frames have {video.shape[-3]} channels: give "
+                        "one for each, or a single number."
                     )
             video = self.resize_and_crop(video, do_resize, size, resample, do_center_crop, crop_size)
             # Frames come as channels-last views, which torchvision resizes three times as fast; but the arithmetic

@@ -23,6 +23,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_videomamba import VideoMambaConfig, count_parameters_and_macs, height_and_width
 from .context_parallel import ContextParallel
 from .loading_videomamba import VideoMambaLoadingMixin
+from .loss_videomamba import classification_loss
 from .maps_videomamba import VideoMambaDeltaMapsMixin, VideoMambaReadingMapsMixin
 from .rms_norm_cuda import can_fuse_rms_norm, fused_add_rms_norm, fused_rms_norm
 from .selective_scan import ScanOrder, bidirectional_selective_scan
@@ -58,6 +59,10 @@ class VideoMambaPatchEmbeddings(nn.Module):
         )
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if pixel_values.is_meta and not self.projection.weight.is_meta:
+            raise ValueError(
+                "`pixel_values` is on the device meta, and so holds no frames, but the model has weights."
+            )
         pixel_values = pixel_values.to(self.projection.weight.dtype)
         return self.projection(pixel_values.transpose(1, 2)).flatten(2).transpose(1, 2)
 
@@ -373,6 +378,8 @@ class VideoMambaModel(VideoMambaDeltaMapsMixin, VideoMambaPreTrainedModel):
         config (`VideoMambaConfig`).
     """
 
+    _auto_class = "AutoModel"
+
     def __init__(self, config: VideoMambaConfig):
         super().__init__(config)
         self.embeddings = VideoMambaEmbeddings(config)
@@ -442,9 +449,12 @@ class VideoMambaForVideoClassification(VideoMambaReadingMapsMixin, VideoMambaPre
         config (`VideoMambaConfig`).
     """
 
+    _auto_class = "AutoModelForVideoClassification"
+
     def __init__(self, config: VideoMambaConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
+        self.loss_function = classification_loss
         self.videomamba = VideoMambaModel(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
         self.post_init()
@@ -525,6 +535,7 @@ class VideoMambaForImageClassification(VideoMambaForVideoClassification):
     ```"""
 
     input_modalities = "image"
+    _auto_class = "AutoModelForImageClassification"
 
     def __init__(self, config: VideoMambaConfig):
         if config.num_frames != 1:

@@ -33,10 +33,8 @@ from .selective_scan_cuda_runtime import (
     nobody_looks_on,
     nvrtc,
 )
+from .selective_scan_operators import NAMESPACE
 
-
-# Each copy of this code in a process (one travels with every Hub repository) has operators of its own.
-_NAMESPACE = __package__.replace("modeling_videomamba", "videomamba").replace(".", "_")
 
 # Whether the state before every 8 tokens and the convolution's output are kept for the backward pass: faster, for more
 # memory.
@@ -209,7 +207,7 @@ def _check_memory(plan):
         )
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::bidirectional_scan_cuda", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::bidirectional_scan_cuda", mutates_args=())
 def _scan_op(
     xz: torch.Tensor,
     conv_weight: torch.Tensor,
@@ -251,7 +249,7 @@ def _(xz, *rest):
     )
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::bidirectional_scan_cuda_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::bidirectional_scan_cuda_backward", mutates_args=())
 def _backward_op(
     dout: torch.Tensor,
     xz: torch.Tensor,

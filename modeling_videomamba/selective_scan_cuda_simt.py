@@ -21,15 +21,13 @@ from .selective_scan_cuda_runtime import (
     no_gpu_reason,
     source_constant,
 )
+from .selective_scan_operators import NAMESPACE
 from .selective_scan_torch import bidirectional_selective_scan as plain_bidirectional_selective_scan
 
 
 CHUNK, CHANNELS = (source_constant(name, "simt.cu") for name in ("SIMT_CHUNK", "SIMT_CHANNELS"))
 BLOCKS_PER_MULTIPROCESSOR = 4  # so many are aimed at by cutting the length
 PASS_THREADS = 128
-
-# Each copy of this code in a process (one travels with every Hub repository) has operators of its own.
-_NAMESPACE = __package__.replace("modeling_videomamba", "videomamba").replace(".", "_")
 
 
 @torch.compiler.assume_constant_result
@@ -116,7 +114,7 @@ def _float32(tensors):
     return [t.float().contiguous() for t in tensors]
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::selective_scan_simt", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::selective_scan_simt", mutates_args=())
 def _scan_op(
     u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,7 +137,7 @@ def _(u, delta, A, B, C, keep):
     return y, u.new_empty(_kept_shape(u, A, keep), dtype=torch.float32)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::selective_scan_simt_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::selective_scan_simt_backward", mutates_args=())
 def _scan_backward_op(
     grad: torch.Tensor,
     u: torch.Tensor,

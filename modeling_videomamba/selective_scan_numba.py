@@ -31,12 +31,10 @@ from .selective_scan_numba_kernels import (
     scan,
     scan_backward,
 )
+from .selective_scan_operators import NAMESPACE
 
 
 logger = logging.get_logger(__name__)
-
-# Each copy of this code in a process (one travels with every Hub repository) has operators of its own.
-_NAMESPACE = __package__.replace("modeling_videomamba", "videomamba").replace(".", "_")
 
 WORKSPACE = 2**27  # bytes
 
@@ -315,7 +313,7 @@ def _compile(dtype, backward):
         )
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::mixer_cpu", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::mixer_cpu", mutates_args=())
 def _mixer(
     xz: torch.Tensor,
     conv_weight: torch.Tensor,
@@ -348,7 +346,7 @@ def _(xz, *rest):
     return out, states, xz.new_empty(after), states.new_empty(end)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::mixer_cpu_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::mixer_cpu_backward", mutates_args=())
 def _mixer_backward(
     grad: torch.Tensor,
     grad_after: torch.Tensor | None,

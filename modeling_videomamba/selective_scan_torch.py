@@ -10,11 +10,10 @@ off in tiles that fit the cache, and the backward pass recomputes them from the 
 import torch
 import torch.nn.functional as F
 
+from .selective_scan_operators import NAMESPACE
+
 
 CHUNK = 32  # tokens a chunk
-
-# Each copy of this code in a process (one travels with every Hub repository) has operators of its own.
-_NAMESPACE = __package__.replace("modeling_videomamba", "videomamba").replace(".", "_")
 
 
 def unusable_reason(device, dtype):
@@ -94,7 +93,7 @@ def causal_convolution(x, weight, bias):
     return out
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::selective_scan", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::selective_scan", mutates_args=())
 def _scan_op(
     u: torch.Tensor,
     delta: torch.Tensor,
@@ -230,7 +229,7 @@ def _scan_forward(u, delta, A, B, C, start=None):
     return y, starts, end
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::selective_scan_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::selective_scan_backward", mutates_args=())
 def _scan_backward_op(
     grad_y: torch.Tensor,
     grad_end: torch.Tensor | None,

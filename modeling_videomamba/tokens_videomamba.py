@@ -40,11 +40,13 @@ def checked_clips(config, pixel_values, interpolate_pos_encoding=False):
             f"`pixel_values` of shape {tuple(pixel_values.shape)} has {channels} channels on axis 2, the model "
             f"expects {config.num_channels}. The axes are (batch, frames, channels, height, width)."
         )
-    if not pixel_values.is_floating_point():
+    if pixel_values.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(
-            f"`pixel_values` must be floating point and normalised, got {pixel_values.dtype}. Pass the frames "
-            "through the model's video or image processor first."
+            "`pixel_values` must be normalised frames, floating point numbers of 16 bits or more, got "
+            f"{pixel_values.dtype}. Pass the frames through the model's video or image processor first."
         )
+    if pixel_values.layout != torch.strided:
+        raise ValueError(f"`pixel_values` must be dense, got the layout {pixel_values.layout}: call `to_dense()`.")
     expected = (config.num_frames, *height_and_width(config.image_size))
     grid = tubelet_grid(config, num_frames, height, width)
     if (num_frames, height, width) != expected and not interpolate_pos_encoding:

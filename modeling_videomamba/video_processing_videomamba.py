@@ -61,7 +61,7 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
             shown, whatever the time between them.
         fps (`float`, *optional*):
             Frames to sample a second. Excludes `num_frames`: what a call names goes before what is saved, and of the
-            saved two `fps`.
+            saved two `fps`. A call that names `num_frames` must say `fps=None` if `fps` is saved.
         do_sample_frames (`bool`, *optional*):
             As above.
         decoder (`str`, *optional*):
@@ -112,7 +112,15 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
         validate_typed_dict(self.valid_kwargs, kwargs)
         decoder = kwargs.pop("decoder", None) or self.decoder
         frame_stride = kwargs.pop("frame_stride", self.frame_stride)
-        num_frames, fps = kwargs.pop("num_frames", None), kwargs.pop("fps", None)
+        num_frames = kwargs.pop("num_frames", None)
+        if num_frames is not None and self.fps is not None and "fps" not in kwargs:
+            # Not in silence: `pipeline` names `num_frames` in every call, and would get other frames than were saved.
+            raise ValueError(
+                f"This processor was saved to sample {self.fps} frames a second, and `num_frames`={num_frames} was "
+                "asked for, as `pipeline` always does. For pipelines, save it with `fps=None`, `num_frames` and "
+                "`frame_stride`; in a call of your own, add `fps=None`."
+            )
+        fps = kwargs.pop("fps", None)
         do_sample_frames = kwargs.pop("do_sample_frames", self.do_sample_frames)
         section = _section(
             kwargs.pop("start_seconds", self.start_seconds), kwargs.pop("stop_seconds", self.stop_seconds)

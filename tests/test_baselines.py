@@ -22,7 +22,8 @@ from modeling_videomamba import (
     VideoMambaImageProcessor,
     VideoMambaVideoProcessor,
 )
-from video_classification_model import ModelArguments, load_model, without_fsdp
+from video_classification_arguments import ModelArguments
+from video_classification_model import load_model, without_fsdp
 
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "training"

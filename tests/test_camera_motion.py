@@ -16,7 +16,7 @@ import clip_generation
 import make_camera_motion_clips as clips
 import modeling_videomamba  # noqa: F401  registers VideoMamba in transformers' Auto classes
 import video_classification_data as data
-import video_classification_model as models
+from video_classification_arguments import DataArguments, ModelArguments, parse_arguments
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,7 +75,7 @@ def test_the_recipe_swaps_the_labels_that_a_mirror_and_time_swap(monkeypatch):
     """By the hand-worked table: a mirror swaps the halves and turns dx round, reversed time turns all ways round."""
     recipe = ROOT / "examples" / "training" / "recipes" / "camera_motion.args"
     monkeypatch.setattr(sys, "argv", ["script", "--recipe", str(recipe), "--use_cpu"])
-    _, arguments, _ = data.parse_arguments(models.ModelArguments, data.DataArguments, TrainingArguments)
+    _, arguments, _ = parse_arguments(ModelArguments, DataArguments, TrainingArguments)
     names = list(clips.LABELS)
     mirror = data.parse_swaps(arguments.mirror_swaps, names)
     reversal = data.parse_swaps(arguments.reversal_swaps, names)

@@ -16,7 +16,6 @@ import evaluate_video_classification as evaluation
 import make_camera_motion_clips
 import study
 import study_tables
-import video_classification_data as data
 import video_classification_model as models
 from modeling_videomamba import (
     VideoMambaConfig,
@@ -25,6 +24,7 @@ from modeling_videomamba import (
     VideoMambaImageProcessor,
     VideoMambaVideoProcessor,
 )
+from video_classification_arguments import DataArguments, ModelArguments
 
 
 CAMERA = Path(__file__).resolve().parent.parent / "model_cards" / "videomamba-tiny-camera-motion"
@@ -101,10 +101,10 @@ def commands(capsys, *words):
 def parsed(script, flags):
     """Flags as the script itself understands them."""
     kinds = {
-        "run_video_classification.py": (models.ModelArguments, data.DataArguments, TrainingArguments),
+        "run_video_classification.py": (ModelArguments, DataArguments, TrainingArguments),
         "evaluate_video_classification.py": (
-            models.ModelArguments,
-            data.DataArguments,
+            ModelArguments,
+            DataArguments,
             evaluation.EvaluationArguments,
         ),
     }[script]

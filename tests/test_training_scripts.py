@@ -44,6 +44,7 @@ from modeling_videomamba import (
 from modeling_videomamba.selective_scan import use_scan_backend
 from script_runner import run_script
 from training_clips import NAMES, tiny_processor, touch
+from video_classification_arguments import DataArguments, ModelArguments, parse_arguments
 from video_files import write_video
 
 
@@ -189,7 +190,7 @@ def test_recipes_of_long_videos_train_and_are_tested_as_their_authors_do(
     assert list(losses(tmp_path / "out")) == [1, 2]
 
     monkeypatch.setattr(sys, "argv", ["script", *map(str, command)])
-    model, clips, loop = data.parse_arguments(models.ModelArguments, data.DataArguments, plain_loop.LoopArguments)
+    model, clips, loop = parse_arguments(ModelArguments, DataArguments, plain_loop.LoopArguments)
     assert loop.num_train_epochs * loop.warmup_steps == pytest.approx(5, abs=0.01), "five epochs of warm-up"
     reader = models.load_model(model, ["a", "b"], training=True)[2]
     plain = dataclasses.replace(clips, rand_augment=0, random_erasing=0.0)
@@ -232,7 +233,7 @@ def test_recipes_train_as_the_paper_says(name, mirrored, tmp_path, monkeypatch):
     recipe = str(EXAMPLES / f"recipes/{name}.args")
     monkeypatch.setattr(sys, "argv", [*command, recipe, "--seed", "7"])
     for kind in (TrainingArguments, plain_loop.LoopArguments):
-        _, clips, loop = data.parse_arguments(models.ModelArguments, data.DataArguments, kind)
+        _, clips, loop = parse_arguments(ModelArguments, DataArguments, kind)
         assert loop.seed == 7
     steps_an_epoch = 5000
     total, warmup = plain_loop.count_steps(loop, range(steps_an_epoch))
@@ -251,7 +252,7 @@ def test_recipes_train_as_the_paper_says(name, mirrored, tmp_path, monkeypatch):
     assert red_is_left == ({True, False} if mirrored else {True})
     monkeypatch.setattr(sys, "argv", [*command, "no such recipe"])
     with pytest.raises(FileNotFoundError, match="no such recipe"):
-        data.parse_arguments(plain_loop.LoopArguments)
+        parse_arguments(plain_loop.LoopArguments)
 
 
 def checkpoints(folder):

@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 import video_classification_data as data
 from modeling_videomamba import video_decoding
 from training_clips import NAMES, still_clip, tiny_processor, touch
+from video_classification_arguments import DataArguments
 from video_files import write_video
 
 
@@ -44,6 +45,12 @@ def test_reads_plain_lists(tmp_path):
     source.write_text("video,label\na/1.mp4,fight\nb/1.mp4,peace\n")
     assert listed(source, root) == {"a/1.mp4": "fight", "b/1.mp4": "peace"}
     source.write_text("file,class\na/1.mp4,fight\n")
+    with pytest.raises(ValueError, match="has the line 'file,class', but path,label was expected.*needs a header"):
+        listed(source, root)
+    source.write_text("video,label\n")
+    with pytest.raises(ValueError, match="has the line 'video,label'"):
+        listed(source, root)
+    source.write_text("")
     with pytest.raises(ValueError, match="lists no train clips: columns label, youtube_id.* were expected"):
         listed(source, root)
     with pytest.raises(ValueError, match="--video_root"):
@@ -89,8 +96,11 @@ def test_reads_the_lists_of_breakfast_coin_and_lvu(tmp_path):
     source.write_text("P03/cam01/P03_cereals.avi 0 61.5\na b.mp4 1 90\n")
     names = tmp_path / "names.txt"
     names.write_text("cereals\ntea\n")
-    clips = data.read_list(str(source), str(root), "train", 1, data.DecodeFailures(str(tmp_path), 0), str(names))
+    settings = (str(root), "train", 1, data.DecodeFailures(str(tmp_path), 0), str(names))
+    clips = data.read_list(str(source), *settings, "path,label,seconds")
     assert clips.features["label"].names == ["cereals", "tea"] and clips["label"] == [0, 1]
+    source.write_text("P03/cam01/P03_cereals.avi,61,0\na b.mp4, 90, 1\n")
+    assert data.read_list(str(source), *settings, "path, frames, label")["label"] == [0, 1]
     source.write_text("P04_tea.avi,2\n")
     with pytest.raises(ValueError, match="names 2 labels, but .*train.csv has a label 2"):
         data.read_list(str(source), str(root), "train", 1, data.DecodeFailures(str(tmp_path), 0), str(names))
@@ -102,9 +112,68 @@ def test_reads_the_lists_of_breakfast_coin_and_lvu(tmp_path):
     assert listed(source, root, "validation") == {"a b.mp4": "BoilNoodles"}
 
 
+@pytest.mark.parametrize("line", ["a b.mp4 0 2", "a.mp4 0 2", "a.mp4,0,2", "a.mp4,30,1"])
+def test_three_columns_are_no_two(line, tmp_path):
+    """Two labels, frames and a label, or a label and seconds: nobody can tell."""
+    touch(tmp_path / "videos" / "a.mp4", tmp_path / "videos" / "a b.mp4")
+    (tmp_path / "list.txt").write_text(line + "\n")
+    with pytest.raises(ValueError, match="list.txt has 3 columns in the line .*--list_columns"):
+        listed(tmp_path / "list.txt", tmp_path / "videos")
+    with pytest.raises(ValueError, match="--list_columns must begin with path and hold label once"):
+        data.read_list(str(tmp_path / "list.txt"), str(tmp_path), "train", 1, None, None, "label,path")
+
+
+def test_side_files_are_no_clips(tmp_path):
+    """What stands beside a clip under its name: a picture, a note, a subtitle; and another clip of that name."""
+    root, source = tmp_path / "videos", tmp_path / "labels.json"
+    source.write_text(json.dumps([{"id": 7, "template": "Folding [something]"}]))
+    touch(*(root / f"7{suffix}" for suffix in (".jpg", ".json", ".txt", ".srt", ".npy", ".webm", ".webm.part")))
+    touch(root / "thumbnails" / "7.png")
+    assert listed(source, root) == {"7.webm": "Folding something"}
+    touch(root / "again" / "7.MP4")
+    with pytest.raises(ValueError, match=r"lists 7, which may be .*7.*7.*Remove one of them, or list its path"):
+        listed(source, root)
+    (tmp_path / "paths.csv").write_text("video,label\n7.webm,x\nagain/7.MP4,x\n")
+    assert set(listed(tmp_path / "paths.csv", root)) == {"7.webm", "again/7.MP4"}
+
+
+def test_paths_in_any_form(tmp_path):
+    root, source = tmp_path / "videos", tmp_path / "list.csv"
+    touch(root / "a" / "1.mp4", root / "b.mp4", tmp_path / "elsewhere" / "c.mp4")
+    rows = f"./a/1.mp4,x\n{root / 'b.mp4'},x\n{tmp_path / 'elsewhere' / 'c.mp4'},y\n"
+    source.write_text("video,label\n" + rows, encoding="utf-8-sig")  # with a byte-order mark
+    assert listed(source, root) == {"a/1.mp4": "x", "b.mp4": "x", "../elsewhere/c.mp4": "y"}
+    source.write_text("./a/1.mp4 0\n", encoding="utf-8-sig")
+    assert listed(source, root) == {"a/1.mp4": "0"}
+
+
+def test_lists_that_cannot_be_read_are_named(tmp_path):
+    touch(tmp_path / "a.mp4")
+    source = tmp_path / "list.csv"
+    for text, message in (
+        ("video,label\na.mp4\n", "list.csv says nothing of label in row 1 after the header"),
+        ("video,label\na.mp4,\n", "list.csv says nothing of label in row 1"),
+        ("label,youtube_id,time_start,time_end\nx,a,0\n", "list.csv says nothing of time_end in row 1"),
+        ("a.mp4,caf\xe9\n", "list.csv is not UTF-8 text.*0xe9"),
+        ("a.mp4,zero\n", "list.csv has the line 'a.mp4,zero', but path,label was expected, the label as a number"),
+    ):
+        source.write_text(text, encoding="latin-1")
+        with pytest.raises(ValueError, match=message):
+            listed(source, tmp_path)
+    source = tmp_path / "labels.json"
+    for text, message in (
+        ("[", "labels.json is no JSON"),
+        ('[{"template": "x"}]', "labels.json has an entry that is another than expected .*'id'"),
+        ('{"database": {"a": {"subset": "training"}}}', "labels.json has an entry .*'class'"),
+    ):
+        source.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            listed(source, tmp_path)
+
+
 def load(splits=("train", "validation"), **arguments):
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()}
-    return data.load_clips(data.DataArguments(**arguments), splits, 0, None)
+    return data.load_clips(DataArguments(**arguments), splits, 0, None)
 
 
 def test_bad_data_is_refused_with_advice(bars, tmp_path):
@@ -140,7 +209,7 @@ def test_labels_are_numbered_as_the_model_does():
 def test_augmentation_is_the_same_for_all_frames_and_repeats_with_the_seed(tmp_path):
     """Of a still clip all frames stay alike; clips, epochs and seeds differ; the same three give the same clip."""
     processor, rows = tiny_processor(), [{"video": still_clip(tmp_path), "label": 0}] * 12
-    args = data.DataArguments(rand_augment=2, rand_augment_magnitude=9, random_erasing=0.5, mirror_swaps="")
+    args = DataArguments(rand_augment=2, rand_augment_magnitude=9, random_erasing=0.5, mirror_swaps="")
     augment = data.TrainTransform(processor, processor, args, [0], None)
     clips = data.Clips(rows, augment, None, seed=1, training=True)
     state = torch.get_rng_state()
@@ -166,7 +235,7 @@ def test_bytes_normalized_on_the_device_are_what_the_processor_gives(tmp_path):
     assert frames.dtype == torch.uint8
     expected = processor(clip["path"], return_tensors="pt").pixel_values[0]
     torch.testing.assert_close(normalize(frames), expected, atol=1e-6, rtol=1e-6)
-    augment = data.TrainTransform(processor, processor, data.DataArguments(rand_augment=1), None, None)
+    augment = data.TrainTransform(processor, processor, DataArguments(rand_augment=1), None, None)
     frames = augment(clip, 0)["pixel_values"]
     assert frames.dtype == torch.uint8
     as_float = v2.Compose(
@@ -206,7 +275,7 @@ def test_turned_views_take_the_swapped_labels(flip):
 
 
 def test_training_clips_turn_together_with_their_labels():
-    arguments = data.DataArguments(min_crop_area=1.0, jitter=0.0)
+    arguments = DataArguments(min_crop_area=1.0, jitter=0.0)
     augment = data.TrainTransform(FakeProcessor(), FakeProcessor(), arguments, [1, 0], [0, 1])
     augment.augment = torch.nn.Identity()
     seen = set()

@@ -136,7 +136,7 @@ def evaluation_flags():
     """Names of those flags after `--` that an evaluation takes too."""
     from dataclasses import fields
 
-    from video_classification_data import DataArguments
+    from video_classification_arguments import DataArguments
 
     own = {"bf16", "use_cpu", "dataloader_num_workers", "per_device_eval_batch_size", "trust_remote_code"}
     return own | {field.name for field in fields(DataArguments)}
@@ -329,7 +329,8 @@ def read_config(path):
 def check_data(common, training):
     from transformers import HfArgumentParser
 
-    from video_classification_data import DataArguments, DecodeFailures, load_clips
+    from video_classification_arguments import DataArguments
+    from video_classification_data import DecodeFailures, load_clips
 
     data, _ = HfArgumentParser(DataArguments).parse_args_into_dataclasses(
         flatten(common), return_remaining_strings=True

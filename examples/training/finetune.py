@@ -12,6 +12,7 @@ This file needs nothing but the package with its extra `train`: copy it and chan
 """
 
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 
@@ -57,7 +58,7 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
 
 import torch
 from torchvision.transforms import v2
-from transformers import AutoModelForVideoClassification, AutoVideoProcessor, Trainer, set_seed
+from transformers import AutoConfig, AutoModelForVideoClassification, AutoVideoProcessor, Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import modeling_videomamba  # noqa: F401  registers VideoMamba with the Auto classes
@@ -90,23 +91,59 @@ def load_clips(name, validation_fraction, seed):
     return clips
 
 
-def transforms(processor, min_crop_area):
-    """Two functions, for training and validation: a batch of rows in, `pixel_values` and `labels` out."""
-    size = (processor.crop_size["height"], processor.crop_size["width"])
-    augment = v2.RandomResizedCrop(size, scale=(min_crop_area, 1), antialias=True)  # all frames of a clip alike
+def load_model(name, labels):
+    config = AutoConfig.from_pretrained(name)
+    model = AutoModelForVideoClassification.from_pretrained(
+        name,
+        id2label=dict(enumerate(labels)),
+        label2id={label: number for number, label in enumerate(labels)},
+        problem_type="single_label_classification",
+        ignore_mismatched_sizes=True,  # a new head if the clips have another number of labels
+    )
+    fit_head(model, config.id2label, labels)
+    return model
 
-    def read(video):
+
+def fit_head(model, id2label, labels):
+    """A head that was loaded for as many other labels becomes a new one; that of these labels gets their order."""
+    known = [id2label[number] for number in range(len(id2label))]
+    head = [module for module in model.classifier.modules() if isinstance(module, torch.nn.Linear)][-1]
+    if set(known) == set(labels):
+        rows = [known.index(label) for label in labels]
+        for weight in head.parameters():
+            weight.data = weight.data[rows]
+    elif len(known) == len(labels):
+        head.reset_parameters()
+
+
+class ClipTransform:
+    """A batch of rows in, `pixel_values` and `labels` out. (A class: workers that are spawned can take no lambda.)"""
+
+    def __init__(self, processor, augment=None):
+        self.processor, self.augment = processor, augment
+
+    def read(self, video):
         source = video["path"] if video["bytes"] is None else video["bytes"]
-        frames, _ = processor.fetch_videos(source, sample_indices_fn=processor.sample_frames)
-        return frames.permute(0, 3, 1, 2)  # (T, C, H, W) uint8
+        frames, _ = self.processor.fetch_videos(source, sample_indices_fn=self.processor.sample_frames)
+        frames = frames.permute(0, 3, 1, 2)  # (T, C, H, W) uint8
+        return frames if self.augment is None else self.augment(frames)
 
-    def prepare(rows, change):
-        clips = [change(read(video)) for video in rows["video"]]
+    def __call__(self, rows):
         # Clips may differ in size, so that the processor takes them one by one.
-        pixel_values = [processor(clip, return_tensors="pt")["pixel_values"][0] for clip in clips]
-        return {"pixel_values": pixel_values, "labels": rows["label"]}
+        clips = [self.processor(self.read(video), return_tensors="pt") for video in rows["video"]]
+        return {"pixel_values": [clip["pixel_values"][0] for clip in clips], "labels": rows["label"]}
 
-    return lambda rows: prepare(rows, augment), lambda rows: prepare(rows, lambda clip: clip)
+
+class FineTuner(Trainer):
+    def get_decay_parameter_names(self, model):
+        """Those of a `Trainer`, but for positions, the class token, and the state-space model's A and D."""
+        other = re.compile(r"(A_log|\.D|position_embeddings|cls_token)$")
+        return [name for name in super().get_decay_parameter_names(model) if not other.search(name)]
+
+
+def logits_alone(outputs, labels):
+    """Of what a model puts out: a config may ask for hidden states as well."""
+    return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
 def accuracy(prediction):
@@ -122,20 +159,17 @@ def main():
 
     clips = load_clips(args.dataset, args.validation_fraction, training_args.seed)
     names = clips["train"].features["label"].names
-    model = AutoModelForVideoClassification.from_pretrained(
-        args.model_name_or_path,
-        id2label=dict(enumerate(names)),
-        label2id={name: number for number, name in enumerate(names)},
-        ignore_mismatched_sizes=True,  # a new head if the clips have another number of labels
-    )
+    model = load_model(args.model_name_or_path, names)
     processor = AutoVideoProcessor.from_pretrained(args.model_name_or_path)
-    for_training, for_validation = transforms(processor, args.min_crop_area)
-    trainer = Trainer(
+    size = (processor.crop_size["height"], processor.crop_size["width"])
+    augment = v2.RandomResizedCrop(size, scale=(args.min_crop_area, 1), antialias=True)  # all frames of a clip alike
+    trainer = FineTuner(
         model=model,
         args=training_args,
-        train_dataset=clips["train"].with_transform(for_training),
-        eval_dataset=clips["validation"].with_transform(for_validation),
+        train_dataset=clips["train"].with_transform(ClipTransform(processor, augment)),
+        eval_dataset=clips["validation"].with_transform(ClipTransform(processor)),
         compute_metrics=accuracy,
+        preprocess_logits_for_metrics=logits_alone,
         processing_class=processor,
     )
     checkpoint = get_last_checkpoint(training_args.output_dir) if os.path.isdir(training_args.output_dir) else None

@@ -67,7 +67,7 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
 import torch
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, Trainer, set_seed
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_videomamba import VideoMambaConfig, VideoMambaImageProcessor
@@ -78,6 +78,8 @@ try:
     from datasets import ClassLabel, Image, load_dataset
 except ModuleNotFoundError as error:
     sys.exit(f"{error}. Install the extra `train`: pip install '.[train]' in a clone of videomamba-transformers.")
+
+from finetune import FineTuner, accuracy, fit_head, logits_alone
 
 
 def load_pictures(name):
@@ -149,6 +151,7 @@ def load_model(args, names):
         config = type(config).from_dict(config.to_dict())  # its checks, and what follows from other fields
     if path is not None and not args.from_scratch:
         model = AutoModelForImageClassification.from_pretrained(path, config=config, ignore_mismatched_sizes=True)
+        fit_head(model, AutoConfig.from_pretrained(path).id2label, names)
     else:
         model = AutoModelForImageClassification.from_config(config)
     if path is not None:
@@ -158,10 +161,6 @@ def load_model(args, names):
     return model, VideoMambaImageProcessor(
         single_images=True, size={"shortest_edge": round(size / 0.875)}, crop_size=crop
     )
-
-
-def accuracy(prediction):
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
 def main():
@@ -178,12 +177,13 @@ def main():
             v2.RandomHorizontalFlip(),
         ]
     )
-    trainer = Trainer(
+    trainer = FineTuner(
         model=model,
         args=training_args,
         train_dataset=Pictures(train, processor, augment),
         eval_dataset=Pictures(validation, processor),
         compute_metrics=accuracy,
+        preprocess_logits_for_metrics=logits_alone,
         processing_class=processor,
     )
     checkpoint = get_last_checkpoint(training_args.output_dir) if os.path.isdir(training_args.output_dir) else None

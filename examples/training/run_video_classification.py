@@ -138,6 +138,8 @@ def make_trainer(model, processor, clips, training_args, layer_decay):
         train_dataset=clips.get("train"),
         eval_dataset=clips.get("validation"),
         compute_metrics=lambda p: metric.compute(predictions=p.predictions, references=p.label_ids),
+        # A config may ask for hidden states as well.
+        preprocess_logits_for_metrics=lambda outputs, _: outputs[0] if isinstance(outputs, tuple) else outputs,
         processing_class=processor,
         optimizer_cls_and_kwargs=optimizer,
     )

@@ -10,6 +10,8 @@ is a complete Hub repository of the best model so far. Interrupted training goes
 that model, `history.json` all losses.
 """
 
+import contextlib
+import itertools
 import math
 import os
 import shutil
@@ -137,13 +139,10 @@ class Training:
         for epoch_aware in (self.clips["train"], self.loader, batches):
             epoch_aware.set_epoch(state["epoch"])
         self.stopwatch.restart()
-        for batch in self.stopwatch.watch(batches):
-            self.train_step(batch)
-            state["batch"] += 1
-            if not accelerator.sync_gradients:
-                continue
+        batches = iter(self.stopwatch.watch(batches))
+        while group := list(itertools.islice(batches, self.args.gradient_accumulation_steps)):
             learning_rate = self.scheduler.get_last_lr()[-1]
-            self.scheduler.step()
+            self.train_step(group)
             state["step"] += 1
             self.progress.update()
             if state["step"] % self.args.logging_steps == 0:
@@ -154,19 +153,25 @@ class Training:
                 self.save_checkpoint()
                 self.stopwatch.restart()
 
-    def train_step(self, batch):
+    def train_step(self, group):
+        """One step of the optimizer, on the mean loss of the clips of these batches (fewer at the end of an epoch)."""
         accelerator, args, state = self.accelerator, self.args, self.state
-        # What is random in a step follows from its place in the run, so that a resumed one repeats it.
-        torch.manual_seed(number_from(args.seed, state["epoch"], state["batch"], accelerator.process_index))
-        with accelerator.accumulate(self.model):
-            logits = self.model(**{self.key: self.normalize(batch[self.key])}).logits.float()
-            loss = F.cross_entropy(logits, batch["labels"], label_smoothing=args.label_smoothing_factor)
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        self.loss_sum += loss.detach() / args.gradient_accumulation_steps
+        count = sum(len(batch["labels"]) for batch in group)
+        for batch in group:
+            # What is random in a batch follows from its place in the run, so that a resumed one repeats it.
+            torch.manual_seed(number_from(args.seed, state["epoch"], state["batch"], accelerator.process_index))
+            state["batch"] += 1
+            # Processes add up their gradients once, at the last batch.
+            with contextlib.nullcontext() if batch is group[-1] else accelerator.no_sync(self.model):
+                logits = self.model(**{self.key: self.normalize(batch[self.key])}).logits.float()
+                loss = F.cross_entropy(logits, batch["labels"], label_smoothing=args.label_smoothing_factor)
+                loss = loss * (len(batch["labels"]) / count)
+                accelerator.backward(loss)
+            self.loss_sum += loss.detach()
+        accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
 
     def report(self, learning_rate):
         """Logs the mean loss since the last report, and the speed."""
@@ -228,7 +233,6 @@ class Training:
 def make_accelerator(args):
     return Accelerator(
         mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else None,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
         cpu=args.use_cpu,
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output_dir,

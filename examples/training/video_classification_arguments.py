@@ -43,6 +43,13 @@ class DataArguments:
     label_list: str | None = field(
         default=None, metadata={"help": "Names of the labels, a line each, for lists that hold their numbers."}
     )
+    list_columns: str | None = field(
+        default=None,
+        metadata={
+            "help": "What stands in the columns of lists without a header, if there are more than a path and a label: "
+            "'path,label,seconds', for example. What is neither path nor label is not used."
+        },
+    )
     hmdb51_split: int = field(default=1, metadata={"help": "Which of HMDB51's three splits: 1, 2 or 3."})
     video_column: str = field(default="video", metadata={"help": "Column of the data set that holds the videos."})
     label_column: str = field(default="label", metadata={"help": "Column of the data set that holds the labels."})

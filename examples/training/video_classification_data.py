@@ -1,12 +1,9 @@
 """Clips for the training and evaluation scripts: where they come from, how they are read, augmented and scored."""
 
 import contextlib
-import csv
-import glob
 import hashlib
 import json
 import os
-import re
 import tempfile
 import time
 from pathlib import Path
@@ -17,9 +14,11 @@ import fsspec
 import numpy as np
 import torch
 from accelerate import PartialState
-from datasets import ClassLabel, Dataset, Features, Video, load_dataset
+from datasets import ClassLabel, Video, load_dataset
 from torchvision.transforms import v2
 from transformers.utils import logging
+
+from video_classification_lists import read_list
 
 
 logger = logging.get_logger(__name__)
@@ -63,7 +62,8 @@ def load_clips(args, wanted, seed, failures):
                     f"The {split} clips are needed: name them with --{split}_{'list' if lists else 'dir'}."
                 )
             if lists:
-                clips = read_list(source, args.video_root, split, args.hmdb51_split, failures, args.label_list)
+                options = {"label_list": args.label_list, "list_columns": args.list_columns}
+                clips = read_list(source, args.video_root, split, args.hmdb51_split, failures, **options)
             else:
                 clips = _load_folder(source)
         columns = [args.video_column, args.label_column] if not lists else ["video", "label"]
@@ -139,90 +139,6 @@ def match_labels(clips, names):
     features = clips.features.copy()
     features["label"] = ClassLabel(names=names)
     return clips.map(lambda label: {"label": new[label]}, input_columns="label", features=features)
-
-
-def read_list(source, video_root, split, hmdb51_split, failures, label_list=None):
-    """
-    Clips as the authors of a data set list them. `source` is one of
-
-    - Kinetics: a CSV file with `label`, `youtube_id`, `time_start` and `time_end`, of clips
-      `<youtube_id>_<time_start>_<time_end>.<suffix>`, times in seconds with six digits;
-    - Something-Something V2: a JSON list of `{"id": ..., "template": ...}`, of clips `<id>.<suffix>`; the label is the
-      template without its brackets;
-    - COIN: its JSON file, of clips `<id>.<suffix>`; testing is for validation;
-    - OpenGVLab's lists of Breakfast, COIN and LVU: lines `<path>,<number>` or `<path> <number> <seconds>` without a
-      header; the number becomes its name in `label_list`, a file with a name a line, or stays a number;
-    - HMDB51: a folder of files `<label>_test_split<n>.txt` with lines `<clip> <0, 1 or 2>`: 1 is for training, 2 for
-      testing;
-    - any other CSV file with `video` (a path below `video_root`) and `label`.
-
-    The clips are looked for anywhere below `video_root`. One that is not there counts as one that cannot be read.
-    """
-    if video_root is None or not os.path.isdir(video_root):
-        raise ValueError(f"Lists need --video_root, the folder that holds their clips, but it is {video_root!r}.")
-    entries = []  # (file name without suffix, label)
-    if os.path.isdir(source):
-        paths = sorted(glob.glob(f"{glob.escape(source)}/*_test_split{hmdb51_split}.txt"))
-        for path in paths:
-            label = os.path.basename(path).removesuffix(f"_test_split{hmdb51_split}.txt")
-            rows = [
-                line.rsplit(maxsplit=1) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()
-            ]
-            entries += [(Path(n).stem, label) for n, use in rows if use == {"train": "1", "validation": "2"}[split]]
-        expected = f"files <label>_test_split{hmdb51_split}.txt"
-    elif source.endswith(".json"):
-        rows = json.loads(Path(source).read_text(encoding="utf-8"))
-        if isinstance(rows, dict) and isinstance(rows.get("database"), dict):
-            subset = {"train": "training", "validation": "testing"}[split]
-            entries = [(name, row["class"]) for name, row in rows["database"].items() if row["subset"] == subset]
-            rows = []
-        entries += [(str(row["id"]), re.sub(r"[\[\]]", "", row["template"])) for row in rows if "template" in row]
-        expected = "a list of objects with 'id' and 'template', or COIN's 'database'"
-    else:
-        with open(source, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        if rows and {"label", "youtube_id", "time_start", "time_end"} <= set(rows[0]):
-            for row in rows:
-                start, end = int(float(row["time_start"])), int(float(row["time_end"]))
-                entries.append((f"{row['youtube_id']}_{start:06d}_{end:06d}", row["label"]))
-        elif rows and {"video", "label"} <= set(rows[0]):
-            entries = [(row["video"], row["label"]) for row in rows]
-        else:
-            entries = _numbered_entries(source, label_list)
-        expected = "columns label, youtube_id, time_start, time_end, or video, label, or lines `path,number`"
-    if not entries:
-        raise ValueError(f"{source} lists no {split} clips: {expected} were expected.")
-    found = {}
-    for folder, _, files in os.walk(video_root):
-        for file in files:
-            path = os.path.join(folder, file)
-            found[Path(file).stem] = found[os.path.relpath(path, video_root)] = path
-    for name, label in entries:
-        if name not in found:
-            failures.record(f"{name} ({label})", f"it is listed in {source}, but not below {video_root}.")
-    entries = [entry for entry in entries if entry[0] in found]
-    names = sorted({label for _, label in entries})
-    columns = {
-        "video": [{"path": found[name], "bytes": None} for name, _ in entries],
-        "label": [label for _, label in entries],
-    }
-    return Dataset.from_dict(columns, Features(video=Video(decode=False), label=ClassLabel(names=names)))
-
-
-def _numbered_entries(source, label_list):
-    """(path, label) of lines `<path>,<number>` or `<path> <number> <seconds>`; nothing if a line is another."""
-    lines = [line.strip() for line in Path(source).read_text(encoding="utf-8").splitlines() if line.strip()]
-    found = [re.fullmatch(r"(.+?)(?:\s*,\s*|\s+)(\d+)(?:[\s,]+[\d.]+)?", line) for line in lines]
-    if not all(found):
-        return []
-    numbers = [int(line[2]) for line in found]
-    width = len(str(max(numbers, default=0)))
-    names = [f"{number:0{width}d}" for number in range(max(numbers, default=-1) + 1)]  # in the order of the numbers
-    if label_list is not None:
-        names = Path(label_list).read_text(encoding="utf-8").rstrip().split("\n")
-        if max(numbers, default=0) >= len(names):
-            raise ValueError(f"{label_list} names {len(names)} labels, but {source} has a label {max(numbers)}.")
-    return [(line[1], names[number].strip()) for line, number in zip(found, numbers, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

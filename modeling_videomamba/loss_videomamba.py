@@ -1,0 +1,88 @@
+"""The loss of VideoMamba's classifiers."""
+
+import torch
+import torch.nn.functional as F
+
+
+def classification_loss(labels, logits, config, num_items_in_batch=None, **kwargs):
+    """
+    The mean loss of a batch: what kind, `config.problem_type` says.
+
+    Without it, one output is for regression, integers are for a label a clip, and other numbers for several labels a
+    clip. The last two kinds are then noted in the config, because pipelines ask there what the logits mean.
+
+    Args:
+        labels (`torch.Tensor`):
+            - `"single_label_classification"`: integers (B,), -100 for a clip that does not count. Cross-entropy.
+            - `"multi_label_classification"`: numbers from 0 to 1, (B, num_labels). Binary cross-entropy.
+            - `"regression"`: finite numbers (B, num_labels), or (B,) for one output. Mean squared error.
+        logits (`torch.Tensor`): (B, num_labels).
+        config (`VideoMambaConfig`): for `problem_type`.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*):
+            Over how many labels the mean goes: those of all batches of an optimizer step, as the `Trainer` counts
+            them. By default, those of this batch.
+
+    Returns:
+        `torch.Tensor`: a scalar, differentiable in the logits.
+
+    Raises:
+        ValueError: for labels of another type, shape or range (which is not looked at while a model is compiled).
+    """
+    if not isinstance(labels, torch.Tensor):
+        raise ValueError(f"`labels` is a {type(labels).__name__}, but must be a tensor.")
+    kind = config.problem_type
+    if kind is None:
+        whole = not labels.is_floating_point() and labels.dtype != torch.bool
+        single = "single_label_classification" if whole else "multi_label_classification"
+        kind = "regression" if logits.shape[-1] == 1 else single
+    labels = _checked_labels(labels.to(logits.device), logits, kind)
+    if kind == "single_label_classification":
+        loss_of = F.cross_entropy
+    else:
+        loss_of = F.mse_loss if kind == "regression" else F.binary_cross_entropy_with_logits
+        if config.problem_type is None:
+            config.problem_type = kind
+    if num_items_in_batch is None:
+        return loss_of(logits, labels)
+    if isinstance(num_items_in_batch, torch.Tensor):
+        num_items_in_batch = num_items_in_batch.to(logits.device)
+    return loss_of(logits, labels, reduction="sum") / num_items_in_batch
+
+
+def _checked_labels(labels, logits, kind):
+    """The labels as the loss function of this kind takes them."""
+    batch, count = logits.shape
+    found = f"`labels` is {labels.dtype} of shape {tuple(labels.shape)}"
+    hint = "Set `config.problem_type` if they are of another kind."
+    if kind == "single_label_classification":
+        whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+        if not whole or labels.shape not in ((batch,), (batch, 1)):
+            raise ValueError(
+                f"{found}, but {batch} clips with a label each ({kind!r}) need integers of shape ({batch},). {hint}"
+            )
+        labels = labels.flatten().long()
+        if _can_look_at(labels) and ((labels != -100) & ((labels < 0) | (labels >= count))).any():
+            raise ValueError(
+                f"`labels` has {labels.tolist()}, but the model has {count} labels: they must be from 0 to "
+                f"{count - 1}, or -100 for a clip that does not count. Load the model with the right `num_labels`."
+            )
+        return labels
+    one = (batch,) if count == 1 and kind == "regression" else None
+    if labels.is_complex() or labels.shape not in ((batch, count), one):
+        raise ValueError(
+            f"{found}, but {batch} clips with {count} outputs ({kind!r}) need numbers of shape ({batch}, {count}). "
+            f"{hint}"
+        )
+    labels = labels.reshape(batch, count).to(logits.dtype)
+    if kind == "multi_label_classification":
+        if _can_look_at(labels) and not ((labels >= 0) & (labels <= 1)).all():
+            raise ValueError(f"`labels` must be numbers from 0 to 1 for several labels a clip ({kind!r}). {hint}")
+    elif _can_look_at(labels) and not labels.isfinite().all():
+        raise ValueError("`labels` has NaN or infinite numbers.")
+    return labels
+
+
+def _can_look_at(labels):
+    """Whether the values are there to be looked at: not while a model is traced, compiled or captured."""
+    capturing = labels.is_cuda and torch.cuda.is_current_stream_capturing()
+    return not (torch.compiler.is_compiling() or labels.is_meta or capturing)
