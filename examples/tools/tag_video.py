@@ -526,8 +526,8 @@ def compare(truth, segments):
     cuts = {round(row[0], 2) for row in rows[1:]}
     found = {round(s.start, 2) for s, before in zip(segments[1:], segments, strict=False) if s.shot != before.shot}
     print(
-        f"{sum(right) / len(right):.1%} of {len(right)} seconds have the right label. Of {len(cuts)} cuts "
-        f"{len(cuts & found)} were found to the frame, and {len(found - cuts)} that are none."
+        f"{sum(right) / len(right):.1%} of {len(right)} seconds have the right label. {len(cuts & found)} of "
+        f"{len(cuts)} cuts were found at the right frame. False cuts: {len(found - cuts)}."
     )
 
 
@@ -663,7 +663,7 @@ def tag_film(args, device):
     write_tables(folder, args.film, args.model, segments, journal.windows)
     draw_timeline(folder / "timeline.png", args.film, segments)
     if interrupted:
-        print(f"Stopped; {folder} holds what is done, up to {clock(segments[-1].end)}. Run it again to go on.")
+        print(f"Stopped; {folder} holds the result up to {clock(segments[-1].end)}. Run the command again to go on.")
         sys.exit(130)
     if before is not None:
         seconds = time.perf_counter() - started
