@@ -294,8 +294,8 @@ class VideoMambaPreTrainedModel(PreTrainedModel):
                 continue
             if not all(bound.isfinite() for bound in weight.detach().aminmax()):
                 raise ValueError(
-                    f"The weight {name!r} of {pretrained_model_name_or_path!r} holds NaN or infinite numbers: was its "
-                    "training diverged? Load an earlier checkpoint."
+                    f"The weight {name!r} of {pretrained_model_name_or_path!r} holds NaN or infinite numbers: did its "
+                    "training diverge? Load an earlier checkpoint."
                 )
         if any(getattr(model.config, name) != size for name, size in wanted.items()):
             model.resize_position_embeddings(**wanted)
@@ -618,7 +618,7 @@ class VideoMambaForImageClassification(VideoMambaForVideoClassification):
         if config.num_frames != 1:
             raise ValueError(
                 f"An image classifier sees one frame, but the config has `num_frames`={config.num_frames} and "
-                f"`tubelet_size`={config.tubelet_size}. Make both 1, or take `VideoMambaForVideoClassification`."
+                f"`tubelet_size`={config.tubelet_size}. Set both to 1, or use `VideoMambaForVideoClassification`."
             )
         super().__init__(config)
 

@@ -269,7 +269,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, monkeypatch, capsys):
     assert len((tmp_path / "out" / "tags.csv").read_text().splitlines()) == 2
     monkeypatch.setattr(Journal, "add", add)
     tag_video.main()
-    assert "Going on at 00:00:01.200" in capsys.readouterr().out
+    assert "Resuming at 00:00:01.200" in capsys.readouterr().out
 
 
 def test_what_is_no_film_gets_a_sentence(tmp_path, monkeypatch):
