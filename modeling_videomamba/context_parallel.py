@@ -51,8 +51,8 @@ class ContextParallel(nn.Module):
         super().__init__()
         if model.config.backward_scan != "spatiotemporal":
             raise ValueError(
-                "Parts of the length are scanned forward and in full reversal; this model's `backward_scan` is "
-                f"{model.config.backward_scan!r}, whose parts would not follow each other."
+                "Context parallelism needs a model with `backward_scan='spatiotemporal'`, because parts of the length "
+                f"are scanned forward and in full reversal; this model has {model.config.backward_scan!r}."
             )
         self.model = model
         self.group = group
@@ -99,7 +99,7 @@ class ContextParallel(nn.Module):
         if grid[0] < self.processes or grid[1] * grid[2] < halo:
             raise ValueError(
                 f"Clips of {grid[0]} steps in time, each of {grid[1] * grid[2]} tubelets, cannot be cut over "
-                f"{self.processes} processes: each needs a step, of {halo} tubelets or more."
+                f"{self.processes} processes: each process needs a step, and a step needs {halo} tubelets or more."
             )
         first, after = (grid[0] * rank // self.processes for rank in (self.rank, self.rank + 1))
         frames = pixel_values[:, first * config.tubelet_size : after * config.tubelet_size]

@@ -89,7 +89,7 @@ class VideoMambaFramesMixin:
                 least, most = video.aminmax()
                 if not (least.isfinite() and most.isfinite()):
                     raise ValueError(
-                        f"The frames of clip {i} contain NaN or infinite numbers. Look at how they were made."
+                        f"The frames of clip {i} contain NaN or infinite numbers. Check how they were computed."
                     )
                 if do_rescale and 0 < most <= 1:
                     logger.warning_once(

@@ -50,8 +50,8 @@ class VideoMambaLoadingMixin:
                 continue
             if not all(bound.isfinite() for bound in weight.detach().aminmax()):
                 raise ValueError(
-                    f"The weight {name!r} of {pretrained_model_name_or_path!r} holds NaN or infinite numbers: was its "
-                    "training diverged? Load an earlier checkpoint."
+                    f"The weight {name!r} of {pretrained_model_name_or_path!r} holds NaN or infinite numbers: did its "
+                    "training diverge? Load an earlier checkpoint."
                 )
         if any(getattr(model.config, name) != size for name, size in wanted.items()):
             model.resize_position_embeddings(**wanted)

@@ -541,7 +541,7 @@ class VideoMambaForImageClassification(VideoMambaForVideoClassification):
         if config.num_frames != 1:
             raise ValueError(
                 f"An image classifier sees one frame, but the config has `num_frames`={config.num_frames} and "
-                f"`tubelet_size`={config.tubelet_size}. Make both 1, or take `VideoMambaForVideoClassification`."
+                f"`tubelet_size`={config.tubelet_size}. Set both to 1, or use `VideoMambaForVideoClassification`."
             )
         super().__init__(config)
 

@@ -202,7 +202,7 @@ def _check_memory(plan):
     if size > free:
         raise torch.OutOfMemoryError(
             f"The scan of {plan.B} x {plan.L} tokens with {plan.E} channels in {plan.dtype} needs {size / 2**30:.1f} "
-            f"GiB beside its input, and {free / 2**30:.1f} GiB are free on {plan.device}. Take fewer or shorter clips "
+            f"GiB beside its input, and {free / 2**30:.1f} GiB are free on {plan.device}. Use fewer or shorter clips "
             "at a time, bfloat16, or, in training, gradient checkpointing."
         )
 

@@ -306,9 +306,9 @@ def _compile(dtype, backward):
             f"Compiled the CPU scan's {'backward' if backward else 'forward'} pass for {dtype} in "
             f"{time.perf_counter() - started:.1f} s. "
             + (
-                f"Later runs load it from {place}."
+                f"Later runs load the result from {place}."
                 if place
-                else "Set NUMBA_CACHE_DIR to a place where it can be kept."
+                else "Set NUMBA_CACHE_DIR to a writable folder, so that later runs can load the result."
             )
         )
 

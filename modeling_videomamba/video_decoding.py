@@ -99,7 +99,8 @@ def _decode(decoder, source, name, sample, transform):
     except _Unreliable as reason:
         if av is None:
             raise ValueError(
-                f"{name}: {decoder} may return wrong frames of it, or none ({reason}). `pip install av` reads it."
+                f"{name}: {decoder} may return wrong frames of this file, or none ({reason}). PyAV reads the file: "
+                "pip install av"
             ) from None
     return _read_pyav(source, name, sample, transform)
 
@@ -158,7 +159,7 @@ def _sample(sample, metadata: VideoMetadata, name: str) -> np.ndarray:
     indices = np.asarray(sample(metadata=metadata), dtype=np.int64)
     if indices.size == 0 or indices.min() < 0 or indices.max() >= metadata.total_num_frames:
         raise ValueError(
-            f"The frames {indices.tolist()} of {name} were asked for, but it has {metadata.total_num_frames}."
+            f"The frames {indices.tolist()} of {name} were asked for, but there are {metadata.total_num_frames}."
         )
     metadata.frames_indices = indices
     return indices
@@ -185,7 +186,7 @@ def _read_pyav(source, name, sample, transform):
         with open_pyav(source, name) as (container, stream):
             index = read_index(container, stream, name)
             if index.total == 0:
-                raise no_video(source, name, "there is no frame in it")
+                raise no_video(source, name, "the file has no frame")
             metadata = _metadata(index.total, frame_rate(stream, index.times), "pyav", index.times, stream.time_base)
             clip = Clip(_sample(sample, metadata, name), name, transform)
             complete = index.times is not None and _decode_from_keys(container, stream, index, clip, to_rgb)
@@ -206,7 +207,7 @@ def _read_pyav(source, name, sample, transform):
     except av.FFmpegError as error:
         raise no_video(source, name, error) from error
     if not complete:
-        raise no_video(source, name, "each time it is read, another number of frames can be decoded")
+        raise no_video(source, name, "each reading decodes another number of frames")
     return _finish(clip, metadata)
 
 
@@ -222,7 +223,7 @@ def _read_section(source, name, sample, transform, start, stop):
     try:
         with open_pyav(source, name) as (container, stream):
             if stream.start_time is None:
-                raise ValueError(f"{name} cannot be searched by time: it does not say when frames are shown. {hint}")
+                raise ValueError(f"{name} cannot be searched by time: no time is known for its frames. {hint}")
             begin = stream.start_time + ticks(start, stream)
             end = None if stop is None else stream.start_time + ticks(stop, stream)
             index = read_index_of_section(container, stream, name, begin, end)
@@ -241,7 +242,7 @@ def _read_section(source, name, sample, transform, start, stop):
             metadata = _metadata(total, frame_rate(stream, times), "pyav", shown, stream.time_base)
             clip = Clip(_sample(sample, metadata, name) + before, name, transform)
             if not _decode_from_keys(container, stream, index, clip, ToRGB(name)):
-                raise ValueError(f"{name} cannot be searched by time: its frames are not where it says. {hint}")
+                raise ValueError(f"{name} cannot be searched by time: the times of its frames are wrong. {hint}")
     except av.FFmpegError as error:
         raise no_video(source, name, error) from error
     return _finish(clip, metadata)
@@ -394,7 +395,7 @@ def _passing_failures_on():
     try:
         yield
     except Exception as error:
-        raise _Unreliable(f"a file that it fails on ({first_line(error)})") from error
+        raise _Unreliable(f"a file on which the decoder fails ({first_line(error)})") from error
 
 
 def _put_batches(clip, decode) -> None:

@@ -69,7 +69,7 @@ def open_pyav(source: str | bytes, name: str):
                     codec.flush_buffers()
     except _EncryptedError:
         raise ValueError(
-            f"{name} is encrypted, as its container says. Decrypt it first, with the key of those who made it."
+            f"{name} is encrypted, as its container says. Decrypt the file first, with its owner's key."
         ) from None
 
 
@@ -126,7 +126,7 @@ def check_frame_size(height: int, width: int, name: str) -> None:
     if height * width > VIDEO_MAX_FRAME_PIXELS:
         raise ValueError(
             f"{name} has frames of {width} x {height} pixels, more than {VIDEO_MAX_FRAME_PIXELS} in all. "
-            "Shrink it, or raise VIDEO_MAX_FRAME_PIXELS (an environment variable)."
+            "Shrink the video, or raise VIDEO_MAX_FRAME_PIXELS (an environment variable)."
         )
 
 

@@ -138,7 +138,7 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
             kwargs.update(do_resize=False, do_center_crop=False)
         elif section is not None:
             raise ValueError(
-                "`start_seconds` and `stop_seconds` choose a section of a file; these are decoded frames."
+                "`start_seconds` and `stop_seconds` choose a section of a file, but decoded frames were given."
             )
         else:
             do_convert_rgb = kwargs.get("do_convert_rgb", self.do_convert_rgb)
@@ -283,7 +283,7 @@ def _pick(frames: torch.Tensor, metadata: VideoMetadata, sample, name: str) -> t
         raise ValueError(
             f"{name} has {len(frames)} decoded frames, but {len(indices)} were to be sampled. Give more frames, a "
             "smaller `num_frames` or `fps`, or `do_sample_frames=False` to take the frames as they are. (Only "
-            "those of files are repeated.)"
+            "frames of files are repeated.)"
         )
     metadata.frames_indices = indices
     return frames[torch.from_numpy(indices)]

@@ -83,7 +83,7 @@ def alone():
 
 
 def test_orders_whose_parts_do_not_follow_each_other_are_refused(alone):
-    with pytest.raises(ValueError, match="full reversal; this model's `backward_scan` is 'temporal'"):
+    with pytest.raises(ValueError, match="full reversal; this model has 'temporal'"):
         tiny_model(backward_scan="temporal").context_parallel()
 
 

@@ -49,9 +49,9 @@ def test_split_is_fixed_and_shrinks(folder, tmp_path, monkeypatch, capsys):
     assert len(parts[0]) == 8 and len(parts[1]) == 4 and not parts[0] & parts[1]
     assert Image.open(tmp_path / "first" / names[0][0]).size[1] == 20
     for options, expected in (
-        ((folder, tmp_path / "first"), "is there already"),
+        ((folder, tmp_path / "first"), "exists already"),
         ((folder / "red", tmp_path / "none"), "has no sub-folders"),
-        ((folder, tmp_path / "few", "--train_per_class", 12), "has 12 pictures, more than 12 wanted"),
+        ((folder, tmp_path / "few", "--train_per_class", 12), "has 12 pictures, not more than 12"),
     ):
         with pytest.raises(SystemExit, match=expected):
             run(monkeypatch, split_imagefolder, *options)
@@ -73,7 +73,7 @@ def test_trains_a_classifier_that_the_pipeline_loads(folder, tmp_path, monkeypat
 
     # Another start: the new labels get a new classifier.
     (data / "train" / "red").rename(data / "train" / "rouge")
-    with pytest.raises(ValueError, match="labels in one of train/ and validation/ alone: \\['red', 'rouge'\\]"):
+    with pytest.raises(ValueError, match="labels that only train/ or only validation/ has: \\['red', 'rouge'\\]"):
         run(monkeypatch, run_image_classification, *options[:4], "--model_name_or_path", output)
     with pytest.raises(ValueError, match="There is no folder"):
         run(monkeypatch, run_image_classification, "--dataset", data / "train", "--output_dir", tmp_path / "x")

@@ -48,7 +48,7 @@ def test_frame_orders(name):
     if name == "sequential":
         assert evaluation.frame_order(name, 5) == [0, 1, 2, 3, 4]
     else:
-        with pytest.raises(ValueError, match=f"{name} order is one of an even number of frames.* 5"):
+        with pytest.raises(ValueError, match=f"{name} order needs an even number of frames.* 5"):
             evaluation.frame_order(name, 5)
 
 
@@ -297,7 +297,7 @@ def test_errors_before_anything_trains(tmp_path, clips, capsys, monkeypatch):
     with pytest.raises(SystemExit, match="table6 needs two --image_checkpoint"):
         run("table6", "--image_checkpoint", CAMERA, common=two)
     for table in ("table5", "table6", "single_frame"):
-        with pytest.raises(SystemExit, match=f"{table} compares models of other sizes"):
+        with pytest.raises(SystemExit, match=f"{table} compares models of several sizes"):
             run(table, common=[*two, "--model_name_or_path", CAMERA])
     with pytest.raises(SystemExit, match="one class.*zoom in"):
         run("table2", common=["--train_dir", clips / "one", "--validation_dir", clips / "one"])

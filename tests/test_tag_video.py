@@ -234,7 +234,9 @@ def test_command_overlay_and_timeline(tmp_path, monkeypatch, capsys):
     tag_video.main()
     printed = capsys.readouterr().out
     assert "times as fast as it plays" in printed
-    assert "0.0% of 2 seconds have the right label. Of 1 cuts 1 were found to the frame, and 0 that" in printed
+    assert (
+        "0.0% of 2 seconds have the right label. 1 of 1 cuts were found at the right frame. False cuts: 0" in printed
+    )
     assert Image.open(out / "timeline.png").width > 600
     overlay, metadata = decode_video(str(out / "overlay.mp4"))
     assert overlay.shape == (70, 96, 126, 3) and metadata.fps == 25
@@ -267,7 +269,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, monkeypatch, capsys):
     assert len((tmp_path / "out" / "tags.csv").read_text().splitlines()) == 2
     monkeypatch.setattr(Journal, "add", add)
     tag_video.main()
-    assert "Going on at 00:00:01.200" in capsys.readouterr().out
+    assert "Resuming at 00:00:01.200" in capsys.readouterr().out
 
 
 def test_what_is_no_film_gets_a_sentence(tmp_path, monkeypatch):

@@ -293,7 +293,7 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(bars, script
             damaged.write_bytes(content)
         if kill == 5:
             assert f"checkpoint-{before[-1]} is incomplete or damaged (optimizer.bin)" in log.read_text()
-            assert f"Going on from {output}/checkpoint-{before[-2]}" in log.read_text()
+            assert f"Resuming from {output}/checkpoint-{before[-2]}" in log.read_text()
     run(scripts, name, *training(bars, output, *settings))
     assert losses(output) == expected
     assert (output / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()

@@ -197,7 +197,7 @@ def test_bad_data_is_refused_with_advice(bars, tmp_path):
     missing = {"train_dir": bars / "train", "validation_dir": tmp_path / "validation"}
     with pytest.raises(ValueError, match=r"no validation clip of \['to the right'\].*--allow_missing_classes"):
         load(**missing)
-    with pytest.raises(ValueError, match=r"labels \['upwards'\], which the model or the training clips lack"):
+    with pytest.raises(ValueError, match=r"labels \['upwards'\], but the model or the training clips have only"):
         load(train_dir=bars / "train", validation_dir=tmp_path / "strange")
 
 
@@ -384,7 +384,7 @@ def test_says_what_to_do_if_reading_limits_the_speed(monkeypatch, caplog, readin
     assert caplog.text.count("Raise --dataloader_num_workers (it is 2") == hints
     if hints:
         assert (
-            "75% of the time" in caplog.text and "0.5 of them a second; the model could take up to 4.0" in caplog.text
+            "75% of the time" in caplog.text and "0.5 clips a second; the model could take up to 4.0" in caplog.text
         )
 
 

@@ -278,7 +278,7 @@ def scan_alone(batch, frames, arguments):
         # 16 special-function results a clock and multiprocessor; one exponential a state, one more for the softplus.
         results = batch * length * inner * (states + 1)
         floor = 1e3 * results / (16 * properties.multi_processor_count * clock)
-        print(f", of which the scan {kernels['scan'] / 2:.3f} ms a direction (floor by exponentials {floor:.3f} ms)")
+        print(f"; the scan takes {kernels['scan'] / 2:.3f} ms a direction (exponentials alone: {floor:.3f} ms)")
     else:
         print()
 
@@ -396,7 +396,11 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--frames", type=int, nargs="+", help="default: 8 to 2048 on a GPU, 16 64 on a CPU")
     parser.add_argument(
-        "--precisions", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS), help="of inference on a GPU"
+        "--precisions",
+        nargs="+",
+        choices=list(PRECISIONS),
+        default=list(PRECISIONS),
+        help="for inference on a GPU",
     )
     parser.add_argument(
         "--compiled",
@@ -405,9 +409,9 @@ def main():
         metavar="MODEL",
         help="models to time with torch.compile too, on a GPU",
     )
-    parser.add_argument("--compiled-frames", type=int, nargs="*", default=[16, 64, 256, 1024], help="at these lengths")
+    parser.add_argument("--compiled-frames", type=int, nargs="*", default=[16, 64, 256, 1024], help="for --compiled")
     parser.add_argument(
-        "--compiled-training-frames", type=int, nargs="*", default=[16, 64], help="and training at these of them"
+        "--compiled-training-frames", type=int, nargs="*", default=[16, 64], help="of these, for training"
     )
     parser.add_argument("--no-training", action="store_true")
     parser.add_argument("--warmup", type=int, help="default: 2 steps on a GPU, 1 on a CPU")

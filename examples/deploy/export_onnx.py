@@ -96,7 +96,7 @@ def main():
     difference = largest_difference(model, path, args.any_length)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; logits within {difference:.1g} of PyTorch's on random clips")
     if not difference <= TOLERANCE:
-        sys.exit(f"That is more than {TOLERANCE:g}: do not use this file, and report it with the versions you have.")
+        sys.exit(f"The difference is more than {TOLERANCE:g}: do not use this file, and report your versions.")
 
 
 if __name__ == "__main__":

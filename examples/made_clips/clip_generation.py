@@ -59,8 +59,8 @@ def hold_out(paths, split, share):
     kept = [path for path, held in zip(paths, held_out, strict=True) if held == (split != "train")]
     if not kept:
         raise FileNotFoundError(
-            f"None of the {len(paths)} pictures is for {split}: names decide, and a share of {share:g} is held out. "
-            "Add pictures, or set --held_out 0 and name another folder for each split."
+            f"None of the {len(paths)} pictures is for {split}: a picture's name decides, and a share of {share:g} is "
+            "held out. Add pictures, or set --held_out 0 and give each split a folder of its own."
         )
     return kept
 
@@ -79,9 +79,9 @@ def read_scenery(path, seed):
         else:
             frames = _read_video(path, np.random.default_rng(seed))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, av.FFmpegError) as error:
-        raise ValueError(f"{path} cannot be read as an image or a video: {error}. Mend or remove it.") from error
+        raise ValueError(f"{path} cannot be read as an image or a video: {error}. Repair or remove it.") from error
     if not frames:
-        raise ValueError(f"{path} holds no video frame. Remove it.")
+        raise ValueError(f"{path} holds no video frame. Remove the file.")
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
 
 
@@ -239,25 +239,25 @@ def make_data_set(description, labels, make_clip, pictures_per_clip=1, held_out=
     parser.add_argument(
         "--clips_per_label", type=int, default=100, help=f"There are {len(labels)} labels. (default: %(default)s)"
     )
-    parser.add_argument("--drawn_fraction", type=float, default=0.0, help="Share of drawn instead of real pictures.")
+    parser.add_argument("--drawn_fraction", type=float, default=0.0, help="Share of clips over drawn pictures.")
     parser.add_argument(
         "--held_out",
         type=float,
         default=held_out,
-        help="Share of the pictures, by their names, that the split train never shows and the others alone do; 0 "
-        "where each split has a folder of its own. (default: %(default)s)",
+        help="Share of the pictures, chosen by name, that only the other splits than train show; 0 if each split "
+        "has a folder of its own. (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="The same seed makes the same clips.")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="Processes that make clips.")
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--resume", action="store_true", help="Keep the clips that are there and make the others.")
+    group.add_argument("--resume", action="store_true", help="Keep existing clips and make the missing ones.")
     group.add_argument("--overwrite", action="store_true", help="Delete OUTPUT/SPLIT first.")
     arguments = parser.parse_args()
 
     if arguments.clips_per_label < 1 or arguments.num_workers < 1:
         parser.error("--clips_per_label and --num_workers must be at least 1.")
     if not 0 <= arguments.drawn_fraction <= 1 or not 0 <= arguments.held_out < 1:
-        parser.error("--drawn_fraction must lie between 0 and 1, --held_out too, and below 1.")
+        parser.error("--drawn_fraction must be from 0 to 1, --held_out from 0 to below 1.")
     try:
         scenery = hold_out(find_scenery(arguments.scenery), arguments.split, arguments.held_out)
     except FileNotFoundError as error:

@@ -18,19 +18,19 @@ def main():
     parser.add_argument("source", type=Path, help="folder with a sub-folder of pictures for each class")
     parser.add_argument("output", type=Path, help="folder to write")
     parser.add_argument("--train_per_class", type=int, default=30, help="default: %(default)s")
-    parser.add_argument("--shortest_edge", type=int, default=128, help="larger pictures shrink to it (%(default)s)")
-    parser.add_argument("--quality", type=int, default=90, help="of the JPEG files (default: %(default)s)")
+    parser.add_argument("--shortest_edge", type=int, default=128, help="larger pictures shrink (default: %(default)s)")
+    parser.add_argument("--quality", type=int, default=90, help="JPEG quality (default: %(default)s)")
     args = parser.parse_args()
     classes = sorted(path for path in args.source.iterdir() if path.is_dir()) if args.source.is_dir() else []
     if not classes:
         raise SystemExit(f"error: {args.source} has no sub-folders: one for each class was expected.")
     if args.output.exists():
-        raise SystemExit(f"error: {args.output} is there already. Remove it, or name another folder.")
+        raise SystemExit(f"error: {args.output} exists already. Remove it, or name another folder.")
     counts = {"train": 0, "validation": 0}
     for folder in classes:
         pictures = sorted(folder.iterdir(), key=lambda path: hashlib.sha256(path.name.encode()).digest())
         if len(pictures) <= args.train_per_class:
-            raise SystemExit(f"error: {folder} has {len(pictures)} pictures, more than {args.train_per_class} wanted.")
+            raise SystemExit(f"error: {folder} has {len(pictures)} pictures, not more than {args.train_per_class}.")
         for number, path in enumerate(pictures):
             split = "train" if number < args.train_per_class else "validation"
             target = args.output / split / folder.name / f"{path.stem}.jpg"
@@ -41,7 +41,7 @@ def main():
                 picture = picture.resize([max(1, round(edge * scale)) for edge in picture.size], Image.BICUBIC)
                 picture.save(target, quality=args.quality, optimize=True)
             counts[split] += 1
-    print(f"{args.output}: {len(classes)} classes, {counts['train']} training and {counts['validation']} others.")
+    print(f"{args.output}: {len(classes)} classes, {counts['train']} training and {counts['validation']} validation.")
 
 
 if __name__ == "__main__":

@@ -177,14 +177,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("video", help="A video file.")
     parser.add_argument("--model_name_or_path", required=True, help="Folder or Hub repository of the classifier.")
-    parser.add_argument("--trust_remote_code", action="store_true", help="Run the code that comes with it.")
+    parser.add_argument("--trust_remote_code", action="store_true", help="Run the code that comes with the model.")
     parser.add_argument(
         "--layers", type=int, nargs="+", help="Layers to draw, from 0; -1 is the last. Default: four, spread evenly."
     )
     parser.add_argument(
-        "--direction", default="mean", choices=("mean", "forward", "backward"), help="Whose Δ; the mean of both."
+        "--direction",
+        default="mean",
+        choices=("mean", "forward", "backward"),
+        help="Which Δ (default: mean of both).",
     )
-    parser.add_argument("--label", help="Whose reading map; the predicted label by default.")
+    parser.add_argument("--label", help="Label of the reading map (default: the predicted one).")
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the picture and the videos.")
     args = parser.parse_args()
 

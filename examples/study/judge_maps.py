@@ -178,11 +178,11 @@ def plot(results, path, title):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", required=True, help="Folder or Hub repository of the classifier.")
-    parser.add_argument("--trust_remote_code", action="store_true", help="Run the code that comes with it.")
+    parser.add_argument("--trust_remote_code", action="store_true", help="Run the code that comes with the model.")
     parser.add_argument("--clips", required=True, help="Folder of video files, and its sub-folders.")
     parser.add_argument("--max_clips", type=int, default=96, help="(default: %(default)s)")
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the table and the picture.")
-    parser.add_argument("--seed", type=int, default=0, help="Of the random orders. (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the random orders. (default: 0)")
     args = parser.parse_args()
 
     paths, trust = find_clips(args.clips, args.max_clips), {"trust_remote_code": args.trust_remote_code}

@@ -82,7 +82,7 @@ def main():
     parser.add_argument("--clips", required=True, help="Folder of video files, and its sub-folders.")
     parser.add_argument("--max_clips", type=int, default=16, help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="The PNG file to write.")
-    parser.add_argument("--seed", type=int, default=0, help="Of the random weights. (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the random weights. (default: 0)")
     args = parser.parse_args()
 
     paths, fields = find_clips(args.clips, args.max_clips), {}

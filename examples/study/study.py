@@ -154,7 +154,7 @@ def command_of(run, arguments):
 def carry_out(runs, arguments):
     """Makes the results of all runs that have none, several at a time. The first failure stops all."""
     missing = list({run.folder: run for run in runs if run.result is None}.values())
-    print(f"{len(runs) - len(missing)} of {len(runs)} runs are there already." if runs else "", flush=True)
+    print(f"{len(runs) - len(missing)} of {len(runs)} runs are finished already." if runs else "", flush=True)
     processes, lock, stopped = {}, threading.Lock(), threading.Event()
 
     def carry_out_one(run):
@@ -292,8 +292,8 @@ def check(names, arguments, common):
 
             if any(flag in NEW_MODEL for row in TABLES[name].rows for flag in row.flags):
                 sys.exit(
-                    f"{name} compares models of other sizes, but the one of --model_name_or_path keeps its own. "
-                    "Leave it out to train from scratch, or start from --image_checkpoint."
+                    f"{name} compares models of several sizes, but the model of --model_name_or_path keeps its size. "
+                    "Leave that flag out to train from scratch, or start from --image_checkpoint."
                 )
         if name == "table6" and len(arguments.image_checkpoint) == 1:
             sys.exit("table6 needs two --image_checkpoint, of width 192 and 384, or none, to train from scratch.")
@@ -341,7 +341,7 @@ def check_data(common, training):
     except (OSError, ValueError) as error:
         sys.exit(f"The clips cannot be read: {error}")
     if len(labels) < 2:
-        sys.exit(f"The clips have one class, {labels}: there is nothing to tell apart. Name at least two.")
+        sys.exit(f"The clips have one class, {labels}: at least two are needed.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -508,7 +508,7 @@ def figure1(arguments):
         sys.exit(f"--accuracy: no model {', '.join(sorted(unknown))}; there are {', '.join(FIGURE1)}.")
     measured = torch.cuda.is_available()
     if not measured:
-        print("No GPU is there: figure 1 is drawn without its memory.")
+        print("There is no GPU: figure 1 is drawn without memory.")
     sets = ["given"] if given else ["HMDB51", "SSV2", "K400"]
     columns = [
         "Model",
@@ -576,13 +576,18 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     choices = [*TABLES, *PUBLISHED, "fig1"]
     parser.add_argument("tables", nargs="+", choices=choices, metavar="TABLE", help=", ".join(choices))
-    parser.add_argument("--output_dir", type=Path, required=True, help="Where tables, plots and runs go.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="One run a seed and row. (default: 0)")
-    parser.add_argument("--image_checkpoint", nargs="+", default=[], help="An image VideoMamba; for table6 two.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder for tables, plots and runs.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="Each row runs once per seed. (default: 0)")
+    parser.add_argument("--image_checkpoint", nargs="+", default=[], help="An image VideoMamba; two for table6.")
     parser.add_argument("--video_checkpoint", help="A video VideoMamba of another data set, for table4.")
     parser.add_argument("--checkpoints", nargs="+", default=[], help="Trained models, for tables 1 and 7 to 9.")
     parser.add_argument(
-        "--accuracy", nargs="+", default=[], type=named_accuracy, metavar="MODEL=PERCENT", help="For fig1: your own."
+        "--accuracy",
+        nargs="+",
+        default=[],
+        type=named_accuracy,
+        metavar="MODEL=PERCENT",
+        help="Own models, for fig1.",
     )
     parser.add_argument("--num_processes", type=int, default=1, help="Processes of each run. (default: 1)")
     parser.add_argument("--parallel", type=int, default=1, help="Runs at a time. (default: 1)")

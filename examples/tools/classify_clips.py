@@ -28,13 +28,13 @@ VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpe
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a folder, a .csv with path (and label), a text file of paths, or a data set")
-    parser.add_argument("--split", default="train", help="of a data set")
+    parser.add_argument("--split", default="train", help="split of a data set")
     parser.add_argument("--model", default=str(CAMERA_MOTION), help="a folder or a Hub repository")
     parser.add_argument("--output", type=Path, required=True, help="folder for the Parquet files")
     choices = ["scores", "pooled", "tokens"]
     parser.add_argument("--columns", nargs="+", choices=choices, default=["scores"], help="what to keep of each clip")
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--part_size", type=int, default=256, help="clips in a file; a kill costs at most that many")
+    parser.add_argument("--part_size", type=int, default=256, help="clips per file, and the most that a kill loses")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes that decode, for each GPU")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the model")
     args = parser.parse_args()
@@ -241,7 +241,7 @@ def check_settings(folder, settings):
             if before.get(name) != value:
                 raise ValueError(
                     f"{folder} was begun with another {name} ({before.get(name)}, now {value}). Name another "
-                    "--output, or delete it."
+                    "--output, or delete that folder."
                 )
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")
@@ -294,7 +294,7 @@ def main():
         spent = classify_parts(args, clips, data, classifier, parts, state)
         spent = gather_object([spent])
     except KeyboardInterrupt:
-        print("Stopped. The same command does what is missing.")
+        print("Stopped. Run the same command to do the rest.")
         sys.exit(130)
     if state.is_main_process:
         report(args, args.output, clips, spent)

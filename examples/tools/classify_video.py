@@ -25,9 +25,9 @@ def parse_arguments():
     parser.add_argument("--top_k", type=int, default=3, help="labels to print for each video")
     args = parser.parse_args()
     if args.model == str(CAMERA_MOTION) and not CAMERA_MOTION.is_dir():
-        parser.error("name a model with --model: an installed package brings none")
+        parser.error("name a model with --model: the installed package has none")
     if not args.videos and not EXAMPLE.is_file():
-        parser.error("name a video: an installed package brings none")
+        parser.error("name a video: the installed package has none")
     return args
 
 

@@ -32,11 +32,11 @@ def parse_arguments():
     parser.add_argument("film", nargs="?", type=Path, help="a video file of any length")
     parser.add_argument("--live", metavar="SOURCE", help="a camera's number or an address, such as rtsp://...")
     parser.add_argument("--model", default=str(CAMERA_MOTION), help="a folder or a Hub repository")
-    parser.add_argument("--output", type=Path, help="folder to write to; FILM-tags by default")
-    parser.add_argument("--window", type=float, help="seconds of a window; what the model was trained on by default")
+    parser.add_argument("--output", type=Path, help="folder to write to (default: FILM-tags)")
+    parser.add_argument("--window", type=float, help="seconds per window (default: as in training)")
     parser.add_argument("--step", type=float, default=1.0, help="seconds from one window to the next")
-    parser.add_argument("--batch_size", type=int, default=8, help="windows that are classified together")
-    parser.add_argument("--device", help="cuda or cpu; a GPU if there is one by default")
+    parser.add_argument("--batch_size", type=int, default=8, help="windows per batch")
+    parser.add_argument("--device", help="cuda or cpu (default: a GPU if there is one)")
     parser.add_argument("--overlay", action="store_true", help="also write a copy with the labels in the picture")
     parser.add_argument("--truth", type=Path, help="CSV file with start, end, label, to compare with")
     args = parser.parse_args()
@@ -526,8 +526,8 @@ def compare(truth, segments):
     cuts = {round(row[0], 2) for row in rows[1:]}
     found = {round(s.start, 2) for s, before in zip(segments[1:], segments, strict=False) if s.shot != before.shot}
     print(
-        f"{sum(right) / len(right):.1%} of {len(right)} seconds have the right label. Of {len(cuts)} cuts "
-        f"{len(cuts & found)} were found to the frame, and {len(found - cuts)} that are none."
+        f"{sum(right) / len(right):.1%} of {len(right)} seconds have the right label. {len(cuts & found)} of "
+        f"{len(cuts)} cuts were found at the right frame. False cuts: {len(found - cuts)}."
     )
 
 
@@ -647,7 +647,7 @@ def tag_film(args, device):
     started, before, interrupted = time.perf_counter(), None if journal.finished else journal.point.time, False
     if not journal.finished:
         if journal.point.index:
-            print(f"Going on at {clock(journal.point.time)}.")
+            print(f"Resuming at {clock(journal.point.time)}.")
         bar = tqdm(total=round(duration) or None, initial=int(journal.point.time), unit=" s of film", desc="tagging")
         try:
             parts = tag_parts(args.film, tagger, journal.point, args.batch_size, lambda t: bar.update(int(t) - bar.n))
@@ -657,13 +657,13 @@ def tag_film(args, device):
             interrupted = True
         bar.close()
     if not journal.windows:
-        sys.exit(130 if interrupted else f"{args.film}: no frame of it can be decoded.")
+        sys.exit(130 if interrupted else f"{args.film}: no frame can be decoded.")
 
     segments = to_segments(journal.windows)
     write_tables(folder, args.film, args.model, segments, journal.windows)
     draw_timeline(folder / "timeline.png", args.film, segments)
     if interrupted:
-        print(f"Stopped; {folder} holds what is done, up to {clock(segments[-1].end)}. Run it again to go on.")
+        print(f"Stopped; {folder} holds the result up to {clock(segments[-1].end)}. Run the command again to go on.")
         sys.exit(130)
     if before is not None:
         seconds = time.perf_counter() - started

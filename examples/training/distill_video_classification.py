@@ -30,9 +30,9 @@ from transformers import HfArgumentParser
 
 @dataclass
 class Arguments:
-    data: str = field(metadata={"help": "Folder of clips or pictures; sub-folders are searched too, names ignored."})
+    data: str = field(metadata={"help": "Folder of clips or pictures; sub-folders are searched, names ignored."})
     teacher: str = field(metadata={"help": "Folder or Hub repository of a model, or efficientnet-lite0."})
-    output_dir: str = field(metadata={"help": "Where the backbone goes."})
+    output_dir: str = field(metadata={"help": "Folder for the backbone."})
     student: str | None = field(
         default=None, metadata={"help": "Folder or Hub repository to start from (default: a new VideoMamba)."}
     )
@@ -46,26 +46,26 @@ class Arguments:
         default=None,
         metadata={"help": "Rows of tubelets in a cluster (default: a step in time; of pictures, a quarter)."},
     )
-    teacher_image_size: int | None = field(default=None, metadata={"help": "Side of its frames (default: its own)."})
+    teacher_image_size: int | None = field(default=None, metadata={"help": "Size of its frames (default: its own)."})
     teacher_cache: str | None = field(
         default=None,
-        metadata={"help": "Keep its features in this safetensors file. Pictures are then not cropped at random."},
+        metadata={"help": "Safetensors file to cache its features in; pictures are then not cropped at random."},
     )
     frame_stride: int | None = field(
-        default=None, metadata={"help": "Frames between two of a clip (default: spread)."}
+        default=None, metadata={"help": "Distance between sampled frames (default: over the whole clip)."}
     )
-    epochs: int = field(default=100, metadata={"help": "How often the data are seen."})
-    batch_size: int = field(default=64, metadata={"help": "Of one device."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Its peak; it falls in a cosine."})
-    warmup: float = field(default=0.05, metadata={"help": "Share of the steps in which it rises."})
-    weight_decay: float = field(default=0.05, metadata={"help": "Of linear layers and convolutions."})
+    epochs: int = field(default=100, metadata={"help": "Passes over the data."})
+    batch_size: int = field(default=64, metadata={"help": "Clips per device and step."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak; the rate falls by a cosine."})
+    warmup: float = field(default=0.05, metadata={"help": "Share of the steps with rising learning rate."})
+    weight_decay: float = field(default=0.05, metadata={"help": "Decay of linear layers and convolutions."})
     min_crop_area: float = field(default=0.3, metadata={"help": "Random crops have at least this share of a frame."})
     bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16 where that is safe."})
     checkpoint_steps: int | None = field(
         default=None, metadata={"help": "Steps between checkpoints (default: epoch)."}
     )
     num_workers: int = field(default=2, metadata={"help": "Processes that read files."})
-    seed: int = field(default=0, metadata={"help": "Of weights, crops, masks and order."})
+    seed: int = field(default=0, metadata={"help": "Seed of weights, crops, masks and order."})
 
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
@@ -131,7 +131,7 @@ class Unlabelled(torch.utils.data.Dataset):
                 frames, _ = self.reader.fetch_videos(str(path), sample_indices_fn=self.reader.sample_frames)
                 frames = frames.permute(0, 3, 1, 2)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read ({error}). Mend or remove it.") from error
+            raise ValueError(f"{path} cannot be read ({error}). Repair or remove the file.") from error
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed((self.seed * 1_000_003 + self.epoch) * 1_000_003 + index)
             frames = self.crop(frames)
@@ -226,7 +226,7 @@ class Teacher(nn.Module):
             ):
                 raise ValueError(
                     f"{name} takes frames of {self.config.image_size} pixels, not {image_size}. Leave out "
-                    "--teacher_image_size: frames are resized for it."
+                    "--teacher_image_size: frames are resized for the teacher."
                 )
         self.num_frames = getattr(self.config, "num_frames", 1)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
@@ -390,7 +390,7 @@ def check(args, grid):
     if args.objective not in ("features", "autoregressive"):
         raise ValueError(f"--objective is features or autoregressive, not {args.objective!r}.")
     if args.objective == "autoregressive" and (args.mask_rows or args.mask_frames):
-        raise ValueError("--mask_rows and --mask_frames are for --objective features: the other hides what follows.")
+        raise ValueError("--mask_rows and --mask_frames are for --objective features; autoregressive hides clusters.")
     for name in ("mask_rows", "mask_frames"):
         if not 0 <= getattr(args, name) < 1:
             raise ValueError(f"--{name} is a share from 0 to below 1, not {getattr(args, name)}.")
@@ -407,8 +407,8 @@ def resume(accelerator, folder, settings):
     different = sorted(name for name in settings if settings[name] != state["settings"].get(name))
     if different:
         raise ValueError(
-            f"{folder} was made with other settings ({', '.join(different)}). Give the same, remove it, or name "
-            "another --output_dir."
+            f"{folder} was made with other settings ({', '.join(different)}). Give the same, remove the "
+            "folder, or name another --output_dir."
         )
     accelerator.load_state(folder)
     return state["step"]

@@ -23,14 +23,14 @@ class EvaluationArguments:
 
     _argument_group_name = "evaluation"
 
-    output_dir: str = field(metadata={"help": "Where the results go."})
-    num_clips: int = field(default=1, metadata={"help": "Parts of a video to look at."})
-    num_crops: int = field(default=1, metadata={"help": "Squares of its frames to look at."})
-    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Videos a process and step."})
+    output_dir: str = field(metadata={"help": "Folder for the results."})
+    num_clips: int = field(default=1, metadata={"help": "Clips per video."})
+    num_crops: int = field(default=1, metadata={"help": "Crops per frame."})
+    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Videos per process and step."})
     max_views_per_step: int = field(default=64, metadata={"help": "Views that go through the model at once."})
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read videos, for each process."})
     bf16: bool = field(default=False, metadata={"help": "Mixed precision with bfloat16."})
-    use_cpu: bool = field(default=False, metadata={"help": "Leave the GPU alone."})
+    use_cpu: bool = field(default=False, metadata={"help": "Do not use a GPU."})
     frame_order: str = field(
         default="sequential",
         metadata={
@@ -38,7 +38,7 @@ class EvaluationArguments:
             "help": "Show the frames of each view in another order (paper, section 5.2).",
         },
     )
-    bootstrap_samples: int = field(default=2000, metadata={"help": "Draws for the 95 %% intervals."})
+    bootstrap_samples: int = field(default=2000, metadata={"help": "Bootstrap draws for the 95 %% intervals."})
 
 
 if __name__ == "__main__":
@@ -85,7 +85,7 @@ def frame_order(name, num_frames):
         return frames
     if num_frames % 2:
         raise ValueError(
-            f"The {name} order is one of an even number of frames, but the model takes {num_frames}. Leave it out, or "
+            f"The {name} order needs an even number of frames, but the model takes {num_frames}. Leave it out, or "
             "take another model."
         )
     half = num_frames // 2

@@ -45,7 +45,7 @@ class Arguments:
         default=None, metadata={"help": "Folder or Hub repository of the model to start from."}
     )
     from_scratch: bool = field(
-        default=False, metadata={"help": "Of that model take the config alone, with random weights."}
+        default=False, metadata={"help": "Use only the config of that model, with random weights."}
     )
     config_overrides: str | None = field(
         default=None, metadata={"help": "Fields of the config of a new model: hidden_size=192,image_size=112."}
@@ -91,7 +91,7 @@ def load_pictures(name):
         train, validation = (ImageFolder(part) for part in parts)
         if train.classes != validation.classes:
             different = sorted(set(train.classes) ^ set(validation.classes))
-            raise ValueError(f"{name} has labels in one of train/ and validation/ alone: {different[:5]}.")
+            raise ValueError(f"{name} has labels that only train/ or only validation/ has: {different[:5]}.")
         return train, validation, train.classes
     splits = load_dataset(name)
     features = splits["train"].features if {"train", "validation"} <= set(splits) else {}

@@ -120,9 +120,9 @@ def check(model_args, data_args, training_args):
     if not (training_args.do_train or training_args.do_eval):
         raise ValueError("Nothing to do: add --do_train, --do_eval or both.")
     if data_args.streaming and training_args.do_train and training_args.max_steps <= 0:
-        raise ValueError("A streamed data set has no known length: say with --max_steps how long to train.")
+        raise ValueError("A streamed data set has no known length: set --max_steps.")
     if model_args.lora_rank and training_args.fsdp:
-        raise ValueError("--lora_rank does not go with --fsdp. Adapters take little memory: leave it out.")
+        raise ValueError("--lora_rank and --fsdp do not work together. Adapters take little memory: leave --fsdp out.")
 
 
 def make_trainer(model, processor, clips, training_args, layer_decay):

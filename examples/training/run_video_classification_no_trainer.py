@@ -26,33 +26,33 @@ class LoopArguments:
 
     _argument_group_name = "training"
 
-    output_dir: str = field(metadata={"help": "Where the best model, checkpoints and logs go."})
-    num_train_epochs: float = field(default=3, metadata={"help": "Times to go through the training clips."})
+    output_dir: str = field(metadata={"help": "Folder for the best model, checkpoints and logs."})
+    num_train_epochs: float = field(default=3, metadata={"help": "Passes over the training clips."})
     max_steps: int = field(default=-1, metadata={"help": "Optimizer steps, if above 0, instead of epochs."})
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Clips a process and step."})
-    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Clips a process and step of evaluation."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches to an optimizer step."})
-    learning_rate: float = field(default=3e-4, metadata={"help": "The highest one, after the warm-up."})
-    weight_decay: float = field(default=0.05, metadata={"help": "Of AdamW, for matrices and kernels."})
-    warmup_steps: float = field(default=0.0, metadata={"help": "Steps, or below 1 the share of all steps."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Course of the learning rate."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Training clips per process and step."})
+    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Evaluation clips per process and step."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per optimizer step."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate, after the warm-up."})
+    weight_decay: float = field(default=0.05, metadata={"help": "Decay of AdamW, for matrices and kernels."})
+    warmup_steps: float = field(default=0.0, metadata={"help": "Warm-up steps; below 1, the share of all steps."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     label_smoothing_factor: float = field(default=0.0, metadata={"help": "Share of each label spread over all."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Longer gradients are cut to this length."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Longer gradients are scaled to this norm."})
     bf16: bool = field(default=False, metadata={"help": "Mixed precision with bfloat16."})
     fp16: bool = field(default=False, metadata={"help": "Mixed precision with float16."})
     torch_compile: bool = field(default=False, metadata={"help": "Compile the model: faster after a first minute."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Less memory for about a third more time."})
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read clips, for each process."})
-    use_cpu: bool = field(default=False, metadata={"help": "Leave the GPU alone."})
-    seed: int = field(default=42, metadata={"help": "Of all that is random."})
-    save_steps: int = field(default=500, metadata={"help": "Steps from checkpoint to checkpoint; ends of epochs too."})
+    use_cpu: bool = field(default=False, metadata={"help": "Do not use a GPU."})
+    seed: int = field(default=42, metadata={"help": "Random seed."})
+    save_steps: int = field(default=500, metadata={"help": "Steps between checkpoints; also one per epoch."})
     save_total_limit: int = field(default=2, metadata={"help": "Checkpoints to keep."})
     logging_steps: int = field(default=50, metadata={"help": "Steps over which a reported loss is averaged."})
     report_to: str = field(default="none", metadata={"help": "tensorboard, wandb or another tracker of Accelerate."})
     push_to_hub: bool = field(default=False, metadata={"help": "Upload the best model at the end."})
-    hub_model_id: str | None = field(default=None, metadata={"help": "Its repository; else named as output_dir."})
-    hub_token: str | None = field(default=None, metadata={"help": "Else the one of `hf auth login`."})
-    hub_private_repo: bool | None = field(default=None, metadata={"help": "Create it as a private one."})
+    hub_model_id: str | None = field(default=None, metadata={"help": "Hub repository (default: as output_dir)."})
+    hub_token: str | None = field(default=None, metadata={"help": "Hub token (default: that of `hf auth login`)."})
+    hub_private_repo: bool | None = field(default=None, metadata={"help": "Create a private repository."})
 
 
 if __name__ == "__main__":
@@ -113,7 +113,7 @@ class Training:
     def resume(self, checkpoint):
         self.accelerator.load_state(checkpoint)
         self.state = read_json(f"{checkpoint}/state.json")
-        self.accelerator.print(f"Going on from {checkpoint}.")
+        self.accelerator.print(f"Resuming from {checkpoint}.")
 
     def run(self):
         self.loss_sum = torch.tensor(self.state["loss_sum"], device=self.accelerator.device)
@@ -280,11 +280,11 @@ def load(model_args, data_args, args, accelerator, fresh):
 def main():
     model_args, data_args, args = parse_arguments(ModelArguments, DataArguments, LoopArguments)
     if data_args.streaming and args.max_steps <= 0:
-        raise ValueError("A streamed data set has no known length: say with --max_steps how long to train.")
+        raise ValueError("A streamed data set has no known length: set --max_steps.")
     os.makedirs(args.output_dir, exist_ok=True)
     accelerator = make_accelerator(args)
     if model_args.lora_rank and accelerator.distributed_type == DistributedType.FSDP:
-        raise ValueError("--lora_rank does not go with FSDP. Adapters take little memory: use --multi_gpu.")
+        raise ValueError("--lora_rank and FSDP do not work together. Adapters take little memory: use --multi_gpu.")
     settings = {**vars(model_args), **vars(data_args), **vars(args), "hub_token": None}
     repo_id = args.hub_model_id or os.path.basename(os.path.abspath(args.output_dir))
     if args.push_to_hub and accelerator.is_main_process:

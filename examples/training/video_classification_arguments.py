@@ -19,7 +19,7 @@ class DataArguments:
 
     _argument_group_name = "the clips"
 
-    train_dir: str | None = field(default=None, metadata={"help": "Folder of training clips, a sub-folder a label."})
+    train_dir: str | None = field(default=None, metadata={"help": "Folder of training clips, a sub-folder per label."})
     validation_dir: str | None = field(default=None, metadata={"help": "The same for validation."})
     dataset_name: str | None = field(
         default=None, metadata={"help": "Instead of folders: a data set of the Hub with a video and a label column."}
@@ -28,7 +28,7 @@ class DataArguments:
     train_split: str = field(default="train", metadata={"help": "Name of its split to train on."})
     validation_split: str = field(default="validation", metadata={"help": "Name of its split to evaluate on."})
     streaming: bool = field(
-        default=False, metadata={"help": "Read the data set while it comes in, without a copy; needs --max_steps."}
+        default=False, metadata={"help": "Stream the data set instead of downloading it; needs --max_steps."}
     )
     train_list: str | None = field(
         default=None,
@@ -41,7 +41,7 @@ class DataArguments:
     validation_list: str | None = field(default=None, metadata={"help": "The same for validation."})
     video_root: str | None = field(default=None, metadata={"help": "The folder that holds the clips of the lists."})
     label_list: str | None = field(
-        default=None, metadata={"help": "Names of the labels, a line each, for lists that hold their numbers."}
+        default=None, metadata={"help": "File with a label name per line, for lists that hold numbers."}
     )
     list_columns: str | None = field(
         default=None,
@@ -53,11 +53,11 @@ class DataArguments:
     hmdb51_split: int = field(default=1, metadata={"help": "Which of HMDB51's three splits: 1, 2 or 3."})
     video_column: str = field(default="video", metadata={"help": "Column of the data set that holds the videos."})
     label_column: str = field(default="label", metadata={"help": "Column of the data set that holds the labels."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many clips, drawn at random."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only so many clips, drawn at random."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use this many clips, drawn at random."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use this many clips, drawn at random."})
     max_decode_failures: int = field(
         default=0,
-        metadata={"help": "Name and skip up to so many clips that cannot be read; one more stops the run."},
+        metadata={"help": "Skip and list up to this many clips that cannot be read; one more stops the run."},
     )
     allow_missing_classes: bool = field(
         default=False, metadata={"help": "Train although some classes have no validation clip."}
@@ -69,18 +69,16 @@ class DataArguments:
     min_crop_area: float = field(
         default=0.5, metadata={"help": "Training frames are random crops of at least this share of the area."}
     )
-    jitter: float = field(default=0.2, metadata={"help": "Brightness and contrast of training clips vary by this."})
-    rand_augment: int = field(
-        default=0, metadata={"help": "How many of RandAugment's operations a training clip undergoes."}
-    )
-    rand_augment_magnitude: int = field(default=9, metadata={"help": "How strong they are: 0 to 30."})
+    jitter: float = field(default=0.2, metadata={"help": "Largest change of brightness and contrast in training."})
+    rand_augment: int = field(default=0, metadata={"help": "RandAugment operations per training clip."})
+    rand_augment_magnitude: int = field(default=9, metadata={"help": "Magnitude of these operations: 0 to 30."})
     random_erasing: float = field(
         default=0.0, metadata={"help": "Share of the training clips in which a rectangle is blanked in all frames."}
     )
     mirror_swaps: str | None = field(
         default=None,
         metadata={
-            "help": "Mirror half the training clips, left to right. These labels trade places, and evaluation is "
+            "help": "Mirror half the training clips, left to right. These labels swap, and evaluation is "
             "repeated on mirrored clips: 'pan left:pan right,turn left:turn right'; '' if a mirror changes no label."
         },
     )
@@ -107,15 +105,15 @@ class ModelArguments:
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that comes with that repository."})
     ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Give the model a new head if the clips have other labels than it knows."}
+        default=False, metadata={"help": "Give the model a new head if the clips have other labels."}
     )
     hidden_size: int | None = field(default=None, metadata={"help": "Width of a new model (384)."})
     num_hidden_layers: int | None = field(default=None, metadata={"help": "Layers of a new model (24)."})
-    num_frames: int | None = field(default=None, metadata={"help": "Frames a new model sees of a clip (16)."})
+    num_frames: int | None = field(default=None, metadata={"help": "Frames per clip of a new model (16)."})
     frame_stride: int | None = field(
         default=None,
         metadata={
-            "help": "Every n-th frame around the middle is read (2), unless the model's processor says; 0 spreads the "
+            "help": "Distance between sampled frames (default: the processor's, or 2 for a new model); 0 spreads the "
             "frames over the whole clip."
         },
     )
@@ -125,7 +123,7 @@ class ModelArguments:
     class_token_position: str = field(default="first", metadata={"help": "first, middle or none, for a new model."})
     drop_path_rate: float | None = field(
         default=None,
-        metadata={"help": "Stochastic depth in training: 0 in a new model, and else as the model has it."},
+        metadata={"help": "Stochastic depth in training (default: the model's; 0 for a new model)."},
     )
     config_overrides: str | None = field(
         default=None,
@@ -137,7 +135,7 @@ class ModelArguments:
         default=0, metadata={"help": "Train LoRA adapters of this rank on the projections, and the head; needs peft."}
     )
     layer_decay: float = field(
-        default=1.0, metadata={"help": "Learning rate of each layer as a share of that of the next one."}
+        default=1.0, metadata={"help": "Learning rate of a layer as a share of the next layer's."}
     )
 
 

@@ -49,7 +49,7 @@ def load_clips(args, wanted, seed, failures):
         )
     if args.streaming and args.dataset_name is None:
         raise ValueError(
-            "--streaming is for a data set of the Hub (--dataset_name); folders and lists are read anyway."
+            "--streaming is for a data set of the Hub (--dataset_name); folders and lists need no streaming."
         )
     splits, names = {}, None
     for split in wanted:
@@ -97,8 +97,8 @@ def load_clips(args, wanted, seed, failures):
         absent = sorted(set(splits["train"]["label"]) - set(splits["validation"]["label"]))
         if absent and args.max_eval_samples is None:
             raise ValueError(
-                f"There is no validation clip of {[names[label] for label in absent]}, so that nothing would be known "
-                "about them. Add some, or say --allow_missing_classes."
+                f"There is no validation clip of {[names[label] for label in absent]}. Add some, or set "
+                "--allow_missing_classes, and nothing will be known about these classes."
             )
     return splits, names
 
@@ -131,7 +131,7 @@ def match_labels(clips, names):
     unknown = set(own) - set(names)
     if unknown:
         raise ValueError(
-            f"The clips have labels {sorted(unknown)}, which the model or the training clips lack: those are {names}."
+            f"The clips have labels {sorted(unknown)}, but the model or the training clips have only {names}."
         )
     if own == names:
         return clips
@@ -170,7 +170,7 @@ class DecodeFailures:
         if count > self.limit:
             raise RuntimeError(
                 f"{count} clips cannot be read, more than --max_decode_failures {self.limit}. One is {name}: {error} "
-                f"All are named in {self.path}. Mend or remove them, or allow more."
+                f"All are named in {self.path}. Repair or remove these clips, or raise --max_decode_failures."
             )
 
     def names(self):
@@ -290,7 +290,7 @@ class Stopwatch:
         if waiting > 0.3 and self.readings > 0 and not self.told and process.is_main_process:
             self.told = True
             logger.warning(
-                "%.0f%% of the time goes by waiting for clips. A core reads and augments %.1f of them a second; the "
+                "%.0f%% of the time is spent waiting for clips. A core reads and augments %.1f clips a second; the "
                 "model could take up to %.1f. Raise --dataloader_num_workers (it is %d, and this machine has %d "
                 "cores), or keep the decoded frames with --frame_cache.",
                 *(100 * waiting, read / max(seconds, 1e-9), self.seen / max(elapsed - self.waited, 1e-9)),
@@ -329,7 +329,7 @@ def read_frames(reader, video, sample=None):
     except (OSError, ValueError) as error:
         raise DecodeError(f"{error}") from error
     if sample is None and metadata.total_num_frames < len(frames):
-        logger.warning_once(f"Some clips have fewer frames than the {len(frames)} of the model: they are repeated.")
+        logger.warning_once(f"Some clips have fewer frames than the {len(frames)} of the model: frames are repeated.")
     return frames.permute(0, 3, 1, 2)
 
 

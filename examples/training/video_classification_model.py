@@ -83,9 +83,9 @@ def load_model(args, names, training):
         names = known
     elif not args.ignore_mismatched_sizes:
         raise ValueError(
-            f"{args.model_name_or_path} knows {_shorten(known)}, but the clips have {_shorten(names)}. To replace the "
-            "head by one for these labels, on the same backbone, which is how one fine-tunes to a new data set, "
-            "say --ignore_mismatched_sizes; if the labels should be the same, rename the clips' folders or labels."
+            f"{args.model_name_or_path} knows {_shorten(known)}, but the clips have {_shorten(names)}. To fine-tune "
+            "on a new data set, with a new head on the same backbone, set --ignore_mismatched_sizes. If the labels "
+            "should be the same, rename the clips' folders or labels."
         )
     else:
         config.id2label, config.label2id = labels["id2label"], labels["label2id"]
@@ -237,7 +237,7 @@ def newest_checkpoint(folder):
             damaged = [str(error)]
         if not damaged:
             return str(path)
-        logger.warning("%s is incomplete or damaged (%s). Going on from the one before.", path, ", ".join(damaged))
+        logger.warning("%s is incomplete or damaged (%s). Resuming from the one before.", path, ", ".join(damaged))
     return None
 
 

@@ -25,7 +25,7 @@ RUNTIME_FILES = ("ort.wasm.min.js", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd
 def fetch_runtime(folder):
     """ONNX Runtime's files for the browser, 15 MB, from its npm package into `folder`."""
     if shutil.which("npm") is None:
-        raise FileNotFoundError("`npm` was not found: install Node.js, which brings it.")
+        raise FileNotFoundError("`npm` was not found: install Node.js, which includes npm.")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         subprocess.run(["npm", "pack", "--silent", RUNTIME], cwd=scratch, check=True, stdout=subprocess.DEVNULL)
