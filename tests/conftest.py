@@ -69,6 +69,24 @@ def bars(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def hub():
+    """The Hub that the processes of `python` know. It is used by all tests: each has repositories of its own."""
+    from hub_server import HubServer
+
+    with HubServer(large_files=True).serve() as server:
+        server.readers.add("hf_reader")
+        yield server
+
+
+@pytest.fixture(scope="session")
+def python(hub, tmp_path_factory):
+    """Runs Python in processes that need not import PyTorch and transformers: a `script_runner.Python`."""
+    from script_runner import Python
+
+    return Python(tmp_path_factory.mktemp("python"), hub)
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real video clips beside the project, which are not ours to distribute."""
     if not SHARED_DATA.is_dir():

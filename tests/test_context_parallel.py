@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassification
-from script_runner import run_in_processes
 
 
 # Each process takes its part of the same clips; what each found is written.
@@ -46,7 +45,7 @@ def tiny_model(**fields):
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_parts_give_the_logits_and_gradients_of_the_whole(tmp_path, processes):
+def test_parts_give_the_logits_and_gradients_of_the_whole(python, tmp_path, processes):
     expected = {}
     for seed, (name, fields) in enumerate(CASES.items()):
         torch.manual_seed(seed)
@@ -64,7 +63,7 @@ def test_parts_give_the_logits_and_gradients_of_the_whole(tmp_path, processes):
         outputs.loss.backward()
         expected[name] = {"logits": outputs.logits.detach(), **{n: p.grad for n, p in model.named_parameters()}}
 
-    run_in_processes(processes, TRAIN, tmp_path, *CASES)
+    python.run_together(processes, ["-c", TRAIN, tmp_path, *CASES], tmp_path)
     for name, tensors in expected.items():
         for rank in range(processes):
             found = torch.load(tmp_path / name / f"found-{rank}.pt", weights_only=True)

@@ -5,8 +5,6 @@ import io
 import json
 import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +33,6 @@ from conversion import (
 )
 from conversion.convert_opengvlab_to_videomamba import join_positions
 from conversion.inflate_image_model import inflate_patches, initialize_positions
-from hub_server import HubServer
 from modeling_videomamba import (
     VideoMambaConfig,
     VideoMambaForImageClassification,
@@ -643,32 +640,14 @@ def test_kinetics_names_for_a_fresh_classifier(vim, tmp_path):
 # ---- the repository, through the command line and a Hub ----
 
 
-@pytest.fixture(scope="module")
-def hub():
-    with HubServer().serve() as server:
-        yield server
-
-
-def run_command(module, hub, home, *options):
-    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_test"}
-    return subprocess.run(
-        [sys.executable, "-m", f"conversion.{module}", *options],
-        cwd=ROOT,
-        env={**os.environ, **environment, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-
-
-def test_vim_command_downloads_converts_and_pushes(vim, hub, tmp_path):
+def test_vim_command_downloads_converts_and_pushes(vim, hub, python, tmp_path):
     source, name = "hustvl/Vim-small-midclstok", "vim_s_midclstok_80p5acc.pth"
     hub.files[source] = {name: vim[0].read_bytes(), "vim_s_midclstok_ft_81p6acc.pth": b""}
     options = ["--checkpoint", f"{source}:{name}", "--output", str(tmp_path / "out"), "--num-labels", "51"]
-    done = run_command("convert_vim_to_videomamba", hub, tmp_path, *options, "--push-to-hub", "you/vm", "--private")
-    assert done.returncode == 0, done.stderr
-    assert "None left over" in done.stdout and "you/vm" in done.stdout
-    assert hub.created == {"you/vm": True}
+    command = ["-m", "conversion.convert_vim_to_videomamba", *options, "--push-to-hub", "you/vm", "--private"]
+    printed = python.run(command, ROOT)
+    assert "None left over" in printed and "you/vm" in printed
+    assert hub.created["you/vm"], "private"
     files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert hub.files["you/vm"] == files
     assert {
@@ -691,19 +670,11 @@ def test_vim_command_downloads_converts_and_pushes(vim, hub, tmp_path):
     assert auto_map["AutoModelForVideoClassification"] == "modeling_videomamba.VideoMambaForVideoClassification"
 
 
-def test_opengvlab_command_gives_a_classifier_that_runs(opengvlab, hub, tmp_path):
+def test_opengvlab_command_gives_a_classifier_that_runs(opengvlab, hub, python, tmp_path):
     hub.files["OpenGVLab/VideoMamba"] = {"README.md": b"", opengvlab[0].name: opengvlab[0].read_bytes()}
     output = tmp_path / "out"
-    done = run_command(
-        "convert_opengvlab_to_videomamba",
-        hub,
-        tmp_path,
-        "--checkpoint",
-        "OpenGVLab/VideoMamba",
-        "--output",
-        str(output),
-    )
-    assert done.returncode == 0, done.stderr
+    options = ["--checkpoint", "OpenGVLab/VideoMamba", "--output", output]
+    python.run(["-m", "conversion.convert_opengvlab_to_videomamba", *options], ROOT)
     model = AutoModelForVideoClassification.from_pretrained(output)
     video, image = AutoVideoProcessor.from_pretrained(output), AutoImageProcessor.from_pretrained(output)
     assert (video.num_frames, video.frame_stride) == (8, None)
@@ -797,16 +768,15 @@ def test_the_page_holds_the_table_of_published_files(capsys):
     assert len(names) == len(set(names))
 
 
-def test_kinetics_classifier_on_my_clip_in_three_commands(hub, tmp_path, monkeypatch, capsys):
+def test_kinetics_classifier_on_my_clip_in_three_commands(hub, python, tmp_path, monkeypatch, capsys):
     """As docs/checkpoints.md has it, with a smaller file of that format, of one layer and random weights."""
     name = "videomamba_t16_k400_f8_res224.pth"
     weights = random_weights("opengvlab", hidden_size=192, depth=1, frames=8, labels=400)
     torch.save({"model": weights}, tmp_path / name)
     hub.files["OpenGVLab/VideoMamba"] = {name: (tmp_path / name).read_bytes()}
     output = tmp_path / "videomamba-k400"
-    options = ["--checkpoint", f"OpenGVLab/VideoMamba:{name}", "--output", str(output)]
-    done = run_command("published_checkpoints", hub, tmp_path, *options, "--push-to-hub", "you/videomamba-k400")
-    assert done.returncode == 0, done.stderr
+    options = ["--checkpoint", f"OpenGVLab/VideoMamba:{name}", "--output", output]
+    python.run(["-m", "conversion.published_checkpoints", *options, "--push-to-hub", "you/videomamba-k400"], ROOT)
     card = ModelCard(hub.files["you/videomamba-k400"]["README.md"].decode())
     result = card.data.eval_results[0]
     assert (result.metric_value, result.dataset_name) == (76.9, "Kinetics-400") and not result.verified

@@ -2,10 +2,8 @@
 
 import collections
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -41,9 +39,11 @@ class Absent:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Absent())
+import huggingface_hub.constants
 import torch
 from transformers import AutoModel, pipeline
 
+huggingface_hub.constants.HF_HUB_OFFLINE = True
 folder, output, *videos = sys.argv[1:]
 classify = pipeline("video-classification", model=folder, trust_remote_code=True)
 results = classify(videos, top_k=9)
@@ -114,15 +114,13 @@ def test_it_holds_the_folder_and_all_modules(repository):
     }
 
 
-def test_it_loads_offline_where_the_package_is_not_installed(repository, videos, tmp_path):
+def test_it_loads_offline_where_the_package_is_not_installed(repository, videos, python, tmp_path):
     """And what is saved there carries the code on."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-    environment["VIDEOMAMBA_SCAN_BACKEND"] = "torch"  # numba would compile for this copy of the code
     output = tmp_path / "saved again"
-    command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, repository, output, *videos]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
-    results, modules = json.loads(run.stdout.splitlines()[-1])
+    # numba would compile for this copy of the code.
+    command, backend = ["-c", WITHOUT_THE_PACKAGE, repository, output, *videos], {"VIDEOMAMBA_SCAN_BACKEND": "torch"}
+    *printed, last = python.run(command, tmp_path, environment=backend).splitlines()
+    results, modules = json.loads(last)
     assert set(modules) == MODULES
     local = pipeline("video-classification", model=str(FOLDER))
     for path, found in zip(videos, results, strict=True):
@@ -131,8 +129,7 @@ def test_it_loads_offline_where_the_package_is_not_installed(repository, videos,
         assert {entry["label"]: entry["score"] for entry in found} == pytest.approx(expected, abs=1e-5)
     # torchao, where it is installed, is imported by transformers, and PyTorch warns of it.
     usual = ("Loading weights", "torch/utils/_pytree.py")
-    noise = [line for line in run.stderr.splitlines() if not any(words in line for words in usual)]
-    noise = "\n".join(noise + run.stdout.splitlines()[:-1])
+    noise = "\n".join(line for line in printed if not any(words in line for words in usual))
     assert not UNWANTED.search(noise), noise
     assert {path.name for path in output.glob("*.py")} == MODULES
 

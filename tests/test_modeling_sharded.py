@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassification
-from script_runner import run_in_processes
 
 
 # Each of two processes trains on its half of a batch; process 0 writes the gradients of the whole.
@@ -31,7 +30,7 @@ dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_sharded_gradients_are_those_of_one_process(tmp_path):
+def test_sharded_gradients_are_those_of_one_process(python, tmp_path):
     pytest.importorskip("transformers.distributed", reason="this transformers does not shard models")
     torch.manual_seed(0)
     config = VideoMambaConfig(
@@ -43,7 +42,7 @@ def test_sharded_gradients_are_those_of_one_process(tmp_path):
     torch.save((pixel_values, labels), tmp_path / "batch.pt")
     model(pixel_values, labels=labels).loss.backward()
 
-    run_in_processes(2, TRAIN, tmp_path, tmp_path / "gradients.pt")
+    python.run_together(2, ["-c", TRAIN, tmp_path, tmp_path / "gradients.pt"], tmp_path)
     found = torch.load(tmp_path / "gradients.pt", weights_only=True)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, msg=name, atol=1e-6, rtol=1e-4)

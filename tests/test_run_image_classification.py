@@ -1,9 +1,6 @@
 """The image example and the split of a folder of pictures, on tiny pictures that colour alone tells apart."""
 
 import json
-import os
-import subprocess
-import sys
 
 import datasets
 import numpy as np
@@ -14,7 +11,6 @@ from transformers import AutoModelForImageClassification, pipeline
 
 import run_image_classification
 import split_imagefolder
-from hub_server import HubServer
 from modeling_videomamba import VideoMambaForImageClassification
 
 
@@ -79,37 +75,20 @@ def test_trains_a_classifier_that_the_pipeline_loads(folder, tmp_path, monkeypat
         run(monkeypatch, run_image_classification, "--dataset", data / "train", "--output_dir", tmp_path / "x")
 
 
-def test_a_data_set_of_the_hub_becomes_a_classifier_on_the_hub(folder, tmp_path):
+def test_a_data_set_of_the_hub_becomes_a_classifier_on_the_hub(folder, hub, python, tmp_path):
     """Other names of the columns, and the names of the labels, come from the data set itself."""
     rows = [(path, label) for label, name in enumerate(COLORS) for path in sorted((folder / name).glob("*.png"))]
     features = datasets.Features({"picture": datasets.Image(), "color": datasets.ClassLabel(names=list(COLORS))})
-    online = {
-        "HF_HUB_OFFLINE": "0",
-        "HF_TOKEN": "hf_writer",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HOME": str(tmp_path / "home"),
-    }
-    with HubServer().serve() as hub:
-        files = hub.files["datasets/you/colors"] = {}
-        for split, part in (("train", rows[::2]), ("validation", rows[1::2])):
-            pictures = [{"path": path.name, "bytes": path.read_bytes()} for path, _ in part]
-            table = datasets.Dataset.from_dict({"picture": pictures, "color": [label for _, label in part]}, features)
-            table.to_parquet(tmp_path / "part.parquet")
-            files[f"data/{split}-00000-of-00001.parquet"] = (tmp_path / "part.parquet").read_bytes()
-        command = [sys.executable, run_image_classification.__file__, "--dataset", "you/colors", "--output_dir", "out"]
-        command += ["--config_overrides", "hidden_size=16,num_hidden_layers=1,image_size=32,patch_size=16"]
-        command += [
-            "--max_steps",
-            "2",
-            "--report_to",
-            "none",
-            "--push_to_hub",
-            "--hub_model_id",
-            "you/color-classifier",
-        ]
-        environment = {**os.environ, **online, "HF_ENDPOINT": hub.url, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    files = hub.files["datasets/you/colors"] = {}
+    for split, part in (("train", rows[::2]), ("validation", rows[1::2])):
+        pictures = [{"path": path.name, "bytes": path.read_bytes()} for path, _ in part]
+        table = datasets.Dataset.from_dict({"picture": pictures, "color": [label for _, label in part]}, features)
+        table.to_parquet(tmp_path / "part.parquet")
+        files[f"data/{split}-00000-of-00001.parquet"] = (tmp_path / "part.parquet").read_bytes()
+    command = [run_image_classification.__file__, "--dataset", "you/colors", "--output_dir", "out", "--max_steps", 2]
+    command += ["--config_overrides", "hidden_size=16,num_hidden_layers=1,image_size=32,patch_size=16"]
+    command += ["--report_to", "none", "--push_to_hub", "--hub_model_id", "you/color-classifier"]
+    python.run(command, tmp_path)
     pushed = hub.files["you/color-classifier"]
     assert {"model.safetensors", "preprocessor_config.json", "modeling_videomamba.py"} <= pushed.keys()
     assert json.loads(pushed["config.json"])["id2label"] == {"0": "red", "1": "green"}

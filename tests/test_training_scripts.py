@@ -1,19 +1,13 @@
-"""The training scripts as users run them: recipes, kills and resumption, two processes, LoRA, the Hub.
-
-The scripts run in processes forked from a server that has imported them once, because that takes seconds.
-"""
+"""The training scripts as users run them: recipes, kills and resumption, two processes, LoRA, the Hub."""
 
 import csv
 import dataclasses
 import json
-import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -35,91 +29,29 @@ import evaluate_video_classification as evaluation
 import run_video_classification_no_trainer as plain_loop
 import video_classification_data as data
 import video_classification_model as models
-from hub_server import HubServer
 from modeling_videomamba import (
     VideoMambaConfig,
     VideoMambaForVideoClassification,
     VideoMambaImageProcessor,
 )
 from modeling_videomamba.selective_scan import use_scan_backend
-from script_runner import run_script
 from training_clips import NAMES, tiny_processor, touch
 from video_classification_arguments import DataArguments, ModelArguments, parse_arguments
 from video_files import write_video
 
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "training"
-SCRIPTS = ["run_video_classification", "run_video_classification_no_trainer", "evaluate_video_classification"]
 TINY = ["--hidden_size", 16, "--num_hidden_layers", 1, "--image_size", 32, "--num_frames", 4, "--frame_stride", 2]
 AUGMENTED = ["--rand_augment", 1, "--random_erasing", 0.5, "--mirror_swaps", "to the left:to the right"]
 
 
-@pytest.fixture(scope="module")
-def hub():
-    with HubServer(large_files=True).serve() as server:
-        server.readers.add("hf_reader")
-        yield server
-
-
-def hub_environment(hub, home):
-    return {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(home),
-        "HF_HUB_OFFLINE": "0",
-        "HF_TOKEN": "hf_writer",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "OMP_NUM_THREADS": "1",
-        "VIDEOMAMBA_SCAN_BACKEND": "torch",
-    }
-
-
-@pytest.fixture(scope="module")
-def scripts(hub, tmp_path_factory):
-    """`start(name, arguments, environment)` starts a script and returns its process and the path of its log."""
-    home = tmp_path_factory.mktemp("home")
-    environment = hub_environment(hub, home)
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (EXAMPLES, EXAMPLES.parents[1], Path(__file__).parent)))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["script_runner", *SCRIPTS, "torch.utils.tensorboard"])
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in environment.items():
-            patch.setenv(key, value)
-        starter = context.Process(target=time.sleep, args=(0,))  # the server takes the environment of the first start
-        starter.start()
-        starter.join()
-    count = iter(range(1000))
-
-    def start(name, arguments, environment=None):
-        log = home / f"{name}-{next(count)}.log"
-        process = context.Process(target=run_script, args=(name, arguments, str(log), environment or {}))
-        process.start()
-        return process, log
-
-    return start
-
-
-def run(scripts, name, *arguments, environment=None, fails=False):
+def run(python, name, *arguments, fails=False):
     """Runs a script to its end and returns what it printed."""
-    process, log = scripts(name, arguments, environment)
-    process.join(240)
-    text = log.read_text() if log.exists() else ""
-    assert (process.exitcode != 0) == fails, text
-    return text
+    return python.run([EXAMPLES / f"{name}.py", *arguments], fails=fails)
 
 
-def run_twice(scripts, name, *arguments):
-    """Runs a script in two processes, with the environment that `torchrun` gives them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    started = [scripts(name, arguments, environment) for environment in ranks]
-    for process, log in started:
-        process.join(240)
-        assert process.exitcode == 0, log.read_text()
+def run_twice(python, name, *arguments):
+    python.run_together(2, [EXAMPLES / f"{name}.py", *arguments])
 
 
 def training(bars, output, *more):
@@ -162,7 +94,7 @@ def frame_numbers(frames):
     ids=["breakfast", "coin", "lvu"],
 )
 def test_recipes_of_long_videos_train_and_are_tested_as_their_authors_do(
-    name, script, lines, scripts, tmp_path, monkeypatch
+    name, script, lines, python, tmp_path, monkeypatch
 ):
     """From the authors' lists to scores, with the views that the recipe names; each covers the whole video."""
     recipe, root, count = EXAMPLES / f"recipes/{name}.args", tmp_path / "videos", 57
@@ -186,7 +118,7 @@ def test_recipes_of_long_videos_train_and_are_tested_as_their_authors_do(
     tiny = ["--hidden_size", 16, "--num_hidden_layers", 1, "--image_size", 32, "--per_device_train_batch_size", 2]
     command = ["--recipe", recipe, *lists, *tiny, "--use_cpu", "--output_dir", tmp_path / "out", "--max_steps", 2]
     command += ["--logging_steps", 1, "--report_to", "none"]
-    run(scripts, script, *command, *["--do_train"] * (script[-1] == "n"))
+    run(python, script, *command, *["--do_train"] * (script[-1] == "n"))
     assert list(losses(tmp_path / "out")) == [1, 2]
 
     monkeypatch.setattr(sys, "argv", ["script", *map(str, command)])
@@ -262,19 +194,19 @@ def checkpoints(folder):
 @pytest.mark.parametrize(
     "name, kills, steps", [("run_video_classification_no_trainer", 7, 28), ("run_video_classification", 2, 14)]
 )
-def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(bars, scripts, tmp_path, name, kills, steps):
+def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(bars, python, tmp_path, name, kills, steps):
     """The same losses to the bit, and never half a checkpoint; a damaged one is passed over."""
     settings = [*AUGMENTED, "--num_hidden_layers", 2, "--drop_path_rate", 0.5, "--per_device_train_batch_size", 2]
     settings += ["--max_steps", steps, "--gradient_accumulation_steps", 2, "--save_steps", 1, "--save_total_limit", 3]
     settings += ["--do_train", "--report_to", "none"] if name == "run_video_classification" else []
-    run(scripts, name, *training(bars, tmp_path / "whole", *settings))
+    run(python, name, *training(bars, tmp_path / "whole", *settings))
     expected = losses(tmp_path / "whole")
     assert list(expected) == list(range(1, steps + 1)) and len(set(expected.values())) > 0.8 * steps
 
     output, rng = tmp_path / "killed", random.Random(0)
     for kill in range(kills):
         before = checkpoints(output)
-        process, log = scripts(name, training(bars, output, *settings))
+        process, log = python.start([EXAMPLES / f"{name}.py", *training(bars, output, *settings)])
         # Let it make a checkpoint of its own; then any moment will do.
         deadline = time.monotonic() + 60
         while process.is_alive() and time.monotonic() < deadline and checkpoints(output)[-1:] == before[-1:]:
@@ -294,28 +226,28 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(bars, script
         if kill == 5:
             assert f"checkpoint-{before[-1]} is incomplete or damaged (optimizer.bin)" in log.read_text()
             assert f"Resuming from {output}/checkpoint-{before[-2]}" in log.read_text()
-    run(scripts, name, *training(bars, output, *settings))
+    run(python, name, *training(bars, output, *settings))
     assert losses(output) == expected
     assert (output / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
     assert not list(output.glob("*.part"))
 
 
-def test_a_damaged_checkpoint_of_the_trainer_is_passed_over(bars, scripts, tmp_path):
+def test_a_damaged_checkpoint_of_the_trainer_is_passed_over(bars, python, tmp_path):
     settings = [*AUGMENTED, "--do_train", "--max_steps", 6, "--save_steps", 2, "--report_to", "none"]
     name, output = "run_video_classification", tmp_path / "out"
     command = training(bars, output, *settings, "--per_device_train_batch_size", 4)
-    run(scripts, name, *command)
+    run(python, name, *command)
     expected, weights = losses(output), (output / "model.safetensors").read_bytes()
     (output / "checkpoint-6" / models.MANIFEST).unlink()  # as if killed while it was written
     scheduler = output / "checkpoint-4" / "scheduler.pt"
     scheduler.write_bytes(scheduler.read_bytes()[:-100])
     (output / "model.safetensors").unlink()
-    text = run(scripts, name, *command)
+    text = run(python, name, *command)
     assert "checkpoint-6 is incomplete or damaged" in text and "(scheduler.pt)" in text
     assert losses(output) == expected and (output / "model.safetensors").read_bytes() == weights
 
 
-def test_two_processes_train_and_evaluate_as_one(bars, scripts, tmp_path):
+def test_two_processes_train_and_evaluate_as_one(bars, python, tmp_path):
     """The same clips to a step, half in each process: the same losses but for rounding, with both scripts."""
     settings = [*AUGMENTED, "--num_train_epochs", 2, "--max_grad_norm", 0.1, "--label_smoothing_factor", 0.1]
     for name in ("run_video_classification_no_trainer", "run_video_classification"):
@@ -323,8 +255,8 @@ def test_two_processes_train_and_evaluate_as_one(bars, scripts, tmp_path):
         if name == "run_video_classification":
             more = [*settings, "--do_train", "--do_eval", "--report_to", "none", "--save_steps", 2]
         one, two = tmp_path / name / "one", tmp_path / name / "two"
-        run(scripts, name, *training(bars, one, *more, "--per_device_train_batch_size", 4))
-        run_twice(scripts, name, *training(bars, two, *more, "--per_device_train_batch_size", 2))
+        run(python, name, *training(bars, one, *more, "--per_device_train_batch_size", 4))
+        run_twice(python, name, *training(bars, two, *more, "--per_device_train_batch_size", 2))
         assert len(losses(one)) == 4 and len(set(losses(one).values())) == 4
         assert losses(two) == pytest.approx(losses(one), abs=2e-6)
     manifest = json.loads((two / "checkpoint-4" / models.MANIFEST).read_text())
@@ -335,8 +267,8 @@ def test_two_processes_train_and_evaluate_as_one(bars, scripts, tmp_path):
     shutil.copytree(bars / "validation", few)
     (few / NAMES[0] / "1.mp4").unlink()
     look = ["--model_name_or_path", one, "--validation_dir", few, "--use_cpu", "--num_clips", 2, "--num_crops", 3]
-    run(scripts, "evaluate_video_classification", *look, "--output_dir", tmp_path / "alone")
-    run_twice(scripts, "evaluate_video_classification", *look, "--output_dir", tmp_path / "together")
+    run(python, "evaluate_video_classification", *look, "--output_dir", tmp_path / "alone")
+    run_twice(python, "evaluate_video_classification", *look, "--output_dir", tmp_path / "together")
     for file in ("predictions.csv", "classes.csv", "results.json"):
         assert (tmp_path / "alone" / file).read_text() == (tmp_path / "together" / file).read_text()
     with open(tmp_path / "together" / "predictions.csv", newline="") as file:
@@ -345,18 +277,18 @@ def test_two_processes_train_and_evaluate_as_one(bars, scripts, tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_training_has_the_same_losses(bars, scripts, tmp_path):
+def test_compiled_training_has_the_same_losses(bars, python, tmp_path):
     for name in ("run_video_classification_no_trainer", "run_video_classification"):
         more = ["--max_steps", 4, "--report_to", "none", *(["--do_train"] if name[-1] == "n" else [])]
-        run(scripts, name, *training(bars, tmp_path / name, *more))
-        run(scripts, name, *training(bars, tmp_path / f"{name}-compiled", *more, "--torch_compile", "True"))
+        run(python, name, *training(bars, tmp_path / name, *more))
+        run(python, name, *training(bars, tmp_path / f"{name}-compiled", *more, "--torch_compile", "True"))
         assert losses(tmp_path / f"{name}-compiled") == pytest.approx(losses(tmp_path / name), abs=1e-5)
         model = AutoModelForVideoClassification.from_pretrained(tmp_path / f"{name}-compiled")
         assert model.config.id2label == dict(enumerate(NAMES))
 
 
 @pytest.mark.parametrize("name", ["run_video_classification_no_trainer", "run_video_classification"])
-def test_lora_trains_adapters_that_load_and_merge(bars, hub, scripts, tmp_path, name):
+def test_lora_trains_adapters_that_load_and_merge(bars, hub, python, tmp_path, name):
     """What is pushed are the merged model, and the adapter, which on the model that it started from does the same."""
     config = VideoMambaConfig(hidden_size=16, num_hidden_layers=1, image_size=32, num_frames=4, scan_backend="torch")
     config.id2label, config.label2id = dict(enumerate(NAMES)), {label: i for i, label in enumerate(NAMES)}
@@ -367,11 +299,11 @@ def test_lora_trains_adapters_that_load_and_merge(bars, hub, scripts, tmp_path, 
     command = training(bars, tmp_path / "out", "--lora_rank", 2, "--model_name_or_path", start, "--max_steps", 4)
     command += ["--learning_rate", 1e-2, "--save_steps", 2, "--report_to", "none", "--push_to_hub"]
     command += ["--hub_model_id", repository, *(["--do_train", "--do_eval"] if name[-1] == "n" else [])]
-    run(scripts, name, *command)
+    run(python, name, *command)
     expected = losses(tmp_path / "out")
     assert len(expected) == 4
     shutil.rmtree(tmp_path / "out" / "checkpoint-4")
-    run(scripts, name, *command)
+    run(python, name, *command)
     assert losses(tmp_path / "out") == expected, "resumed from the adapters in the middle"
 
     files = {file: content for file, content in hub.files[repository].items() if not file.endswith((".png", ".csv"))}
@@ -417,15 +349,15 @@ print(json.dumps([scores, list(clips["label"]), clips.features["label"].names]))
 """
 
 
-def test_trains_on_a_data_set_of_the_hub_and_pushes_what_others_can_load(bars, hub, scripts, tmp_path):
+def test_trains_on_a_data_set_of_the_hub_and_pushes_what_others_can_load(bars, hub, python, tmp_path):
     paths = sorted(bars.rglob("*.mp4"))
     hub.files["datasets/you/clips"] = {str(path.relative_to(bars)): path.read_bytes() for path in paths}
     settings = ["--dataset_name", "you/clips", "--use_cpu", *TINY, "--max_steps", 2, "--push_to_hub"]
     settings += ["--logging_steps", 1, "--report_to", "none", "--hub_token", "hf_secret"]
     trainer = ["--do_train", "--do_eval", "--hub_model_id", "you/trained", "--hub_private_repo", "True"]
-    run(scripts, "run_video_classification", *settings, *trainer, "--output_dir", tmp_path / "trained")
+    run(python, "run_video_classification", *settings, *trainer, "--output_dir", tmp_path / "trained")
     plain = ["--hub_model_id", "you/plain", "--streaming"]
-    run(scripts, "run_video_classification_no_trainer", *settings, *plain, "--output_dir", tmp_path / "plain")
+    run(python, "run_video_classification_no_trainer", *settings, *plain, "--output_dir", tmp_path / "plain")
     assert hub.created["you/trained"] and not hub.created["you/plain"], "private, or not"
 
     wanted = {"README.md", "config.json", "model.safetensors", "training_args.json", "training_curve.png"}
@@ -448,13 +380,8 @@ def test_trains_on_a_data_set_of_the_hub_and_pushes_what_others_can_load(bars, h
     pixels = AutoVideoProcessor.from_pretrained(tmp_path / "trained")(str(clip), return_tensors="pt")["pixel_values"]
     torch.save(pixels, tmp_path / "pixels.pt")
     inputs = ["you/trained", tmp_path / "pixels.pt", clip, tmp_path / "logits.pt"]
-    environment = {**os.environ, **hub_environment(hub, tmp_path / "empty")}
-    done = subprocess.run(
-        [sys.executable, "-c", FROM_THE_HUB, *map(str, inputs)],
-        **{"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 240},
-    )
-    assert done.returncode == 0, done.stderr
-    scores, labels, names = json.loads(done.stdout.splitlines()[-1])
+    printed = python.run(["-c", FROM_THE_HUB, *inputs], tmp_path, environment={"VIDEOMAMBA_SCAN_BACKEND": "torch"})
+    scores, labels, names = json.loads(printed.splitlines()[-1])
     with torch.no_grad(), use_scan_backend("torch"):
         expected = model(pixels).logits
     assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), expected)
@@ -464,26 +391,26 @@ def test_trains_on_a_data_set_of_the_hub_and_pushes_what_others_can_load(bars, h
     assert sorted(labels) == [0, 0, 1, 1] and names == NAMES
 
 
-def test_the_trainer_streams_and_resumes(bars, scripts, tmp_path):
+def test_the_trainer_streams_and_resumes(bars, python, tmp_path):
     """The clips of a stream come in the same order again; each of its validation clips is counted once."""
     clips = ["--dataset_name", bars, "--streaming", "--use_cpu", *TINY, *AUGMENTED, "--report_to", "none"]
     clips += ["--do_train", "--do_eval", "--max_steps", 4, "--save_steps", 2, "--logging_steps", 1]
     command = [*clips, "--per_device_train_batch_size", 3, "--output_dir", tmp_path]
-    run(scripts, "run_video_classification", *command)
+    run(python, "run_video_classification", *command)
     expected, weights = losses(tmp_path), (tmp_path / "model.safetensors").read_bytes()
     assert len(set(expected.values())) == 4
     shutil.rmtree(tmp_path / "checkpoint-4")
     (tmp_path / "model.safetensors").unlink()
-    run(scripts, "run_video_classification", *command)
+    run(python, "run_video_classification", *command)
     assert losses(tmp_path) == expected and (tmp_path / "model.safetensors").read_bytes() == weights
     with open(tmp_path / "classes.csv", newline="") as file:
         assert [(row["label"], row["clips"]) for row in csv.DictReader(file)] == [(name, "2") for name in NAMES]
 
 
-def test_says_before_training_that_it_may_not_push(bars, hub, scripts, tmp_path):
+def test_says_before_training_that_it_may_not_push(bars, hub, python, tmp_path):
     for name in ("run_video_classification", "run_video_classification_no_trainer"):
         more = ["--push_to_hub", "--hub_model_id", "you/forbidden"] + ["--do_train"] * (name[-1] == "n")
         command = training(bars, tmp_path / name, *more, "--hub_token", "hf_reader")
-        text = run(scripts, name, *command, fails=True)
+        text = run(python, name, *command, fails=True)
         assert "PermissionError: Cannot write to the Hub repository you/forbidden" in text and "hf auth login" in text
         assert "you/forbidden" not in hub.files and not list(tmp_path.rglob("*.safetensors"))
