@@ -22,7 +22,7 @@ from .video_demuxer import (
     read_packets,
     ticks,
 )
-from .video_frames import Clip, ToRGB, decoded_frames
+from .video_frames import Clip, ToRGB, decoded_frames, needed_packets
 from .video_mp4 import what_is_odd, whole_index
 from .video_sources import as_file, first_line, open_source
 
@@ -255,10 +255,12 @@ def _decode_from_keys(container, stream, index, clip, to_rgb) -> bool:
     or all land too late.
     """
     runs = _plan(index, sorted(clip.places))
-    plans = [runs] if len(runs) < 2 else [runs, [(runs[0][0], runs[-1][1])]]
-    return any(
-        all(_decode_run(container, stream, index, *run, clip, to_rgb) for run in runs) for runs in plans if runs
-    )
+    dropped = set()
+    if runs and all(_decode_run(container, stream, index, *run, clip, to_rgb, dropped) for run in runs):
+        return True
+    if len(runs) < 2 and not dropped:
+        return False
+    return _decode_run(container, stream, index, runs[0][0], runs[-1][1], clip, to_rgb, None)
 
 
 def _plan(index, wanted) -> list[tuple[int, int]]:
@@ -275,8 +277,8 @@ def _plan(index, wanted) -> list[tuple[int, int]]:
     return runs
 
 
-def _decode_run(container, stream, index, key: int, last: int, clip, to_rgb) -> bool:
-    """Decodes from a key frame to frame `last`. False as above."""
+def _decode_run(container, stream, index, key: int, last: int, clip, to_rgb, dropped) -> bool:
+    """Decodes from a key frame to frame `last`, without what others do not need unless `dropped` is None."""
     shown, decoded = index.keys[key]
     begin = bisect_left(index.times, shown)
     # MP4 and Matroska find a key frame by its time of presentation, MPEG-TS by that of decoding, MPEG-PS only about.
@@ -287,17 +289,19 @@ def _decode_run(container, stream, index, key: int, last: int, clip, to_rgb) -> 
             container.seek(offset, stream=stream)
         except av.FFmpegError:
             continue  # a file that can be read, but not searched
-        if _put_frames(container, stream, index, begin, last, clip, to_rgb):
+        if _put_frames(container, stream, index, begin, last, clip, to_rgb, dropped):
             return True
     return False
 
 
-def _put_frames(container, stream, index, position: int, last: int, clip, to_rgb) -> bool:
+def _put_frames(container, stream, index, position: int, last: int, clip, to_rgb, dropped) -> bool:
     """Decodes the wanted frames, if from `position` to `last` every frame comes at its time, undamaged."""
     codec, times = stream.codec_context.codec, index.times
     must_be_key = not codec.intra_only and codec.name not in _CHECKS_KEYS
-    started = False
-    for frame in decoded_frames(container, stream, index.side_data, times[position : last + 1]):
+    started, shown = False, times[position : last + 1]
+    wanted = {times[place] for place in clip.places if position <= place <= last}
+    packets = needed_packets(container, stream, index.side_data, shown, wanted, dropped)
+    for frame in decoded_frames(container, stream, packets):
         if frame.pts is None:
             return False
         if not started and frame.pts < times[position]:
@@ -305,6 +309,8 @@ def _put_frames(container, stream, index, position: int, last: int, clip, to_rgb
         if not started and must_be_key and frame.pict_type != av.video.frame.PictureType.I:
             return False  # a container can call any frame a key frame, and this decoder would not notice
         started = True
+        while position < last and times[position] in (dropped or ()):
+            position += 1
         if frame.pts != times[position] or frame.is_corrupt:
             return False
         if position in clip.places:

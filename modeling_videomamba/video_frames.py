@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from .video_demuxer import check_encryption, read_packets
+from .video_packets import disposable_test
 from .video_sources import first_line
 
 
@@ -23,21 +24,13 @@ except ImportError:
 VIDEO_MAX_CLIP_BYTES = int(os.environ.get("VIDEO_MAX_CLIP_BYTES", 2**32))  # of all frames that one call returns
 
 
-def decoded_frames(container, stream, side_data=(), times=None):
+def decoded_frames(container, stream, packets=None):
     """
-    The frames from where the container stands, in the order in which they are shown, without damaged packets.
-
-    Args:
-        side_data: that of an `Index`: what came with packets before those that are read now is given to the first.
-        times: the times of presentation of the frames that are needed. Once their packets have been decoded, the
-            decoder is asked for all that it holds, and no further packet is decoded: after this, a seek.
+    The frames of `packets`, without damaged ones, in the order in which they are shown; of all packets from where the
+    container stands if none are given.
     """
-    packets = itertools.chain(read_packets(container, stream), [None])  # None makes it give out what it holds back
-    if side_data:
-        packets = _bring_along(packets, side_data)
-    if times is not None:
-        packets = _until_decoded(packets, set(times))
-    for packet in packets:
+    # At the end, None makes the decoder give out what it holds back.
+    for packet in itertools.chain(read_packets(container, stream) if packets is None else packets, [None]):
         if packet is not None:
             check_encryption(packet)
         try:
@@ -47,25 +40,43 @@ def decoded_frames(container, stream, side_data=(), times=None):
         yield from frames
 
 
+def needed_packets(container, stream, side_data, times, wanted, dropped: set | None):
+    """
+    The packets that have to be decoded for some frames, from where the container stands, which is a key frame.
+
+    Args:
+        side_data: that of an `Index`: what came with packets before those that are read now is given to the first.
+        times: the times of presentation of the frames from here to the last that is wanted. After their packets, none
+            is decoded any more, so that the container has to be searched anew after this.
+        wanted: those of the wanted ones among them.
+        dropped: the times of packets that are left out, as no other frame needs them, are put here; `None`: none are.
+    """
+    times, is_disposable = set(times), disposable_test(stream) if dropped is not None else None
+    packets = read_packets(container, stream)
+    if side_data:
+        packets = _bring_along(packets, side_data)
+    for packet in packets:
+        if is_disposable is not None and packet.pts not in wanted and packet.size and is_disposable(packet):
+            dropped.add(packet.pts)
+        else:
+            yield packet
+        times.discard(packet.pts)
+        if not times:
+            yield from itertools.islice(packets, 1)  # it may be the second field of the last
+            return
+
+
 def _bring_along(packets, side_data):
     """Gives the first packet what came last before it, if it does not come with something itself."""
-    first = next(packets)
-    if first is not None and first.dts is not None:
+    first = next(packets, None)
+    if first is None:
+        return
+    if first.dts is not None:
         place = bisect_right([dts for dts, _ in side_data], first.dts)
         if place > 0 and not first.has_sidedata(side_data[place - 1][1].data_type):
             first.set_sidedata(side_data[place - 1][1])
     yield first
     yield from packets
-
-
-def _until_decoded(packets, times: set):
-    """The packets up to the last that is shown at one of `times`, and one more, which may be its second field."""
-    for packet in packets:
-        yield packet
-        times.discard(packet and packet.pts)
-        if not times:
-            yield from (next(packets), None)
-            return
 
 
 class ToRGB:
@@ -156,4 +167,4 @@ class Clip:
             self.frames[place] = frame
 
 
-__all__ = ["Clip", "ToRGB", "decoded_frames"]
+__all__ = ["Clip", "ToRGB", "decoded_frames", "needed_packets"]
