@@ -10,7 +10,6 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForVideoClassification, Trainer, TrainingArguments
 
 from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassification
-from script_runner import run_in_processes
 
 
 KINDS = ["single_label_classification", "multi_label_classification", "regression"]
@@ -75,7 +74,7 @@ def test_accumulated_batches_are_one_large_batch(kind, tmp_path):
 
 
 @pytest.mark.slow
-def test_accumulated_batches_of_two_processes_are_one_large_batch(tmp_path):
+def test_accumulated_batches_of_two_processes_are_one_large_batch(python, tmp_path):
     code = """
 import sys, torch
 folder, tests = sys.argv[1:]
@@ -86,7 +85,7 @@ if torch.distributed.get_rank() == 0:
     torch.save(steps, f"{folder}/steps.pt")
 torch.distributed.barrier()
 """
-    run_in_processes(2, code, tmp_path, Path(__file__).parent)
+    python.run_together(2, ["-c", code, tmp_path, Path(__file__).parent], tmp_path)
     for kind, step in torch.load(tmp_path / "steps.pt", weights_only=True).items():
         assert_same_step(step, kind)
 

@@ -383,9 +383,7 @@ def test_says_what_to_do_if_reading_limits_the_speed(monkeypatch, caplog, readin
         assert values["waiting"] == pytest.approx(reading / (1 + reading)) and values["clips_per_core_second"] == 0.5
     assert caplog.text.count("Raise --dataloader_num_workers (it is 2") == hints
     if hints:
-        assert (
-            "75% of the time" in caplog.text and "0.5 clips a second; the model could take up to 4.0" in caplog.text
-        )
+        assert "75% of the time" in caplog.text and "0.5 clips a second; the model could take up to 4.0" in caplog.text
 
 
 def test_accuracy_by_hand():
