@@ -23,7 +23,7 @@ from .video_demuxer import (
     ticks,
 )
 from .video_frames import Clip, ToRGB, decoded_frames, needed_packets
-from .video_mp4 import what_is_odd, whole_index
+from .video_mp4 import times_of_frames, what_is_odd, whole_index
 from .video_sources import as_file, first_line, open_source
 
 
@@ -40,13 +40,20 @@ class DecodedVideoMetadata(VideoMetadata):
     What is known of a decoded file.
 
     Args:
-        frame_times: (total_num_frames,) float64 array of when each frame is shown, in seconds from the first; `None`
-            where the file does not say.
+        frame_times: (total_num_frames + 1,) float64 array: frame i is on screen from `frame_times[i]` to
+            `frame_times[i + 1]`, in seconds from the first frame; `None` where the file does not say.
         num_damaged_frames: how many of the returned frames the decoder reported as damaged.
     """
 
     frame_times: np.ndarray | None = None
     num_damaged_frames: int = 0
+
+    @property
+    def timestamps(self) -> list[float]:
+        """When the sampled frames are shown, in seconds from the first of all."""
+        if self.frame_times is None or self.frames_indices is None:
+            return super().timestamps
+        return self.frame_times[self.frames_indices].tolist()
 
 
 def decode_video(file, sample=None, decoder: str | None = None, transform=None, section=None) -> tuple:
@@ -143,16 +150,32 @@ def choose_decoder(names) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _metadata(total: int, fps, decoder: str, times=None, clock=None) -> DecodedVideoMetadata:
-    """`times`: when frames are shown, in units of `clock` seconds."""
+def _metadata(total: int, fps, decoder: str, frame_times=None) -> DecodedVideoMetadata:
     fps = float(fps) if fps else None
     return DecodedVideoMetadata(
         total_num_frames=total,
         fps=fps,
         duration=total / fps if fps else None,
         video_backend=decoder,
-        frame_times=None if times is None else (np.array(times) - times[0]) * float(clock),
+        frame_times=frame_times,
     )
+
+
+def _frame_times(times, last_duration, clock, fps) -> np.ndarray | None:
+    """
+    `frame_times` of [`DecodedVideoMetadata`].
+
+    Args:
+        times: when frames are shown, ascending, in units of `clock` seconds; `None` if that is not known.
+        last_duration: for how many of these units the last one is shown. Where the file does not say, as long as the
+            others are on average; where there are no others, by the frame rate `fps`.
+    """
+    if times is None:
+        return None
+    if not last_duration or last_duration < 0:
+        last_duration = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else float(1 / ((fps or 1) * clock))
+    # Of whole numbers, so that the seconds of a frame are the same whatever the file's first time is.
+    return (np.append(times, times[-1] + last_duration) - times[0]) * float(clock)
 
 
 def _sample(sample, metadata: VideoMetadata, name: str) -> np.ndarray:
@@ -187,7 +210,9 @@ def _read_pyav(source, name, sample, transform):
             index = read_index(container, stream, name)
             if index.total == 0:
                 raise no_video(source, name, "the file has no frame")
-            metadata = _metadata(index.total, frame_rate(stream, index.times), "pyav", index.times, stream.time_base)
+            fps = frame_rate(stream, index.times)
+            frame_times = _frame_times(index.times, index.last_duration, stream.time_base, fps)
+            metadata = _metadata(index.total, fps, "pyav", frame_times)
             clip = Clip(_sample(sample, metadata, name), name, transform)
             complete = index.times is not None and _decode_from_keys(container, stream, index, clip, to_rgb)
         times = index.times
@@ -238,8 +263,11 @@ def _read_section(source, name, sample, transform, start, stop):
             if total < 1:
                 section = f"from {start:g} s on" if stop is None else f"from {start:g} s to {stop:g} s"
                 raise ValueError(f"{name} shows no frame {section}. Give a longer or an earlier section.")
-            shown = times[before : before + total]
-            metadata = _metadata(total, frame_rate(stream, times), "pyav", shown, stream.time_base)
+            shown, fps, last_duration = times[before : before + total], frame_rate(stream, times), index.last_duration
+            if before + total < len(times):
+                last_duration = times[before + total] - shown[-1]
+            frame_times = _frame_times(shown, last_duration, stream.time_base, fps)
+            metadata = _metadata(total, fps, "pyav", frame_times)
             clip = Clip(_sample(sample, metadata, name) + before, name, transform)
             if not _decode_from_keys(container, stream, index, clip, ToRGB(name)):
                 raise ValueError(f"{name} cannot be searched by time: the times of its frames are wrong. {hint}")
@@ -355,25 +383,33 @@ def _decode_from_start(container, stream, times, clip, to_rgb) -> tuple[bool, in
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _leave_odd_files_to_pyav(source, codecs) -> None:
-    """Only whole MP4 or MOV files with nothing odd about their one video track are read."""
+def _leave_odd_files_to_pyav(source, codecs) -> bytes:
+    """Only whole MP4 or MOV files with nothing odd about their one video track are read. Returns their index."""
     index = whole_index(source)
     reason = "a file that is no whole MP4 or MOV" if index is None else what_is_odd(index, codecs)
     if reason:
         raise _Unreliable(reason)
+    return index
+
+
+def _metadata_of_index(index: bytes, total: int, fps, decoder: str) -> DecodedVideoMetadata:
+    times, last_duration, clock = times_of_frames(index)
+    if len(times) != total:  # the decoder counts others
+        return _metadata(total, fps, decoder)
+    return _metadata(total, fps, decoder, _frame_times(times, last_duration, clock, fps))
 
 
 def _read_torchcodec(source, name, sample, transform):
     # torchcodec 0.17 returns other frames than those asked for, or none, of AVI, MPEG-PS and MPEG-TS files, of hidden
     # frames of VP8, of H.264 in fields, where key frames are marked wrongly, and where a picture is the first stream.
-    _leave_odd_files_to_pyav(source, (b"avc1", b"hvc1", b"hev1", b"av01", b"vp09"))
+    index = _leave_odd_files_to_pyav(source, (b"avc1", b"hvc1", b"hev1", b"av01", b"vp09"))
     with _passing_failures_on():
         # "exact" reads through the file first, as the other decoders do, so that indices are right.
         decoder = importlib.import_module("torchcodec.decoders").VideoDecoder(
             source, dimension_order="NHWC", seek_mode="exact", num_ffmpeg_threads=decoding_threads()
         )
         about = decoder.metadata
-        metadata = _metadata(about.num_frames, about.average_fps, "torchcodec")
+        metadata = _metadata_of_index(index, about.num_frames, about.average_fps, "torchcodec")
     check_frame_size(about.height, about.width, name)
     clip = Clip(_sample(sample, metadata, name), name, transform)
     _put_batches(clip, lambda indices: decoder.get_frames_at(indices=indices).data.numpy())
@@ -384,13 +420,13 @@ def _read_decord(source, name, sample, transform):
     # decord 0.6 returns wrong frames, without a word, from AVI, MPEG-PS, MPEG-TS and WMV files, from HEVC and MPEG-4,
     # where an edit list cuts off the beginning, and where the table of key frames is empty or absent; and it overlooks
     # the rotation of Matroska files.
-    _leave_odd_files_to_pyav(source, (b"avc1",))
+    index = _leave_odd_files_to_pyav(source, (b"avc1",))
     decord = importlib.import_module("decord")
     decord.logging.set_level(decord.logging.QUIET)
     with _passing_failures_on():
         file = as_file(source) if isinstance(source, bytes) else source
         reader = decord.VideoReader(file, ctx=decord.cpu(0), num_threads=decoding_threads())
-        metadata = _metadata(len(reader), reader.get_avg_fps(), "decord")
+        metadata = _metadata_of_index(index, len(reader), reader.get_avg_fps(), "decord")
     clip = Clip(_sample(sample, metadata, name), name, transform)
     _put_batches(clip, lambda indices: reader.get_batch(indices).asnumpy())
     return _finish(clip, metadata)

@@ -236,6 +236,7 @@ class Index:
         total: the number of frames.
         times: their times of presentation in units of the stream's clock, ascending; `None` where the file does not
             say.
+        last_duration: how long the last of them is shown, in the same units; `None` where the file does not say.
         keys: (time of presentation, time of decoding) of the key frames, ascending.
         side_data: (time of decoding, side data) of the packets with which something comes that the decoder needs from
             then on, such as a palette. Who seeks has to bring it along.
@@ -243,6 +244,7 @@ class Index:
 
     total: int = 0
     times: list[int] | None = field(default_factory=list)
+    last_duration: int | None = None
     keys: list[tuple[int, int | None]] = field(default_factory=list)
     side_data: list = field(default_factory=list)
 
@@ -250,7 +252,7 @@ class Index:
 def read_index(container, stream, name: str, end: int | None = None) -> Index:
     """Reads through the file without decoding, to its end or until all is read that is shown before `end`."""
     index = Index()
-    times, keys = index.times, index.keys
+    times, keys, durations = index.times, index.keys, {}
     begins_frame, kind = frame_counter(stream), _side_data_that_comes_once(container, stream)
     progress = Progress(f"{name} is read through to count its frames")
     for packet in read_packets(container, stream):
@@ -262,6 +264,7 @@ def read_index(container, stream, name: str, end: int | None = None) -> Index:
         if not packet.size or packet.is_discard or not begins_frame(packet):
             continue
         times.append(packet.pts)
+        durations[packet.pts] = packet.duration
         if packet.is_keyframe:
             keys.append((packet.pts, dts))
         if kind is not None and packet.has_sidedata(kind):
@@ -273,6 +276,7 @@ def read_index(container, stream, name: str, end: int | None = None) -> Index:
         index.times, index.keys = None, []
     else:
         times.sort()
+        index.last_duration = durations[times[-1]] if times else None
         keys.sort(key=lambda key: key[0])
     return index
 

@@ -49,7 +49,7 @@ def what_is_odd(index: bytes, codecs) -> str | None:
     What keeps torchcodec 0.17 or decord 0.6 from returning the frames that ffmpeg shows: damage apart, they do where
     this returns None. `codecs`: the sample entries of those that the decoder reads well.
     """
-    tracks = [track for track in _children(index, b"trak") if _first(track, b"mdia", b"hdlr")[8:12] == b"vide"]
+    tracks = list(_video_tracks(index))
     if len(tracks) != 1:
         return "several video tracks, or none"
     table = _first(tracks[0], b"mdia", b"minf", b"stbl")
@@ -111,11 +111,36 @@ def _odd_times(index: bytes, track: bytes) -> str | None:
     duration, timescales = _number(edits, 8, long), []
     for box in (_first(track, b"mdia", b"mdhd"), _first(index, b"mvhd")):
         timescales.append(_number(box, 20 if box[:1] == b"\1" else 12))
-    shown = [time + offset for time, offset in zip(accumulate(durations, initial=0), offsets, strict=False)]
+    shown = _shown(table)
     end = begin + duration * timescales[0] / max(1, timescales[1])
     if _number(edits, 4) != 1 or begin != min(shown) or (duration and end <= max(shown)):
         return "an edit list that cuts, delays or repeats"
     return None
+
+
+def _shown(table: bytes) -> list[int]:
+    """When the frames of a table of samples are shown, in the order of decoding and in units of the track's clock."""
+    durations = _runs(_first(table, b"stts"))
+    offsets = _runs(_first(table, b"ctts")) or [0] * len(durations)
+    return [time + offset for time, offset in zip(accumulate(durations, initial=0), offsets, strict=False)]
+
+
+def times_of_frames(index: bytes) -> tuple[list[int], int | None, float]:
+    """
+    When the frames of the video track are shown, of a file about which nothing is odd.
+
+    Returns: the times, ascending; how long the last frame is shown; and the seconds that are the unit of both.
+    """
+    track = next(_video_tracks(index))
+    table = _first(track, b"mdia", b"minf", b"stbl")
+    header = _first(track, b"mdia", b"mdhd")
+    timed = sorted(zip(_shown(table), _runs(_first(table, b"stts")), strict=True))
+    clock = 1 / max(1, _number(header, 20 if header[:1] == b"\1" else 12))
+    return [time for time, _ in timed], timed[-1][1] if timed else None, clock
+
+
+def _video_tracks(index: bytes):
+    return (track for track in _children(index, b"trak") if _first(track, b"mdia", b"hdlr")[8:12] == b"vide")
 
 
 def _runs(box: bytes) -> list[int]:
@@ -149,4 +174,4 @@ def _number(data: bytes, place: int, length: int = 4, signed: bool = False) -> i
     return int.from_bytes(data[place : place + length], "big", signed=signed)
 
 
-__all__ = ["top_boxes", "what_is_odd", "whole_index"]
+__all__ = ["times_of_frames", "top_boxes", "what_is_odd", "whole_index"]

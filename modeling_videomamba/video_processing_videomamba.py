@@ -17,12 +17,15 @@ from .video_decoding import DECODERS, decode_video
 
 
 MAX_NUM_FRAMES = 2**16  # that one call samples
+ROUNDING = 0.001  # seconds: containers round times to this, and a frame that begins on a wanted time is on screen then
 
 
 class VideoMambaVideoProcessorKwargs(VideosKwargs, total=False):
     r"""
     frame_stride (`int`, *optional*):
         Distance between two sampled frames; `None` spreads the sampled frames over the whole clip.
+    sampling_fps (`float`, *optional*):
+        Sampled frames a second of the clip, instead of a distance in frames.
     decoder (`str`, *optional*):
         `"pyav"`, `"torchcodec"` or `"decord"`; `None` takes the first that can be used, in this order.
     start_seconds (`float`, *optional*):
@@ -32,6 +35,7 @@ class VideoMambaVideoProcessorKwargs(VideosKwargs, total=False):
     """
 
     frame_stride: int | None
+    sampling_fps: int | float | None
     decoder: str | None
     start_seconds: int | float | None
     stop_seconds: int | float | None
@@ -42,7 +46,11 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
     Reads a video, samples frames from it and turns them into `pixel_values` as [`VideoMambaImageProcessor`] does. Of a
     file it decodes only what the sampled frames need.
 
-    **Which frames.** `num_frames` frames at a distance of `frame_stride`, from the middle of the clip (the paper: 16
+    **Which frames.** With `sampling_fps`, `num_frames` frames at that many a second around the middle of the clip:
+    those on screen at the wanted times, however many frames a second the file holds. Of a clip shorter than
+    `num_frames / sampling_fps` seconds, those on screen in the middles of `num_frames` equal parts.
+
+    Without it, `num_frames` frames at a distance of `frame_stride`, from the middle of the clip (the paper: 16
     at stride 2, section 5.1). With `frame_stride=None` they are spread evenly over the whole clip, the first and the
     last frame included: of n frames those at `round(i * (n - 1) / (num_frames - 1))`. A clip with fewer than
     `(num_frames - 1) * frame_stride + 1` frames is sampled in this second way too, so one with fewer than `num_frames`
@@ -59,9 +67,12 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
         frame_stride (`int`, *optional*, defaults to 2):
             Distance between sampled frames, or `None`, as above. Frames are counted in the order in which they are
             shown, whatever the time between them.
+        sampling_fps (`float`, *optional*):
+            Sampled frames a second; takes the place of `frame_stride`, as above. Of the two, what a call names goes
+            before what is saved. Decoded frames need `fps` in their `video_metadata`.
         fps (`float`, *optional*):
-            Frames to sample a second. Excludes `num_frames`: what a call names goes before what is saved, and of the
-            saved two `fps`. A call that names `num_frames` must say `fps=None` if `fps` is saved.
+            Frames to sample a second of the whole clip. Excludes `num_frames`: what a call names goes before what is
+            saved, and of the saved two `fps`. A call that names `num_frames` must say `fps=None` if `fps` is saved.
         do_sample_frames (`bool`, *optional*):
             As above.
         decoder (`str`, *optional*):
@@ -77,6 +88,7 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
     do_sample_frames = None
     num_frames = 16
     frame_stride = 2
+    sampling_fps = None
     decoder = None
     start_seconds = None
     stop_seconds = None
@@ -84,7 +96,7 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
 
     def __init__(self, **kwargs: Unpack[VideoMambaVideoProcessorKwargs]):
         super().__init__(**kwargs)
-        _check_sampling(self.num_frames, self.frame_stride, self.fps, self.decoder)
+        _check_sampling(self.num_frames, self.frame_stride, self.sampling_fps, self.fps, self.decoder)
         _section(self.start_seconds, self.stop_seconds)
 
     def preprocess(self, videos, **kwargs: Unpack[VideoMambaVideoProcessorKwargs]) -> BatchFeature:
@@ -111,22 +123,22 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
         """
         validate_typed_dict(self.valid_kwargs, kwargs)
         decoder = kwargs.pop("decoder", None) or self.decoder
-        frame_stride = kwargs.pop("frame_stride", self.frame_stride)
+        distance = {name: kwargs.pop(name) for name in ("frame_stride", "sampling_fps") if name in kwargs}
         num_frames = kwargs.pop("num_frames", None)
         if num_frames is not None and self.fps is not None and "fps" not in kwargs:
             # Not in silence: `pipeline` names `num_frames` in every call, and would get other frames than were saved.
             raise ValueError(
                 f"This processor was saved to sample {self.fps} frames a second, and `num_frames`={num_frames} was "
                 "asked for, as `pipeline` always does. For pipelines, save it with `fps=None`, `num_frames` and "
-                "`frame_stride`; in a call of your own, add `fps=None`."
+                "`sampling_fps`; in a call of your own, add `fps=None`."
             )
         fps = kwargs.pop("fps", None)
         do_sample_frames = kwargs.pop("do_sample_frames", self.do_sample_frames)
         section = _section(
             kwargs.pop("start_seconds", self.start_seconds), kwargs.pop("stop_seconds", self.stop_seconds)
         )
-        _check_sampling(num_frames, frame_stride, fps, decoder)
-        sample = partial(self.sample_frames, num_frames=num_frames, fps=fps, frame_stride=frame_stride)
+        _check_sampling(num_frames, distance.get("frame_stride"), distance.get("sampling_fps"), fps, decoder)
+        sample = partial(self.sample_frames, num_frames=num_frames, fps=fps, **distance)
 
         files = _list_files(videos)
         if files is not None:
@@ -173,14 +185,16 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
         Which frames to take, by the rules in the description of the class.
 
         Args:
-            metadata: `total_num_frames` and, for sampling by `fps`, `fps` of the clip.
+            metadata: `total_num_frames` and, for sampling by `fps` or `sampling_fps`, `fps` of the clip, or its
+                `frame_times`, as the decoder of this package gives them.
             num_frames, fps: at most one of them; the saved values if both are `None`.
-            frame_stride: the saved value if not given.
+            frame_stride, sampling_fps: the saved values if neither is given.
 
         Returns:
             (T,) int64 frame indices, ascending, in the order in which the frames are shown.
         """
         frame_stride = kwargs.get("frame_stride", self.frame_stride)
+        sampling_fps = kwargs.get("sampling_fps", None if "frame_stride" in kwargs else self.sampling_fps)
         if num_frames is not None and fps is not None:
             raise ValueError(f"`num_frames` ({num_frames}) and `fps` ({fps}) exclude each other: give only one.")
         if num_frames is None and fps is None:
@@ -192,11 +206,14 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
                     f"Sampling {fps} frames a second needs the frame rate of the clip, which is unknown. Give it in "
                     "`video_metadata`, or use `num_frames` instead of `fps`."
                 )
+            sampling_fps = None
             num_frames, frame_stride = max(1, math.floor(total / metadata.fps * fps + 1e-6)), None
         elif num_frames is None:
             return np.arange(total)
         if num_frames > MAX_NUM_FRAMES:
             raise ValueError(f"{num_frames} frames were to be sampled, more than {MAX_NUM_FRAMES}. Take fewer.")
+        if sampling_fps is not None:
+            return _sample_by_time(_frame_times(metadata, sampling_fps), num_frames, sampling_fps)
         if frame_stride is not None:
             span = (num_frames - 1) * frame_stride + 1
             if span <= total:
@@ -224,12 +241,39 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
         return torch.from_numpy(frames), metadata
 
 
-def _check_sampling(num_frames, frame_stride, fps, decoder) -> None:
+def _frame_times(metadata: VideoMetadata, sampling_fps: float) -> np.ndarray:
+    """
+    When each frame of a clip is shown and when the last one ends, (total_num_frames + 1,), in seconds from the first;
+    where only the frame rate is known, as if all were shown equally long.
+    """
+    frame_times = getattr(metadata, "frame_times", None)
+    if frame_times is not None:
+        return frame_times
+    if not metadata.fps:
+        raise ValueError(
+            f"Sampling {sampling_fps} frames a second needs the frame rate of the clip, which is unknown. Give it in "
+            "`video_metadata`, or pass `sampling_fps=None` to count frames instead."
+        )
+    return np.arange(metadata.total_num_frames + 1) / metadata.fps
+
+
+def _sample_by_time(frame_times: np.ndarray, num_frames: int, sampling_fps: float) -> np.ndarray:
+    """The frames on screen at `num_frames` times around the middle of the clip."""
+    distance = min(1 / sampling_fps, frame_times[-1] / num_frames)
+    wanted = frame_times[-1] / 2 + distance * (np.arange(num_frames) - (num_frames - 1) / 2)
+    return np.searchsorted(frame_times[1:-1], wanted + ROUNDING, side="right")
+
+
+def _check_sampling(num_frames, frame_stride, sampling_fps, fps, decoder) -> None:
     for name, value in (("num_frames", num_frames), ("frame_stride", frame_stride)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"`{name}` is {value!r}, but must be a whole number of at least 1, or None.")
-    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < math.inf):
-        raise ValueError(f"`fps` is {fps!r}, but must be a finite number of frames a second above 0, or None.")
+    for name, value in (("fps", fps), ("sampling_fps", sampling_fps)):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (is_number and 0 < value < math.inf):
+            raise ValueError(
+                f"`{name}` is {value!r}, but must be a finite number of frames a second above 0, or None."
+            )
     if decoder is not None and decoder not in DECODERS:
         raise ValueError(f"`decoder` is {decoder!r}, but must be one of {', '.join(DECODERS)}, or None.")
 

@@ -250,7 +250,7 @@ class FakeProcessor:
     model_input_names = ["pixel_values"]
     crop_size = {"height": 8, "width": 8}
     image_mean, image_std = [0.0] * 3, [1.0] * 3
-    num_frames, frame_stride = 4, 2
+    num_frames, frame_stride, sampling_fps = 4, 2, None
     sample_frames, total_num_frames = None, 8
     reads = 0
 
@@ -286,6 +286,21 @@ def test_training_clips_turn_together_with_their_labels():
         assert out["labels"] == int(mirrored)
         seen.add((mirrored, backwards))
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize(
+    ("rate", "phase", "expected"),
+    [
+        (1.0, 0.5, [0, 1, 2, 3, 4, 5, 6, 7]),
+        (0.5, 0.0, [0, 0, 2, 2, 4, 4, 6, 6]),
+        (0.5, 0.5, [0, 1, 1, 3, 3, 5, 5, 7]),  # the second is taken one frame after the first
+        (0.25, 0.0, [0, 0, 0, 0, 4, 4, 4, 4]),
+        (0.75, 0.0, [0, 0, 2, 3, 4, 4, 6, 7]),  # taken after 0, 1.33, 2.67, 4, 5.33 and 6.67: seen at the next whole
+    ],
+)
+def test_repeated_frames_by_hand(rate, phase, expected):
+    found = data.filmed_at(torch.tensor(rate), torch.tensor(phase), 8)
+    assert found.tolist() == expected
 
 
 def test_frame_cache_reads_each_clip_once(tmp_path):

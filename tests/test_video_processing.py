@@ -15,7 +15,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.video_utils import VideoMetadata
 
 from modeling_videomamba import VideoMambaVideoProcessor
-from modeling_videomamba.video_decoding import decode_video
+from modeling_videomamba.video_decoding import DecodedVideoMetadata, decode_video
 from video_files import numbered_frames, read_numbers, write_video
 
 
@@ -44,6 +44,43 @@ def test_sampling(total, options, expected):
     assert called.dtype == np.int64
 
 
+def clip_shown_at(*frame_times):
+    """Metadata of a clip whose frames are shown at these times, in seconds; the last time is that of its end."""
+    return DecodedVideoMetadata(len(frame_times) - 1, frame_times=np.array(frame_times, float))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        # Four frames, two a second: 3 s are looked at after 0.75, 1.25, 1.75 and 2.25 s.
+        (VideoMetadata(total_num_frames=24, fps=8.0), [6, 10, 14, 18]),
+        (VideoMetadata(total_num_frames=12, fps=4.0), [3, 5, 7, 9]),
+        (VideoMetadata(total_num_frames=6, fps=2.0), [1, 2, 3, 4]),
+        (VideoMetadata(total_num_frames=3, fps=1.0), [0, 1, 1, 2]),
+        # 1 s is shorter than 4 / 2 s: the middles of four equal parts, after 0.125, 0.375, 0.625 and 0.875 s.
+        (VideoMetadata(total_num_frames=8, fps=8.0), [1, 3, 5, 7]),
+        (VideoMetadata(total_num_frames=2, fps=2.0), [0, 0, 1, 1]),
+        (VideoMetadata(total_num_frames=1, fps=1.0), [0, 0, 0, 0]),
+        # The frame on screen: after 0.75, 1.25, 1.75 and 2.25 s of 3.
+        (clip_shown_at(0, 0.1, 0.2, 0.76, 1.24, 1.3, 2.25, 2.4, 3), [2, 4, 5, 6]),
+        # Frames of 24 a second at thousandths of a second, as Matroska has them: 12, 24, 36, 48 begin on time.
+        (clip_shown_at(*np.round(np.arange(61) / 24, 3)), [12, 24, 36, 48]),
+        (clip_shown_at(*np.arange(61) / 24), [12, 24, 36, 48]),
+        # The last frame's duration counts: of 5 s, it is on screen for 4.
+        (clip_shown_at(0, 0.5, 1, 5), [2, 2, 2, 2]),
+    ],
+)
+def test_sampling_by_time(metadata, expected):
+    processor = VideoMambaVideoProcessor(num_frames=4, sampling_fps=2)
+    assert processor.sample_frames(metadata).tolist() == expected
+    counted = VideoMambaVideoProcessor(num_frames=4)
+    assert counted.sample_frames(metadata, sampling_fps=2).tolist() == expected
+    # Frames are counted if a call says so, whatever is saved.
+    if metadata.total_num_frames == 24:
+        assert processor.sample_frames(metadata, frame_stride=2).tolist() == [8, 10, 12, 14]
+        assert processor.sample_frames(metadata, sampling_fps=None).tolist() == [8, 10, 12, 14]
+
+
 def test_sampling_of_everything():
     processor = VideoMambaVideoProcessor(num_frames=None)
     assert processor.sample_frames(VideoMetadata(total_num_frames=5)).tolist() == [0, 1, 2, 3, 4]
@@ -60,6 +97,7 @@ def test_a_call_goes_before_what_is_saved():
     ("options", "message"),
     [
         ({"num_frames": 4, "fps": 2}, r"`num_frames` \(4\) and `fps` \(2\) exclude each other"),
+        ({"sampling_fps": 2}, "Sampling 2 frames a second needs .* or pass `sampling_fps=None` to count frames"),
         ({"fps": 2}, "Sampling 2 frames a second needs the frame rate of the clip, which is unknown"),
     ],
 )
@@ -78,6 +116,9 @@ def test_sampling_errors(options, message):
         ("frame_stride", 0),
         ("frame_stride", "2"),
         ("fps", 0),
+        ("sampling_fps", 0),
+        ("sampling_fps", "8"),
+        ("sampling_fps", float("inf")),
         ("fps", -1),
         ("fps", float("inf")),
         ("fps", float("nan")),

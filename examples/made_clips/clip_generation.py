@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import zlib
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -21,10 +22,12 @@ from tqdm import tqdm
 
 # Frames that an action or a camera motion takes: 16 frames at stride 2, what the model sees.
 WINDOW = 32
+MILLISECOND = Fraction(1, 1000)
 SHAKE = 0.008  # largest amplitude of each of a hand's sine waves, in short sides of the picture
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg"}
+PICTURE_RATES = (5, 6, 8, 10, 12, 15, 15, 20, 24, 25, 30, 30, 60)  # a second, of clips that are stored in many ways
 SCENERY_SIDE = 640  # scenery is shrunk to at most this many pixels on its longer side
 SCENERY_FRAMES = 64  # at most this many consecutive frames of a video are used
 
@@ -148,6 +151,17 @@ def draw_look(rng):
     }
 
 
+def draw_storage(rng):
+    """At which rates a clip is filmed and stored, in pictures and frames a second: a dict that JSON can hold."""
+    picture_rate = int(rng.choice(PICTURE_RATES))
+    file_rates = [picture_rate] * 2 + [rate for rate in (25, 30, 60) if rate > picture_rate]
+    return {
+        "picture_rate": picture_rate,
+        "file_rate": int(rng.choice(file_rates)),
+        "jitter": float(rng.choice([0.0, rng.uniform(0, 0.4)])),  # of the time between two frames
+    }
+
+
 def hand_shake(time, amplitude, rng):
     """What a hand adds to a camera's path at each of `time` (in frames), in short sides: a sum of three sine waves."""
     path = np.zeros(len(time))
@@ -165,9 +179,9 @@ def colour(frame, parameters):
     return (frame - 128) * parameters["contrast"] + 128
 
 
-def develop(pictures, parameters, rng):
-    """Brightness and noise: float (3, height, width) in, one for each frame; uint8 (height, width, 3) out."""
-    width, height, count = parameters["width"], parameters["height"], parameters["num_frames"]
+def develop(pictures, count, parameters, rng):
+    """Brightness and noise: `count` float (3, height, width) in, uint8 (height, width, 3) out."""
+    width, height = parameters["width"], parameters["height"]
     gain = np.linspace(*parameters["brightness"], count)
     # One field of noise, read from another place for each frame, is as good as fresh noise and much quicker.
     noise = torch.from_numpy(rng.standard_normal((3, height + 32, width + 32), dtype=np.float32))
@@ -182,19 +196,52 @@ def develop(pictures, parameters, rng):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def frames_of_file(pictures, parameters):
+    """
+    The frames of a file and when each is shown. A picture is shown until the next has been taken, so that pictures of
+    10 a second stand three times each in a file of 30.
+
+    Args:
+        pictures: an iterable of pictures, `picture_rate` a second, or of frames, `frame_rate` a second, if there is no
+            such parameter.
+        parameters: further `file_rate` (default: as many) and `jitter`, by which share of the time between two frames
+            they are shown early or late.
+
+    Yields: the picture and its time in milliseconds.
+    """
+    picture_rate = parameters.get("picture_rate", parameters["frame_rate"])
+    file_rate = parameters.get("file_rate", picture_rate)
+    jitter, number = parameters.get("jitter", 0.0), 0
+    rng = np.random.default_rng(round(1e6 * jitter))
+    for index, picture in enumerate(pictures, 1):
+        while number * picture_rate < index * file_rate:  # before the next picture has been taken
+            late = jitter * rng.uniform(-1, 1) * (number > 0)
+            yield picture, round(1000 * (number + late) / file_rate)
+            number += 1
+
+
 def write_clip(path, frames, parameters):
-    """Writes uint8 (H, W, 3) frames as H.264 in MP4, whole or not at all, with `parameters` as the comment tag."""
+    """
+    Writes uint8 (H, W, 3) frames, or pictures that `frames_of_file` repeats, as H.264 in MP4, whole or not at all,
+    with `parameters` as the comment tag.
+    """
+    rate = parameters.get("file_rate", parameters.get("picture_rate", parameters["frame_rate"]))
     temporary = Path(path).with_suffix(f".{os.getpid()}.part")
     try:
         with av.open(str(temporary), "w", format="mp4") as container:
             container.metadata["comment"] = json.dumps(parameters)
-            stream = container.add_stream("libx264", rate=parameters["frame_rate"])
+            stream = container.add_stream("libx264", rate=rate)
             stream.options = {"crf": str(parameters["crf"]), "preset": parameters["preset"]}
             stream.options |= {"x264-params": "mbtree=0"}  # with it, x264 writes other bytes each time
             stream.width, stream.height, stream.pix_fmt = parameters["width"], parameters["height"], "yuv420p"
             stream.thread_count = 1
-            for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            if parameters.get("jitter"):
+                stream.codec_context.time_base = MILLISECOND
+            for picture, time in frames_of_file(frames, parameters):
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                if parameters.get("jitter"):
+                    frame.pts, frame.time_base = time, MILLISECOND
+                container.mux(stream.encode(frame))
             container.mux(stream.encode())
         os.replace(temporary, path)
     finally:
@@ -221,7 +268,7 @@ def plan_jobs(scenery, output, split, labels, clips_per_label, drawn_fraction, s
     return jobs
 
 
-def make_data_set(description, labels, make_clip, pictures_per_clip=1, held_out=0.0):
+def make_data_set(description, labels, make_clip, pictures_per_clip=1, held_out=0.0, storages=()):
     """
     The command line of a generator: makes the clips of one split, in several processes.
 
@@ -231,6 +278,7 @@ def make_data_set(description, labels, make_clip, pictures_per_clip=1, held_out=
         make_clip (`Callable`): makes the clip of one job of `plan_jobs`; a function of a module.
         pictures_per_clip (`int`): picture files that a clip needs.
         held_out (`float`): default of `--held_out`.
+        storages (`tuple[str]`): what `--storage` can be, the default first; `make_clip` takes it as `storage`.
     """
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("scenery", help="Folder of still images or videos, and its sub-folders.")
@@ -247,6 +295,8 @@ def make_data_set(description, labels, make_clip, pictures_per_clip=1, held_out=
         help="Share of the pictures, chosen by name, that only the other splits than train show; 0 if each split "
         "has a folder of its own. (default: %(default)s)",
     )
+    if storages:
+        parser.add_argument("--storage", default=storages[0], choices=storages, help="Rates of the files.")
     parser.add_argument("--seed", type=int, default=0, help="The same seed makes the same clips.")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="Processes that make clips.")
     group = parser.add_mutually_exclusive_group()
@@ -258,6 +308,8 @@ def make_data_set(description, labels, make_clip, pictures_per_clip=1, held_out=
         parser.error("--clips_per_label and --num_workers must be at least 1.")
     if not 0 <= arguments.drawn_fraction <= 1 or not 0 <= arguments.held_out < 1:
         parser.error("--drawn_fraction must be from 0 to 1, --held_out from 0 to below 1.")
+    if storages:
+        make_clip = functools.partial(make_clip, storage=arguments.storage)
     try:
         scenery = hold_out(find_scenery(arguments.scenery), arguments.split, arguments.held_out)
     except FileNotFoundError as error:

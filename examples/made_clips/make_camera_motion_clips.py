@@ -11,6 +11,9 @@ counter-clockwise.
 
 A clip's parameters are drawn from (seed, split, label, number) alone, so the same command makes the same clips with
 any number of workers, and `--resume` finishes an interrupted run. They stand, as JSON, in the file's `comment` tag.
+
+`--storage varied` keeps each clip's motion in time, but stores it as files are found: 5 to 60 pictures a second, in
+files of as many frames a second or, with pictures repeated, of more, at even or uneven times.
 """
 
 import math
@@ -26,6 +29,7 @@ from clip_generation import (
     develop,
     draw_look,
     draw_scenery,
+    draw_storage,
     hand_shake,
     make_data_set,
     read_scenery,
@@ -104,10 +108,18 @@ def draw_parameters(rng, label):
     }
 
 
+def picture_times(parameters):
+    """When each picture is taken, and how long the shutter is open: in frames of `frame_rate` a second."""
+    distance = parameters["frame_rate"] / parameters.get("picture_rate", parameters["frame_rate"])
+    count = max(2, round(parameters["num_frames"] / distance))
+    return distance * np.arange(count), parameters["shutter"] * min(1, distance)
+
+
 def camera_path(parameters, rng, substeps=1):
-    """The camera at `num_frames * substeps` times: (x, y, log zoom, roll in radians), x and y in short sides."""
+    """The camera at `substeps` times of each picture: (x, y, log zoom, roll in radians), x and y in short sides."""
     count, easing = parameters["num_frames"], parameters["easing"]
-    time = (np.arange(count)[:, None] + parameters["shutter"] * np.arange(substeps) / substeps).ravel()
+    times, open_for = picture_times(parameters)
+    time = (times[:, None] + open_for * np.arange(substeps) / substeps).ravel()
     fine = np.linspace(0, count, 16 * count + 1)
     speed = 1 + easing["depth"] * np.cos(2 * math.pi * easing["cycles"] * fine / WINDOW + easing["phase"])
     travelled = np.r_[0, np.cumsum((speed[1:] + speed[:-1]) / 2 * np.diff(fine))]
@@ -127,9 +139,10 @@ def render(scenery, parameters, rng):
         parameters: what `draw_parameters` gives.
         rng: `numpy.random.Generator` for the shake, the place in the scenery, the pieces in front and the noise.
 
-    Yields: `num_frames` times uint8 (height, width, 3).
+    Yields: uint8 (height, width, 3), one for each of `picture_times`.
     """
-    width, height, count = parameters["width"], parameters["height"], parameters["num_frames"]
+    width, height = parameters["width"], parameters["height"]
+    times, _ = picture_times(parameters)
     substeps = 3 if parameters["shutter"] else 1
     x, y, zoom, roll = camera_path(parameters, rng, substeps).T
     # Column 0 of `axes` is where the camera's right points in the scenery, column 1 its down, after rolling clockwise.
@@ -157,7 +170,7 @@ def render(scenery, parameters, rng):
 
     # Forth and back, where the video is shorter than the clip.
     turn, there_and_back = rng.integers(len(scenery)), max(1, 2 * len(scenery) - 2)
-    turn = (turn + parameters["scenery_plays"] * np.arange(count)) % there_and_back
+    turn = (turn + parameters["scenery_plays"] * times.astype(int)) % there_and_back
     used, turn = np.unique(np.minimum(turn, there_and_back - turn) % len(scenery), return_inverse=True)
     # Shrunk to about one pixel of the output, or to fewer where the picture is to be soft.
     size = [max(2, round(length / max(1.0, scale * parameters["softness"]))) for length in scenery.shape[2:]]
@@ -166,16 +179,16 @@ def render(scenery, parameters, rng):
     pieces = [_cut_piece(frames[0], width, height, rng) for _ in range(parameters["pieces"])]
 
     def pictures():
-        for index in range(count):
+        for index, time in enumerate(times):
             picture = view(frames[turn[index]], index * substeps)
             for step in range(1, substeps):
                 picture += view(frames[turn[index]], index * substeps + step)
             picture /= substeps
             for piece in pieces:
-                _paste_piece(picture, index - count / 2, *piece)
+                _paste_piece(picture, time - parameters["num_frames"] / 2, *piece)
             yield picture
 
-    yield from develop(pictures(), parameters, rng)
+    yield from develop(pictures(), len(times), parameters, rng)
 
 
 def _cut_piece(source, width, height, rng):
@@ -224,15 +237,17 @@ def write_demo_clip(path, motion="pan right", seed=0):
     write_clip(path, render(draw_scenery(rng), parameters, rng), parameters)
 
 
-def make_clip(job):
+def make_clip(job, storage="plain"):
     """Makes one clip. `job`: output file, scenery file (None: draw it), label, the clip's and the scenery's seed."""
     path, (scenery,), label, seed, scenery_seed = job
     rng = np.random.default_rng(seed)
     parameters = draw_parameters(rng, label)
+    if storage == "varied":  # a generator of its own: all else is drawn as for a plain clip
+        parameters |= draw_storage(np.random.default_rng((*seed, 1)))
     frames = draw_scenery(rng) if scenery is None else read_scenery(scenery, scenery_seed)
     parameters["scenery"] = "drawn" if scenery is None else scenery.name
     write_clip(path, render(frames, parameters, rng), parameters)
 
 
 if __name__ == "__main__":
-    make_data_set(__doc__, LABELS, make_clip)
+    make_data_set(__doc__, LABELS, make_clip, storages=("plain", "varied"))

@@ -302,7 +302,7 @@ def render(pictures, parameters, rng):
         for index in range(count):
             yield sum(see(index * substeps + step) for step in range(substeps)) / substeps
 
-    yield from develop(frames(), parameters, rng)
+    yield from develop(frames(), parameters["num_frames"], parameters, rng)
 
 
 def _place_scenery(picture, parameters, rng):

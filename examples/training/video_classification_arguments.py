@@ -70,6 +70,13 @@ class DataArguments:
         default=0.5, metadata={"help": "Training frames are random crops of at least this share of the area."}
     )
     jitter: float = field(default=0.2, metadata={"help": "Largest change of brightness and contrast in training."})
+    repeat_frames: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the training clips that repeat frames, as if filmed at fewer frames a second, down to "
+            "a quarter, and stored at as many as before."
+        },
+    )
     rand_augment: int = field(default=0, metadata={"help": "RandAugment operations per training clip."})
     rand_augment_magnitude: int = field(default=9, metadata={"help": "Magnitude of these operations: 0 to 30."})
     random_erasing: float = field(
@@ -115,6 +122,13 @@ class ModelArguments:
         metadata={
             "help": "Distance between sampled frames (default: the processor's, or 2 for a new model); 0 spreads the "
             "frames over the whole clip."
+        },
+    )
+    sampling_fps: float | None = field(
+        default=None,
+        metadata={
+            "help": "So many frames a second are read around the middle, by the times at which they are shown; takes "
+            "the place of --frame_stride, and of what a trained model's processor says."
         },
     )
     image_size: int | None = field(

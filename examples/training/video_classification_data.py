@@ -336,7 +336,8 @@ def read_frames(reader, video, sample=None):
 def read_frames_once(reader, video, folder, shortest_edge):
     """As `read_frames`, but shrunk, and from a file in `folder` if they have been read before."""
     what = video["bytes"] or f"{video['path']} {os.path.getmtime(video['path'])}".encode()
-    how = f"{reader.num_frames} {reader.frame_stride} {shortest_edge}".encode()
+    how = f"{reader.num_frames} {reader.sampling_fps or reader.frame_stride} {shortest_edge}".encode()
+    how += b" a second" if reader.sampling_fps else b""
     file = f"{folder}/{hashlib.sha256(what + how).hexdigest()}.npy"
     if not os.path.exists(file):
         frames = read_frames(reader, video)
@@ -354,7 +355,7 @@ class TrainTransform:
 
     def __init__(self, reader, processor, args, mirror_swaps, reversal_swaps):
         self.reader, self.cache, self.key = reader, args.frame_cache, processor.model_input_names[0]
-        self.mirror_swaps, self.reversal_swaps = mirror_swaps, reversal_swaps
+        self.mirror_swaps, self.reversal_swaps, self.repeat_frames = mirror_swaps, reversal_swaps, args.repeat_frames
         size = (processor.crop_size["height"], processor.crop_size["width"])
         self.shortest_edge = round(1.15 * max(size))
         steps = [
@@ -377,7 +378,18 @@ class TrainTransform:
             frames, label = frames.flip(-1), self.mirror_swaps[label]
         if self.reversal_swaps is not None and torch.rand(()) < 0.5:
             frames, label = frames.flip(0), self.reversal_swaps[label]
+        if torch.rand(()) < self.repeat_frames:
+            frames = frames[filmed_at(0.25 ** torch.rand(()), torch.rand(()), len(frames))]
         return {self.key: self.augment(frames), "labels": label}
+
+
+def filmed_at(rate, phase, count):
+    """
+    Which of `count` frames is on screen at the time of each, had only `rate` (0 to 1) times as many been taken: the
+    latest taken, where the first but one is taken `(1 - phase) / rate` frames after the first, `phase` from 0 to 1.
+    """
+    number = torch.floor(torch.arange(count) * rate + phase)
+    return torch.ceil((number - phase) / rate).clamp(min=0).long()
 
 
 class EvalTransform:

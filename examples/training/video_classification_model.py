@@ -74,7 +74,9 @@ def load_model(args, names, training):
             "size": {"shortest_edge": config.image_size},
             "crop_size": {"height": config.image_size, "width": config.image_size},
         }
-        processor = VideoMambaVideoProcessor(num_frames=config.num_frames, frame_stride=stride, **geometry)
+        processor = VideoMambaVideoProcessor(
+            num_frames=config.num_frames, frame_stride=stride, sampling_fps=args.sampling_fps, **geometry
+        )
         return model, names, processor, processor, VideoMambaImageProcessor(**geometry)
 
     config = AutoConfig.from_pretrained(args.model_name_or_path, **trust)
@@ -102,6 +104,8 @@ def load_model(args, names, training):
     reader = processor
     if not hasattr(processor, "frame_stride"):
         reader = VideoMambaVideoProcessor(num_frames=config.num_frames, frame_stride=stride)
+    if args.sampling_fps is not None:
+        reader.sampling_fps = args.sampling_fps
     own = config.to_dict() | {"frame_stride": reader.frame_stride or 0}
     for name, value in given.items():
         if own.get(name, value) != value:
