@@ -265,7 +265,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["tag_video.py", film, "--output", str(tmp_path / "out")])
     with pytest.raises(SystemExit, match="130"):
         tag_video.main()
-    assert "up to 00:00:01.200. Run it again to go on" in capsys.readouterr().out
+    assert "up to 00:00:01.200. Run the command again to go on" in capsys.readouterr().out
     assert len((tmp_path / "out" / "tags.csv").read_text().splitlines()) == 2
     monkeypatch.setattr(Journal, "add", add)
     tag_video.main()
