@@ -1,17 +1,22 @@
 """The short fine-tuning script and its notebook: as a user runs them, in a folder of their own."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoModelForVideoClassification, AutoVideoProcessor
+from torchvision.transforms import v2
+from transformers import AutoModelForVideoClassification, AutoVideoProcessor, TrainingArguments
 
 import finetune
 from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassification, VideoMambaVideoProcessor
 from training_clips import NAMES
+from video_classification_model import parameter_groups
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,7 +81,8 @@ def test_a_part_is_held_out_if_there_is_no_validation_split(bars, tmp_path):
 def test_training_clips_are_cropped_and_others_prepared_as_for_users(bars, start):
     processor = AutoVideoProcessor.from_pretrained(start)
     rows = finetune.load_clips(str(bars), 0.2, seed=0)["train"][:2]
-    for_training, for_validation = finetune.transforms(processor, min_crop_area=0.3)
+    augment = v2.RandomResizedCrop((32, 32), scale=(0.3, 1), antialias=True)
+    for_training, for_validation = finetune.ClipTransform(processor, augment), finetune.ClipTransform(processor)
     seen = for_validation(rows)
     assert seen["labels"] == rows["label"]
     for video, found in zip(rows["video"], seen["pixel_values"], strict=True):
@@ -86,17 +92,66 @@ def test_training_clips_are_cropped_and_others_prepared_as_for_users(bars, start
     assert first[0].shape == (4, 3, 32, 32) and not torch.equal(first[0], second[0])
 
 
+def test_a_head_of_other_labels_is_a_new_one(start):
+    """As many labels: of other names, of the same in another order, and the same."""
+    torch.manual_seed(0)
+    old = AutoModelForVideoClassification.from_pretrained(start).classifier
+    names = ["LABEL_0", "LABEL_1", "LABEL_2"]
+    same = finetune.load_model(start, names)
+    assert (
+        torch.equal(same.classifier.weight, old.weight) and same.config.problem_type == "single_label_classification"
+    )
+    turned = finetune.load_model(start, [names[2], names[0], names[1]])
+    assert torch.equal(turned.classifier.weight, old.weight[[2, 0, 1]])
+    assert turned.config.label2id == {"LABEL_2": 0, "LABEL_0": 1, "LABEL_1": 2}
+    for labels in (["a", "b", "c"], ["LABEL_0", "LABEL_1", "LABEL_3"]):
+        model = finetune.load_model(start, labels)
+        assert not torch.isclose(model.classifier.weight, old.weight).any(dim=1).all()
+        assert model.config.id2label == dict(enumerate(labels))
+
+
+def test_what_is_decayed_is_what_the_full_scripts_decay(start, tmp_path):
+    """Matrices and kernels: neither A, D, positions, the class token, norms nor biases."""
+    model = AutoModelForVideoClassification.from_pretrained(start)
+    arguments = TrainingArguments(output_dir=str(tmp_path), weight_decay=0.1, use_cpu=True, report_to="none")
+    groups = finetune.FineTuner(model, arguments).create_optimizer().param_groups
+    others = parameter_groups(model, learning_rate=1e-3, weight_decay=0.1, layer_decay=1.0)
+    decayed, expected = (
+        {id(w) for group in g if group["weight_decay"] for w in group["params"]} for g in (groups, others)
+    )
+    assert decayed == expected
+    names = {name.rpartition("mixer.")[2] for name, weight in model.named_parameters() if id(weight) in decayed}
+    matrices = {"in_proj.weight", "conv_weight", "x_proj_weight", "dt_proj_weight", "out_proj.weight"}
+    assert names == matrices | {"classifier.weight", "videomamba.embeddings.patch_embeddings.projection.weight"}
+
+
 def test_a_folder_without_labels_is_refused(bars, tmp_path):
     shutil.copytree(bars / "train" / NAMES[0], tmp_path / "train")
     with pytest.raises(ValueError, match="each label needs a sub-folder of clips"):
         finetune.load_clips(str(tmp_path), 0.2, seed=0)
 
 
-def test_the_notebook_runs_from_top_to_bottom(python, tmp_path):
-    """Its cells are plain Python: together they are a script. It learns the clips it makes."""
+def notebook():
+    """Its cells as one piece of plain Python."""
     cells = json.loads((ROOT / "examples" / "training" / "finetune.ipynb").read_text())["cells"]
-    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    (tmp_path / "notebook.py").write_text("\n\n".join(code))
+    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+
+
+@pytest.mark.slow
+def test_a_worker_of_the_notebook_that_is_not_forked(tmp_path):
+    """As by default in Python 3.14. A notebook has no file to import anew; nor has code that comes as an argument."""
+    code = notebook().replace("WORKERS = 0", "WORKERS = 1").replace("LEARNING_RATE = (4,", "LEARNING_RATE = (1,")
+    assert "WORKERS = 1" in code and "= (1, 8" in code
+    code = f"import multiprocessing\nmultiprocessing.set_start_method('forkserver')\n{code}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "VIDEOMAMBA_SCAN_BACKEND": "torch", "MPLBACKEND": "agg"}
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 280}
+    done = subprocess.run([sys.executable, "-c", code], **options)
+    assert "is called" in done.stdout, done.stderr
+
+
+def test_the_notebook_runs_from_top_to_bottom(python, tmp_path):
+    """It learns the clips it makes."""
+    (tmp_path / "notebook.py").write_text(notebook())
     printed = python.run(["notebook.py"], tmp_path)
     accuracy = float(printed.split("'eval_accuracy': ")[-1].split(",")[0])
     assert accuracy > 0.8, "of two labels"

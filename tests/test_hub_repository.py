@@ -24,6 +24,7 @@ FOLDER = Path(make_hub_repo.__file__).parent / CARD
 PACKAGE = Path(modeling_videomamba.__file__).parent
 # Everything but the registration with the Auto classes travels.
 MODULES = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
+MODEL_MODULES = {name for name in MODULES if not re.match("(image|video)_|frames_|clip_", name)}
 
 # What a user would have to explain away if it stood in the output.
 UNWANTED = re.compile("warn|deprecat|not supported|not available|falling back|error|backward compat", re.IGNORECASE)
@@ -156,6 +157,36 @@ def test_copies_of_the_code_in_one_process(repository, tmp_path, monkeypatch):
         operators[namespace].add(name)
     spaces = {name.__module__.rpartition(".")[0].replace(".", "_") for name in remote}
     assert all(operators[space] == operators["videomamba"] for space in spaces)
+
+
+@pytest.mark.parametrize("name", ["my classifier", "model (1)", "lr=1e-4", "modèle", "2nd.model"])
+def test_folders_of_any_name(repository, tmp_path, monkeypatch, name):
+    """As `--output_dir "out two"` makes them. Names of operators are letters, digits and underscores."""
+    monkeypatch.setenv("VIDEOMAMBA_SCAN_BACKEND", "torch")  # numba would compile for each copy
+    shutil.copytree(repository, tmp_path / name)
+    code = "modeling_videomamba.VideoMambaForVideoClassification"
+    model = get_class_from_dynamic_module(code, tmp_path / name).from_pretrained(tmp_path / name)
+    pixels = torch.randn(1, 4, 3, 32, 32)
+    expected = AutoModelForVideoClassification.from_pretrained(repository)
+    torch.testing.assert_close(
+        *(classifier(pixels, interpolate_pos_encoding=True).logits for classifier in (model, expected))
+    )
+
+
+def test_a_backbone_saved_alone_brings_its_code(repository, tmp_path, monkeypatch):
+    """Of a classifier whose code came with a repository: all that its `auto_map` names, and it loads from there."""
+    monkeypatch.setenv("VIDEOMAMBA_SCAN_BACKEND", "torch")
+    code = "modeling_videomamba.VideoMambaForVideoClassification"
+    classifier = get_class_from_dynamic_module(code, repository).from_pretrained(repository)
+    classifier.base_model.save_pretrained(tmp_path / "backbone")
+    assert {path.name for path in (tmp_path / "backbone").glob("*.py")} >= MODEL_MODULES
+    code = json.loads((tmp_path / "backbone" / "config.json").read_text())["auto_map"]["AutoModel"]
+    assert code == "modeling_videomamba.VideoMambaModel"
+    backbone = get_class_from_dynamic_module(code, tmp_path / "backbone").from_pretrained(tmp_path / "backbone")
+    pixels = torch.randn(1, 4, 3, 32, 32)
+    torch.testing.assert_close(
+        *(model(pixels, interpolate_pos_encoding=True).pooler_output for model in (backbone, classifier.base_model))
+    )
 
 
 def test_it_is_pushed(monkeypatch, tmp_path, capsys):

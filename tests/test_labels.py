@@ -90,6 +90,16 @@ torch.distributed.barrier()
         assert_same_step(step, kind)
 
 
+def test_a_config_that_asks_for_hidden_states_does_not_spoil_the_evaluation(tmp_path):
+    """The Trainer gathers all that a model puts out, and would hand a tuple to the metric."""
+    model, (clips, labels) = tiny_model(output_hidden_states=True), clips_and_labels(KINDS[0])
+    rows = [{"pixel_values": clip, "labels": label} for clip, label in zip(clips, labels, strict=True)]
+    assert model(clips).hidden_states is not None
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
+    found = Trainer(model, arguments).predict(rows).predictions
+    torch.testing.assert_close(torch.from_numpy(found), model(clips).logits.detach())
+
+
 @pytest.mark.parametrize(
     "fields, labels, kind",
     [

@@ -59,6 +59,28 @@ def training(bars, output, *more):
     return [*clips, "--output_dir", output, "--use_cpu", *TINY, "--logging_steps", 1, *more]
 
 
+def test_an_incomplete_group_of_batches_counts_by_its_clips(bars, tmp_path, monkeypatch):
+    """Eight clips, two a batch, three batches a step: the second step has one batch, with a loss like any other's."""
+    steps = {}
+    for name, options in {
+        "3 + 1": ("--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 3, "--num_train_epochs", 1),
+        "4": ("--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 4, "--max_steps", 1),
+        "1": ("--per_device_train_batch_size", 8, "--max_steps", 1),
+    }.items():
+        # Weights go down by the gradient itself.
+        monkeypatch.setattr(torch.optim, "AdamW", lambda groups, fused: torch.optim.SGD(groups, lr=1.0))
+        rate = 0 if name == "3 + 1" else 1
+        command = training(bars, tmp_path / name, *options, "--max_grad_norm", 1e9, "--learning_rate", rate)
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, command), "--weight_decay", "0"])
+        monkeypatch.setenv("VIDEOMAMBA_SCAN_BACKEND", "torch")
+        plain_loop.main()
+        steps[name] = losses(tmp_path / name), load_file(tmp_path / name / "model.safetensors")
+    assert [round(loss, 1) for loss in steps["3 + 1"][0].values()] == [0.7, 0.7]
+    assert steps["4"][0][1] == pytest.approx(steps["1"][0][1], rel=1e-5)
+    for weight, expected in zip(steps["4"][1].values(), steps["1"][1].values(), strict=True):
+        torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-6)
+
+
 def losses(output):
     path = output / "history.json"
     history = json.loads(path.read_text()) if path.exists() else read_trainer_state(output)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -204,6 +205,34 @@ def test_what_a_pipeline_passes(video):
     assert batch.to(torch.bfloat16).pixel_values.dtype == torch.bfloat16
     assert processor(video("h264.mp4"), do_sample_frames=False).pixel_values[0].shape[0] == 60
     assert processor(video("h264.mp4"), fps=5, return_tensors="pt").pixel_values.shape[1] == 12
+
+
+def test_a_saved_fps_is_not_dropped_in_silence(video, tmp_path):
+    """Pipelines name `num_frames` in every call: other frames than those of processor and model alone."""
+    VideoMambaVideoProcessor(fps=5).save_pretrained(tmp_path)
+    processor = VideoMambaVideoProcessor.from_pretrained(tmp_path)
+    assert processor(video("h264.mp4")).pixel_values[0].shape[0] == 12
+    with pytest.raises(ValueError, match=r"saved to sample 5 frames a second, and `num_frames`=16 was asked for"):
+        processor(video("h264.mp4"), num_frames=16, do_sample_frames=True)
+    assert processor(video("h264.mp4"), num_frames=4, fps=None).pixel_values[0].shape[0] == 4
+
+
+def test_mean_and_deviation_of_another_number_of_channels():
+    for name in ("image_mean", "image_std"):
+        with pytest.raises(ValueError, match=f"`{name}` has 2 numbers, but the frames have 3 channels"):
+            VideoMambaVideoProcessor(**{name: [0.5, 0.5]})(numbered_frames(2))
+    assert VideoMambaVideoProcessor(image_mean=0.5, image_std=[0.5])(numbered_frames(2)).pixel_values[0].shape[0] == 2
+
+
+def test_settings_of_a_class_that_there_is_not(tmp_path, caplog):
+    settings = {"num_frames": 8, "video_processor_type": "NoSuchProcessor"}
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(settings))
+    logger = logging.getLogger("modeling_videomamba.frames_videomamba")
+    logger.addHandler(caplog.handler)
+    processor = VideoMambaVideoProcessor.from_pretrained(tmp_path)
+    logger.removeHandler(caplog.handler)
+    assert processor.num_frames == 8
+    assert "settings of another class (`video_processor_type` NoSuchProcessor)" in caplog.text
 
 
 def test_a_section_is_sampled_as_a_clip_of_its_own(video):
