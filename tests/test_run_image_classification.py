@@ -36,7 +36,7 @@ def run(monkeypatch, module, *options):
 def test_split_is_fixed_and_shrinks(folder, tmp_path, monkeypatch, capsys):
     for output in ("first", "second"):
         run(monkeypatch, split_imagefolder, folder, tmp_path / output, "--train_per_class", 8, "--shortest_edge", 20)
-    assert "2 classes, 16 training and 8 others" in capsys.readouterr().out
+    assert "2 classes, 16 training and 8 validation" in capsys.readouterr().out
     names = [
         sorted(str(p.relative_to(tmp_path / o)) for p in (tmp_path / o).rglob("*.jpg")) for o in ("first", "second")
     ]
