@@ -190,7 +190,7 @@ def make(*arguments):
 @pytest.fixture(scope="module")
 def data_set(pictures, tmp_path_factory):
     folder = tmp_path_factory.mktemp("clips")
-    make(pictures, folder, "--clips_per_label", 3, "--num_workers", 2, "--seed", 1)
+    make(pictures, folder, "--clips_per_label", 3, "--num_workers", 1, "--seed", 1)
     return folder
 
 
@@ -239,6 +239,13 @@ def test_same_seed_same_clips_and_resume_makes_only_what_is_missing(data_set, pi
     assert not list(tmp_path.rglob("*.part"))
     assert removed.read_bytes() == (data_set / removed.relative_to(tmp_path)).read_bytes()
     assert sum(1 for _ in tmp_path.rglob("*.mp4")) == 18 + 1  # the third of the jobs above has another number
+
+
+@pytest.mark.slow
+def test_several_processes_make_the_same_clips(data_set, pictures, tmp_path):
+    make(pictures, tmp_path, "--clips_per_label", 3, "--num_workers", 2, "--seed", 1)
+    made = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*.mp4")}
+    assert made == {path.relative_to(data_set): path.read_bytes() for path in data_set.rglob("*.mp4")}
 
 
 def test_other_seed_other_clips(pictures, tmp_path):

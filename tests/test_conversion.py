@@ -140,10 +140,10 @@ def test_vision_mamba_stays_the_image_classifier_that_it_is(vim, tmp_path):
     assert "AutoModelForImageClassification" in (folder / "README.md").read_text()
 
 
-@pytest.mark.parametrize("frames", [8, 16])
+@pytest.mark.parametrize(("frames", "depth"), [(8, 24), (16, 2)])
 @torch.no_grad()
-def test_opengvlab_classifier_gives_its_own_logits(tmp_path, frames):
-    weights = random_weights("opengvlab", frames=frames)
+def test_opengvlab_classifier_gives_its_own_logits(tmp_path, frames, depth):
+    weights = random_weights("opengvlab", frames=frames, depth=depth)
     source = tmp_path / f"videomamba_t16_k400_f{frames}_res224.pth"
     torch.save(weights if frames == 8 else {"module": weights}, source)
     folder = convert(convert_opengvlab_to_videomamba, source, tmp_path / "out")

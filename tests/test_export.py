@@ -146,13 +146,13 @@ def test_forced_backend_is_kept_while_exporting():
 
 
 @needs_pytorch_2_11
-def test_script_without_pytorch_prints_what_the_pipeline_says(tmp_path):
+def test_script_without_pytorch_prints_what_the_pipeline_says(python, tmp_path):
     pytest.importorskip("onnxruntime", reason="needs ONNX Runtime")
     pytest.importorskip("onnxscript", reason="needs onnxscript, which torch.onnx exports with")
     save_small_checkpoint(tmp_path / "checkpoint")
     clip, exported = tmp_path / "pan-right.mp4", tmp_path / "onnx"
     write_demo_clip(str(clip), motion="pan right")
-    subprocess.run([sys.executable, EXAMPLES / "export_onnx.py", tmp_path / "checkpoint", exported], check=True)
+    python.run([EXAMPLES / "export_onnx.py", tmp_path / "checkpoint", exported])
     without_torch = (
         "import runpy, sys\n"
         "sys.modules['torch'] = sys.modules['transformers'] = None\n"
@@ -224,14 +224,14 @@ def test_browser_preprocessing_is_that_of_the_processor(tmp_path):
 
 
 @pytest.fixture
-def page(tmp_path):
+def page(python, tmp_path):
     """Address and checkpoint of the browser page with a small model, served from this machine."""
     pytest.importorskip("onnxscript", reason="needs onnxscript, which torch.onnx exports with")
     if shutil.which("npm") is None:
         pytest.skip("needs npm, which fetches ONNX Runtime's files for the browser")
     checkpoint, folder = tmp_path / "checkpoint", tmp_path / "page"
     save_small_checkpoint(checkpoint)
-    subprocess.run([sys.executable, EXAMPLES / "browser" / "build.py", checkpoint, folder], check=True)
+    python.run([EXAMPLES / "browser" / "build.py", checkpoint, folder])
     handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()

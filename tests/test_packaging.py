@@ -70,31 +70,42 @@ def test_one_version():
 
 
 @pytest.fixture
-def run(installed, tmp_path):
-    """Runs a console command of the wheel from an empty folder, where the checkout cannot be imported."""
+def code(installed):
+    """Python code that does what a console command of the wheel does, after some `first` lines."""
     (metadata,) = installed.glob("*.dist-info")
     scripts = importlib.metadata.PathDistribution(metadata).entry_points
 
-    def run(name, *arguments, hidden=(), start_method=None):
+    def code(name, *first):
         (script,) = scripts.select(group="console_scripts", name=name)
-        lines = [f"import multiprocessing, sys; sys.argv[0] = {name!r}"]
-        lines += [f"sys.modules[{package!r}] = None" for package in hidden]
-        lines += ["if __name__ == '__main__':", f"  multiprocessing.set_start_method({start_method!r})"]
-        lines += [f"  from {script.module} import {script.attr} as run", "  sys.exit(run())"]
-        command = [sys.executable, "-c", "\n".join(lines), *map(str, arguments)]
-        environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
-        environment["VIDEOMAMBA_SCAN_BACKEND"] = "torch"  # numba would compile for this copy of the code
+        lines = ["import multiprocessing, sys", f"sys.argv[0] = {name!r}", "if __name__ == '__main__':"]
+        last = [f"from {script.module} import {script.attr} as run", "sys.exit(run())"]
+        return "\n  ".join([*lines, *first, *last])
+
+    return code
+
+
+# numba would compile for this copy of the code.
+BACKEND = {"VIDEOMAMBA_SCAN_BACKEND": "torch"}
+
+
+@pytest.fixture
+def run(code, installed, tmp_path):
+    """Runs a console command of the wheel from an empty folder, where the checkout cannot be imported."""
+
+    def run(name, *arguments, first=()):
+        command = [sys.executable, "-c", code(name, *first), *map(str, arguments)]
+        environment = {**os.environ, **BACKEND, "PYTHONPATH": str(installed)}
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250)
 
     return run
 
 
-def test_classify(run):
+def test_classify(code, installed, python, tmp_path):
     model = ROOT / "model_cards" / "videomamba-tiny-camera-motion"
     clip = ROOT / "examples" / "tools" / "space" / "examples" / "pan-right.mp4"
-    done = run("videomamba-classify", clip, "--model", model, "--top_k", "1")
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"pan-right.mp4 .*\n +\d+\.\d% +pan right$", done.stdout.strip()), done.stdout
+    command = ["-c", code("videomamba-classify"), clip, "--model", model, "--top_k", "1"]
+    printed = python.run(command, tmp_path, [installed], BACKEND)
+    assert re.search(r"pan-right.mp4 .*\n +\d+\.\d% +pan right$", printed.strip()), printed
 
 
 @pytest.mark.slow
@@ -110,7 +121,8 @@ def test_classify(run):
 )
 def test_help_names_the_command(run, command, option):
     """Without the packages of the extras."""
-    done = run(f"videomamba-{command}", "--help", hidden=["accelerate", "datasets", "evaluate", "matplotlib", "peft"])
+    hidden = [f"sys.modules[{name!r}] = None" for name in ("accelerate", "datasets", "evaluate", "matplotlib", "peft")]
+    done = run(f"videomamba-{command}", "--help", first=hidden)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"usage: videomamba-{command} ") and option in done.stdout
 
@@ -120,7 +132,7 @@ def test_workers_of_a_command_that_are_spawned_find_its_classes(run, bars, tmp_p
     """As on Windows and macOS: they import the script anew, from its file."""
     model = ROOT / "model_cards" / "videomamba-tiny-camera-motion"
     arguments = [bars / "validation", "--model", model, "--output", tmp_path / "scores", "--num_workers", 1]
-    done = run("videomamba-classify-clips", *arguments, start_method="spawn")
+    done = run("videomamba-classify-clips", *arguments, first=["multiprocessing.set_start_method('spawn')"])
     assert done.returncode == 0 and "4 clips; 0 could not be read" in done.stdout, done.stderr
 
 

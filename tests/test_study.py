@@ -322,6 +322,7 @@ def test_published_tables_and_figure_1_need_no_data(tmp_path, monkeypatch):
         study.main(["fig1", "--output_dir", str(tmp_path), "--accuracy", "Swin=3"])
 
 
+@pytest.mark.slow
 def test_multi_view_accuracy_of_a_checkpoint(tmp_path, clips):
     """The whole way, by the evaluation script itself."""
     common = f"--validation_dir {clips / 'two'} --use_cpu --per_device_eval_batch_size 1"
