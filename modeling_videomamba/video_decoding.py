@@ -173,7 +173,9 @@ def _frame_times(times, last_duration, clock, fps) -> np.ndarray | None:
     if times is None:
         return None
     if not last_duration or last_duration < 0:
-        last_duration = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else float(1 / ((fps or 1) * clock))
+        last_duration = (
+            (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else float(1 / ((fps or 1) * clock))
+        )
     # Of whole numbers, so that the seconds of a frame are the same whatever the file's first time is.
     return (np.append(times, times[-1] + last_duration) - times[0]) * float(clock)
 
