@@ -47,7 +47,7 @@ class VideoMambaConfig(PreTrainedConfig):
         layer_norm_epsilon (`float`, *optional*, defaults to 1e-5):
             Added to the mean square in the RMS norms.
         position_embedding_type (`str`, *optional*, defaults to `"learned"`):
-            `"learned"`, `"sinusoidal"` or `"none"` (paper, section 4.2); `"spatial"` learns positions in space that are
+            `"learned"`, `"sinusoidal"` or `"none"` (paper, section 4.2); `"spatial"` learns positions in space,
             the same at every step in time, so that a clip may be given part by part.
         class_token_position (`str`, *optional*, defaults to `"first"`):
             `"first"` as in the paper, `"middle"` as in Vision Mamba, or `"none"`: the mean over all tokens is
