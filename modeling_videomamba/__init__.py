@@ -9,12 +9,14 @@ from transformers import (
     AutoVideoProcessor,
 )
 
+from .cache_videomamba import VideoMambaCache
 from .clip_loading import ClipLoader, predict_clips
 from .configuration_videomamba import VideoMambaConfig, count_parameters_and_macs
 from .image_processing_videomamba import VideoMambaImageProcessor
 from .modeling_videomamba import (
     VideoMambaForImageClassification,
     VideoMambaForVideoClassification,
+    VideoMambaForVideoFrameClassification,
     VideoMambaModel,
     VideoMambaPreTrainedModel,
 )
@@ -42,9 +44,11 @@ VideoMambaVideoProcessor.register_for_auto_class("AutoVideoProcessor")
 
 __all__ = [
     "ClipLoader",
+    "VideoMambaCache",
     "VideoMambaConfig",
     "VideoMambaForImageClassification",
     "VideoMambaForVideoClassification",
+    "VideoMambaForVideoFrameClassification",
     "VideoMambaImageProcessor",
     "VideoMambaModel",
     "VideoMambaPreTrainedModel",

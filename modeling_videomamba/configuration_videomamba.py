@@ -47,13 +47,16 @@ class VideoMambaConfig(PreTrainedConfig):
         layer_norm_epsilon (`float`, *optional*, defaults to 1e-5):
             Added to the mean square in the RMS norms.
         position_embedding_type (`str`, *optional*, defaults to `"learned"`):
-            `"learned"`, `"sinusoidal"` or `"none"` (paper, section 4.2).
+            `"learned"`, `"sinusoidal"` or `"none"` (paper, section 4.2); `"spatial"` learns positions in space,
+            the same at every step in time, so that a clip may be given part by part.
         class_token_position (`str`, *optional*, defaults to `"first"`):
             `"first"` as in the paper, `"middle"` as in Vision Mamba, or `"none"`: the mean over all tokens is
             classified instead.
         backward_scan (`str`, *optional*, defaults to `"spatiotemporal"`):
             What the backward direction reverses (paper, section 4.4): all tokens (`"spatiotemporal"`), the tokens
             within each frame (`"spatial"`), or the frames (`"temporal"`).
+        pooling_window (`int`, *optional*):
+            Of a stream, steps in time (tubelets) whose mean is classified; all that were seen by default.
         drop_path_rate (`float`, *optional*, defaults to 0.0):
             Stochastic depth: probability to skip the last block in training; it grows linearly from 0 at the first.
         initializer_range (`float`, *optional*, defaults to 0.02):
@@ -94,9 +97,10 @@ class VideoMambaConfig(PreTrainedConfig):
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4
     layer_norm_epsilon: float = 1e-5
-    position_embedding_type: Literal["learned", "sinusoidal", "none"] = "learned"
+    position_embedding_type: Literal["learned", "spatial", "sinusoidal", "none"] = "learned"
     class_token_position: Literal["first", "middle", "none"] = "first"
     backward_scan: Literal["spatiotemporal", "spatial", "temporal"] = "spatiotemporal"
+    pooling_window: int | None = None
     drop_path_rate: float | int = 0.0
     initializer_range: float = 0.02
     scan_backend: str | None = None
@@ -140,6 +144,11 @@ class VideoMambaConfig(PreTrainedConfig):
         """Tubelets of a clip along time, height and width: (n_t, n_h, n_w) of section 4.1."""
         return tubelet_grid(self, self.num_frames, *height_and_width(self.image_size))
 
+    @property
+    def position_grid(self):
+        """The part of `grid_size` whose tubelets have learned positions of their own: all, or one step in time."""
+        return (1, *self.grid_size[1:]) if self.position_embedding_type == "spatial" else self.grid_size
+
     def validate_architecture(self):
         """Part of `@strict`-powered validation: sizes that are none, or that leave no tubelet."""
         for name in (
@@ -160,6 +169,8 @@ class VideoMambaConfig(PreTrainedConfig):
             sizes = [value] if isinstance(value, int) else list(value)
             if len(sizes) not in (1, 2) or any(size < 1 for size in sizes):
                 raise ValueError(f"`{name}` must be one or two positive integers (height, width), got {value!r}.")
+        if self.pooling_window is not None and self.pooling_window < 1:
+            raise ValueError(f"`pooling_window` must be a positive integer or None, got {self.pooling_window!r}.")
         if self.num_hidden_layers > MAX_LAYERS:
             raise ValueError(f"`num_hidden_layers` must be at most {MAX_LAYERS}, got {self.num_hidden_layers}.")
         if self.num_frames < self.tubelet_size:
@@ -264,8 +275,11 @@ def count_parameters_and_macs(config):
     direction_vectors = 2 * (e + e + e * n + e)  # both directions: biases of the convolution and of dt_proj, A, D
     layer = outer + inner + direction_vectors + d  # and the norm
 
-    learned_positions = tokens * d if config.position_embedding_type == "learned" else 0
-    class_token = d if config.class_token_position != "none" else 0
+    has_class_token = config.class_token_position != "none"
+    class_token = d * has_class_token
+    learned_positions = 0
+    if config.position_embedding_type in ("learned", "spatial"):
+        learned_positions = (math.prod(config.position_grid) + has_class_token) * d
     embeddings = tubelet * d + d + class_token + learned_positions
     classifier = (d + 1) * config.num_labels if config.num_labels > 0 else 0
 

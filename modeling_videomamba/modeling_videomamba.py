@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .cache_videomamba import VideoMambaCache, pool_steps, unstreamable_reason
 from .configuration_videomamba import VideoMambaConfig, count_parameters_and_macs, height_and_width
 from .context_parallel import ContextParallel
 from .loading_videomamba import VideoMambaLoadingMixin
@@ -34,6 +36,29 @@ from .tokens_videomamba import (
     interpolate_positions,
     sinusoidal_positions,
 )
+
+
+@dataclass
+class VideoMambaModelOutput(BaseModelOutputWithPooling):
+    """
+    [`~transformers.modeling_outputs.BaseModelOutputWithPooling`], and of models that can stream:
+
+    Args:
+        step_pooler_output (`torch.FloatTensor` of shape `(B, n_t, D)`, *optional*):
+            After each step in time, the mean over the tokens of all steps seen, or of the last `pooling_window` steps.
+        cache (`VideoMambaCache`, *optional*):
+            What the next part of these streams goes on from.
+    """
+
+    step_pooler_output: torch.FloatTensor | None = None
+    cache: VideoMambaCache | None = None
+
+
+@dataclass
+class VideoMambaClassifierOutput(ImageClassifierOutput):
+    """[`~transformers.modeling_outputs.ImageClassifierOutput`], and the `cache` of a stream (`VideoMambaCache`)."""
+
+    cache: VideoMambaCache | None = None
 
 
 class VideoMambaTubeletProjection(nn.Conv3d):
@@ -71,8 +96,8 @@ class VideoMambaEmbeddings(nn.Module):
     """
     Tubelet tokens with their positions, and the class token in its place (paper, sections 4.1 to 4.3).
 
-    Learned positions are one table of (1, L, D); if there is a class token, its row is row 0 wherever the token stands
-    in the sequence, and the tubelets' rows follow in order.
+    Learned positions are one table of (1, L, D), or of one step in time, which all share. If there is a class token,
+    its row is row 0 wherever the token stands in the sequence, and the tubelets' rows follow in order.
     """
 
     def __init__(self, config: VideoMambaConfig):
@@ -82,13 +107,12 @@ class VideoMambaEmbeddings(nn.Module):
         self.has_class_token = config.class_token_position != "none"
         if self.has_class_token:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        num_patches = math.prod(config.grid_size)
-        if config.position_embedding_type == "learned":
-            num_tokens = num_patches + self.has_class_token
+        if config.position_embedding_type in ("learned", "spatial"):
+            num_tokens = math.prod(config.position_grid) + self.has_class_token
             self.position_embeddings = nn.Parameter(torch.zeros(1, num_tokens, config.hidden_size))
         elif config.position_embedding_type == "sinusoidal":
             # No buffer: others average, round and offload buffers.
-            self.sinusoids = sinusoidal_positions(num_patches, config.hidden_size)
+            self.sinusoids = sinusoidal_positions(math.prod(config.grid_size), config.hidden_size)
 
     def forward(self, pixel_values: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
         """Clips (B, T, C, H, W), and how many tubelets they hold along time, height and width; tokens (B, L, D)."""
@@ -113,10 +137,14 @@ class VideoMambaEmbeddings(nn.Module):
             if sinusoids.shape[1] != math.prod(grid):
                 sinusoids = sinusoidal_positions(math.prod(grid), self.config.hidden_size)
             positions = sinusoids.to(tokens)
-        elif self.config.position_embedding_type == "learned":
+        elif self.config.position_embedding_type in ("learned", "spatial"):
             positions = self.position_embeddings[:, self.has_class_token :]
-            if grid != self.config.grid_size:
-                positions = interpolate_positions(positions, self.config.grid_size, grid)
+            shared = self.config.position_embedding_type == "spatial"
+            wanted = (1, *grid[1:]) if shared else grid
+            if wanted != self.config.position_grid:
+                positions = interpolate_positions(positions, self.config.position_grid, wanted)
+            if shared:
+                positions = positions.repeat(1, grid[0], 1)
             if self.has_class_token:
                 class_token = class_token + self.position_embeddings[:, :1]
         return positions, class_token
@@ -162,8 +190,9 @@ class VideoMambaMixer(nn.Module):
     `in_proj`, the gate and `out_proj` serve both directions; all else has a leading axis of 2, forward then backward.
     """
 
-    def __init__(self, config: VideoMambaConfig):
+    def __init__(self, config: VideoMambaConfig, layer_idx: int):
         super().__init__()
+        self.layer_idx = layer_idx
         self.scan_backend = config.scan_backend
         inner, states, rank = config.intermediate_size, config.state_size, int(config.time_step_rank)
         self.in_proj = nn.Linear(config.hidden_size, 2 * inner, bias=False)
@@ -176,7 +205,9 @@ class VideoMambaMixer(nn.Module):
         self.D = nn.Parameter(torch.empty(2, inner))
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
-    def forward(self, hidden_states: torch.Tensor, order: ScanOrder | None = None) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, order: ScanOrder | None = None, cache: VideoMambaCache | None = None
+    ) -> torch.Tensor:
         plain = is_plain_linear(self.out_proj)
         mixed = bidirectional_selective_scan(
             self.in_proj(hidden_states),
@@ -190,7 +221,11 @@ class VideoMambaMixer(nn.Module):
             order=order,
             backend=self.scan_backend,
             out_proj_weight=self.out_proj.weight if plain else None,
+            state=None if cache is None else cache.states[self.layer_idx],
         )
+        if cache is not None:
+            mixed, state = mixed
+            cache.update(self.layer_idx, state)
         return mixed if plain else self.out_proj(mixed)
 
 
@@ -241,23 +276,27 @@ class VideoMambaResidual(nn.Module):
 class VideoMambaLayer(GradientCheckpointingLayer):
     """Pre-norm block: x + mixer(norm(x)), on a residual stream x (B, L, D) that stays in float32."""
 
-    def __init__(self, config: VideoMambaConfig, drop_path_rate: float):
+    def __init__(self, config: VideoMambaConfig, layer_idx: int):
         super().__init__()
+        drop_path_rate = config.drop_path_rate * layer_idx / max(config.num_hidden_layers - 1, 1)
         self.norm = VideoMambaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.mixer = VideoMambaMixer(config)
+        self.mixer = VideoMambaMixer(config, layer_idx)
         self.residual = VideoMambaResidual(drop_path_rate)
 
-    def update(self, hidden_states: torch.Tensor, order: ScanOrder | None = None) -> torch.Tensor:
+    def update(
+        self, hidden_states: torch.Tensor, order: ScanOrder | None = None, cache: VideoMambaCache | None = None
+    ) -> torch.Tensor:
         """What the layer adds to the residual stream, but for stochastic depth."""
-        return self.mixer(self.norm(hidden_states), order)
+        return self.mixer(self.norm(hidden_states), order, cache)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         order: ScanOrder | None = None,
+        cache: VideoMambaCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        return self.residual(hidden_states, self.update(hidden_states, order))
+        return self.residual(hidden_states, self.update(hidden_states, order, cache))
 
     def may_join(self):
         """Whether its parts may be called without it, so that its sum is made with the norm of the next layer."""
@@ -312,8 +351,8 @@ class VideoMambaPreTrainedModel(VideoMambaLoadingMixin, PreTrainedModel):
         resized.num_frames = self.config.num_frames if num_frames is None else num_frames
         resized.image_size = self.config.image_size if image_size is None else image_size
         resized.validate()
-        embeddings, grid, new_grid = self.base_model.embeddings, self.config.grid_size, resized.grid_size
-        if self.config.position_embedding_type == "learned" and grid != new_grid:
+        embeddings, grid, new_grid = self.base_model.embeddings, self.config.position_grid, resized.position_grid
+        if self.config.position_embedding_type in ("learned", "spatial") and grid != new_grid:
             table = embeddings.position_embeddings
             class_token, tubelets = table.tensor_split([int(embeddings.has_class_token)], dim=1)
             table.data = torch.cat([class_token, interpolate_positions(tubelets, grid, new_grid)], dim=1)
@@ -363,7 +402,7 @@ class VideoMambaPreTrainedModel(VideoMambaLoadingMixin, PreTrainedModel):
         elif isinstance(module, VideoMambaEmbeddings):
             if module.has_class_token:
                 init.trunc_normal_(module.cls_token, std=config.initializer_range)
-            if config.position_embedding_type == "learned":
+            if config.position_embedding_type in ("learned", "spatial"):
                 init.trunc_normal_(module.position_embeddings, std=config.initializer_range)
         elif isinstance(module, nn.Conv3d) or module is getattr(self, "classifier", None):
             init.trunc_normal_(module.weight, std=config.initializer_range)
@@ -383,10 +422,7 @@ class VideoMambaModel(VideoMambaDeltaMapsMixin, VideoMambaPreTrainedModel):
     def __init__(self, config: VideoMambaConfig):
         super().__init__(config)
         self.embeddings = VideoMambaEmbeddings(config)
-        depth = config.num_hidden_layers
-        self.layers = nn.ModuleList(
-            VideoMambaLayer(config, config.drop_path_rate * index / max(depth - 1, 1)) for index in range(depth)
-        )
+        self.layers = nn.ModuleList(VideoMambaLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = VideoMambaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.post_init()
 
@@ -396,8 +432,10 @@ class VideoMambaModel(VideoMambaDeltaMapsMixin, VideoMambaPreTrainedModel):
         self,
         pixel_values: torch.FloatTensor,
         interpolate_pos_encoding: bool = False,
+        cache: VideoMambaCache | None = None,
+        use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPooling:
+    ) -> VideoMambaModelOutput:
         r"""
         Args:
             pixel_values (`torch.FloatTensor` of shape `(B, num_frames, num_channels, height, width)`):
@@ -406,39 +444,67 @@ class VideoMambaModel(VideoMambaDeltaMapsMixin, VideoMambaPreTrainedModel):
             interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
                 Take clips of another length or resolution than the config's; learned position embeddings are
                 interpolated in time and space.
+            cache (`VideoMambaCache`, *optional*):
+                What the streams have seen before `pixel_values`, which are then the next frames: whole tubelets, as
+                many as there are. The cache is changed.
+            use_cache (`bool`, *optional*):
+                Return a cache: the one that is given, or a new one for streams that begin here.
 
         Returns:
-            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `last_hidden_state` `(B, L, D)`, all tokens
-            in order, the class token among them; `pooler_output` `(B, D)`, the class token, or the mean over tokens
-            if there is none; `hidden_states` on request, the residual stream before the first and after each layer,
-            `(B, L, D)` in float32.
+            [`VideoMambaModelOutput`]: `last_hidden_state` `(B, L, D)`, all tokens in order, the class token among
+            them; `pooler_output` `(B, D)`, the class token, or the mean over tokens if there is none (of a stream,
+            over those of all parts, or of its `pooling_window`); `hidden_states` on request, the residual stream
+            before the first and after each layer, `(B, L, D)` in float32.
 
         Raises:
-            ValueError: if `pixel_values` has another rank, size or type than the model takes.
+            ValueError: if `pixel_values` has another rank, size or type than the model takes; or for a cache, if later
+                frames change what this model makes of earlier ones, or if it is of another number of streams.
         """
-        pixel_values, grid = checked_clips(self.config, pixel_values, interpolate_pos_encoding)
-        hidden_states = self.encode(pixel_values, grid, **kwargs)
+        if cache is not None and use_cache is False:
+            raise ValueError("A `cache` was given with `use_cache=False`, or in training with gradient checkpointing.")
+        streams = use_cache or cache is not None
+        pixel_values, grid = checked_clips(self.config, pixel_values, interpolate_pos_encoding, streams)
+        if streams and cache is None:
+            cache = VideoMambaCache(self.config, len(pixel_values), self.device, self.dtype)
+        if streams and len(cache.steps) != len(pixel_values):
+            raise ValueError(f"The cache is of {len(cache.steps)} streams, but {len(pixel_values)} parts were given.")
+        hidden_states = self.encode(pixel_values, grid, cache, **kwargs)
         last_hidden_state = self.norm(hidden_states)
-        if self.embeddings.has_class_token:
+        steps = None
+        if unstreamable_reason(self.config) is None:
+            steps = last_hidden_state.unflatten(1, (grid[0], -1)).mean(2)
+            steps = cache.pool(steps) if streams else pool_steps(steps, self.config.pooling_window)
+            steps = steps.to(last_hidden_state.dtype)
+        if streams:
+            pooled = steps[:, -1]
+        elif self.embeddings.has_class_token:
             # Not of `last_hidden_state`: so `torch.compile` leaves that out of a classifier, which wants no more.
             pooled = self.norm(hidden_states[:, class_token_index(self.config, math.prod(grid))])
         else:
             pooled = last_hidden_state.mean(dim=1)
-        return BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=pooled)
+        return VideoMambaModelOutput(
+            last_hidden_state=last_hidden_state, pooler_output=pooled, step_pooler_output=steps, cache=cache
+        )
 
-    def encode(self, pixel_values: torch.Tensor, grid: tuple[int, int, int], **kwargs) -> torch.Tensor:
+    def encode(
+        self,
+        pixel_values: torch.Tensor,
+        grid: tuple[int, int, int],
+        cache: VideoMambaCache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
         """The residual stream after all layers; in inference on a GPU, each sum is made with the norm after it."""
         hidden_states = self.embeddings(pixel_values, grid).float()
         order = backward_order(self.config, grid, hidden_states.device)
         layers = list(self.layers)
         if not (can_fuse_rms_norm(hidden_states, self.norm.weight) and all(layer.may_join() for layer in layers)):
             for layer in layers:
-                hidden_states = layer(hidden_states, order, **kwargs)
+                hidden_states = layer(hidden_states, order, cache, **kwargs)
             return hidden_states
         normed = layers[0].norm(hidden_states)
         for layer, after in itertools.pairwise(layers):
-            hidden_states, normed = layer.residual(hidden_states, layer.mixer(normed, order), after.norm)
-        return layers[-1].residual(hidden_states, layers[-1].mixer(normed, order))
+            hidden_states, normed = layer.residual(hidden_states, layer.mixer(normed, order, cache), after.norm)
+        return layers[-1].residual(hidden_states, layers[-1].mixer(normed, order, cache))
 
 
 class VideoMambaForVideoClassification(VideoMambaReadingMapsMixin, VideoMambaPreTrainedModel):
@@ -465,8 +531,10 @@ class VideoMambaForVideoClassification(VideoMambaReadingMapsMixin, VideoMambaPre
         pixel_values: torch.FloatTensor,
         labels: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        cache: VideoMambaCache | None = None,
+        use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> ImageClassifierOutput:
+    ) -> VideoMambaClassifierOutput:
         r"""
         Args:
             pixel_values (`torch.FloatTensor` of shape `(B, num_frames, num_channels, height, width)`):
@@ -477,10 +545,12 @@ class VideoMambaForVideoClassification(VideoMambaReadingMapsMixin, VideoMambaPre
                 or one label, float `(B, num_labels)` or `(B,)`: mean squared error.
             interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
                 Take clips of another length or resolution than the config's.
+            cache, use_cache: see [`VideoMambaModel`]; the logits are then those of all parts so far, or of the
+                `pooling_window`.
 
         Returns:
-            [`~transformers.modeling_outputs.ImageClassifierOutput`]: `loss` if `labels` are given, `logits`
-            `(B, num_labels)`, and `hidden_states` on request.
+            [`VideoMambaClassifierOutput`]: `loss` if `labels` are given, `logits` `(B, num_labels)`, `cache` with
+            `use_cache`, and `hidden_states` on request.
 
         Example:
 
@@ -499,17 +569,75 @@ class VideoMambaForVideoClassification(VideoMambaReadingMapsMixin, VideoMambaPre
         pan left
         ```"""
         outputs = self.videomamba(
-            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
+            pixel_values, interpolate_pos_encoding, cache=cache, use_cache=use_cache, return_dict=True, **kwargs
         )
         logits = self.classifier(outputs.pooler_output)
         loss = None
         if labels is not None:
             loss = self.loss_function(labels, logits, self.config, **kwargs)
-        return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return VideoMambaClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, cache=outputs.cache
+        )
 
     def context_parallel(self, group=None):
         """This classifier with its clips cut along time over the processes of a group, see [`ContextParallel`]."""
         return ContextParallel(self, group)
+
+
+class VideoMambaForVideoFrameClassification(VideoMambaForVideoClassification):
+    """
+    The classifier with logits after each step in time, of models that can stream. Its weights are those of
+    [`VideoMambaForVideoClassification`], whose logits of a whole clip are these after the last step.
+
+    Args:
+        config (`VideoMambaConfig`): with `backward_scan="spatial"`, `class_token_position="none"` and
+            `position_embedding_type` `"spatial"` or `"none"`.
+
+    Raises:
+        ValueError: for any other config.
+    """
+
+    _auto_class = None
+
+    def __init__(self, config: VideoMambaConfig):
+        if reason := unstreamable_reason(config):
+            raise ValueError(f"This config gives no logits for each step: {reason}.")
+        super().__init__(config)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        cache: VideoMambaCache | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> VideoMambaClassifierOutput:
+        r"""
+        Args:
+            pixel_values, interpolate_pos_encoding, cache, use_cache: see [`VideoMambaModel`].
+            labels (`torch.Tensor`, *optional*):
+                Of each clip, as [`VideoMambaForVideoClassification`] takes them, for a loss after the last step; or of
+                each step, with one axis more, `(B, n_t)` or `(B, n_t, num_labels)`.
+
+        Returns:
+            [`VideoMambaClassifierOutput`]: `logits` `(B, n_t, num_labels)`: after each step those of what was seen so
+            far, or of the last `pooling_window` steps; `loss`, `cache` and `hidden_states` as there.
+        """
+        outputs = self.videomamba(
+            pixel_values, interpolate_pos_encoding, cache=cache, use_cache=use_cache, return_dict=True, **kwargs
+        )
+        logits = self.classifier(outputs.step_pooler_output)
+        loss = None
+        if labels is not None:
+            numbers = self.config.problem_type == "single_label_classification" or not labels.is_floating_point()
+            of_steps = labels.ndim > (1 if numbers else 2)
+            found, wanted = (logits.flatten(0, 1), labels.flatten(0, 1)) if of_steps else (logits[:, -1], labels)
+            loss = self.loss_function(wanted, found, self.config, **kwargs)
+        return VideoMambaClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, cache=outputs.cache
+        )
 
 
 class VideoMambaForImageClassification(VideoMambaForVideoClassification):
@@ -558,6 +686,7 @@ MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES.setdefault(
 __all__ = [
     "VideoMambaForImageClassification",
     "VideoMambaForVideoClassification",
+    "VideoMambaForVideoFrameClassification",
     "VideoMambaModel",
     "VideoMambaPreTrainedModel",
 ]

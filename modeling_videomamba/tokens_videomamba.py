@@ -12,9 +12,15 @@ from .configuration_videomamba import height_and_width, tubelet_grid
 from .selective_scan import ScanOrder
 
 
-def checked_clips(config, pixel_values, interpolate_pos_encoding=False):
+def checked_clips(config, pixel_values, interpolate_pos_encoding=False, are_parts=False):
     """
     Refuse a batch of clips that the model would not understand.
+
+    Args:
+        config (`VideoMambaConfig`).
+        pixel_values (`torch.Tensor` of shape `(B, T, C, H, W)`).
+        interpolate_pos_encoding (`bool`): take clips of another length or frame size than the config's.
+        are_parts (`bool`): take parts of streams: any number of whole tubelets.
 
     Returns:
         the clips `(B, T, C, H, W)`, and their tubelets along time, height and width, `tuple[int, int, int]`.
@@ -47,8 +53,13 @@ def checked_clips(config, pixel_values, interpolate_pos_encoding=False):
         )
     if pixel_values.layout != torch.strided:
         raise ValueError(f"`pixel_values` must be dense, got the layout {pixel_values.layout}: call `to_dense()`.")
-    expected = (config.num_frames, *height_and_width(config.image_size))
+    expected = (num_frames if are_parts else config.num_frames, *height_and_width(config.image_size))
     grid = tubelet_grid(config, num_frames, height, width)
+    if are_parts and num_frames % config.tubelet_size:
+        raise ValueError(
+            f"The part has {num_frames} frames, but a stream goes on by whole tubelets of {config.tubelet_size} "
+            "frames. Keep what is left over for the next part."
+        )
     if (num_frames, height, width) != expected and not interpolate_pos_encoding:
         raise ValueError(
             f"The clip has {num_frames} frames of {height} x {width} pixels, but the model was made for "
