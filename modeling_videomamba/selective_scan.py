@@ -17,9 +17,10 @@ the convolution. Parameters carry a leading axis of size 2: index 0 is the forwa
 To add a backend, write `selective_scan_<name>.py` beside this file with
 
     unusable_reason(device: torch.device, dtype: torch.dtype) -> str | None
-    bidirectional_selective_scan(xz, conv_weight, ..., order)          # the signature of the function below
+    bidirectional_selective_scan(xz, conv_weight, ..., order, state)   # the signature of the function below
 
-and add one line to `BACKENDS`. (Both are imported by name, because only `from .x import y` is followed when
+and add one line to `BACKENDS`. What a backend takes and returns of a state is a pair of tensors, in the shapes and
+types of a `ScanState`. (Both functions are imported by name, because only `from .x import y` is followed when
 transformers copies code to the Hub.)
 """
 
@@ -69,6 +70,23 @@ class ScanOrder(NamedTuple):
     class_token: int | None = None
 
 
+class ScanState(NamedTuple):
+    """
+    What a scan carries from one part of a sequence to the next: index 0 is the forward direction, 1 the backward one.
+
+    Each direction goes on from its own: in the order of its visits, the part of a `ScanState` comes before this one.
+
+    Attributes:
+        conv (`torch.Tensor` of shape `(2, B, K - 1, E)`): the last inputs of the convolution, the latest visited last.
+            They are copies of activations, so they have the type of these, which loses nothing.
+        recurrent (`torch.FloatTensor` of shape `(2, B, E, N)`): the state h, of all tokens visited so far; float32, as
+            a sum over thousands of tokens must be.
+    """
+
+    conv: torch.Tensor
+    recurrent: torch.Tensor
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # The choice of backend.
 # --------------------------------------------------------------------------------------------------------------------
@@ -78,14 +96,15 @@ class ScanBackend(NamedTuple):
     unusable_reason: Callable
     bidirectional_selective_scan: Callable
     fuses_out_proj: bool = False  # takes `out_proj_weight` too, and keeps less for the backward pass
+    takes_state: bool = True  # begins with a state, and returns the one it ends with
 
 
 # Fastest first; the first usable one is taken. Those after `torch`, which always can, run only when they are named;
 # `export` also while a model is exported.
 BACKENDS = {
-    "cuda": ScanBackend(cuda_unusable_reason, cuda_scan, fuses_out_proj=True),
-    "mamba_ssm": ScanBackend(mamba_ssm_unusable_reason, mamba_ssm_scan),
-    "cuda_simt": ScanBackend(cuda_simt_unusable_reason, cuda_simt_scan),
+    "cuda": ScanBackend(cuda_unusable_reason, cuda_scan, fuses_out_proj=True, takes_state=False),
+    "mamba_ssm": ScanBackend(mamba_ssm_unusable_reason, mamba_ssm_scan, takes_state=False),
+    "cuda_simt": ScanBackend(cuda_simt_unusable_reason, cuda_simt_scan, takes_state=False),
     "numba": ScanBackend(numba_unusable_reason, numba_scan),
     "torch": ScanBackend(torch_unusable_reason, torch_scan),
     "export": ScanBackend(export_unusable_reason, export_scan),
@@ -118,7 +137,7 @@ def use_scan_backend(name):
         _forced_backend = previous
 
 
-def select_scan_backend(device, dtype, name=None):
+def select_scan_backend(device, dtype, name=None, takes_state=False):
     """
     The name of the backend that will scan tensors of this device and dtype.
 
@@ -127,20 +146,27 @@ def select_scan_backend(device, dtype, name=None):
         dtype (`torch.dtype`): type of the activations.
         name (`str`, *optional*): a backend to force, as the model's config does. Weaker than `use_scan_backend` and
             than the environment variable `VIDEOMAMBA_SCAN_BACKEND`.
+        takes_state (`bool`, defaults to `False`): whether it must be able to begin with a state.
 
     Raises:
         ValueError: if a forced backend does not exist or cannot run here; it lists those that can, and why the
             others cannot.
     """
+
+    def unusable_reason(backend):
+        if takes_state and not backend.takes_state:
+            return "its kernels cannot begin with a state"
+        return backend.unusable_reason(device, dtype)
+
     name = _forced_backend or os.environ.get(ENVIRONMENT_VARIABLE) or name
     if name is None:
         # Dynamo of PyTorch 2.11 takes any compilation for an export.
         if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
             return "export"
-        return next(b for b in BACKENDS if BACKENDS[b].unusable_reason(device, dtype) is None)
-    if name in BACKENDS and BACKENDS[name].unusable_reason(device, dtype) is None:
+        return next(b for b in BACKENDS if unusable_reason(BACKENDS[b]) is None)
+    if name in BACKENDS and unusable_reason(BACKENDS[name]) is None:
         return name
-    reasons = {b: backend.unusable_reason(device, dtype) for b, backend in BACKENDS.items()}
+    reasons = {b: unusable_reason(backend) for b, backend in BACKENDS.items()}
     usable = ", ".join(b for b, reason in reasons.items() if reason is None)
     unusable = "".join(f"\n  {b}: {reason}" for b, reason in reasons.items() if reason is not None)
     raise ValueError(
@@ -163,6 +189,7 @@ def bidirectional_selective_scan(
     order=None,
     backend=None,
     out_proj_weight=None,
+    state=None,
 ):
     """
     Convolution, projections and selective scan of both directions, and their gated mean (paper, section 4.4).
@@ -181,26 +208,52 @@ def bidirectional_selective_scan(
         backend (`str`, *optional*): see [`select_scan_backend`].
         out_proj_weight (`torch.Tensor` of shape `(hidden_size, E)`, *optional*): the result is multiplied by it, if
             given. A backend that fuses this product need not keep its input for the backward pass.
+        state (`ScanState`, *optional*): what each direction begins with, as the call with the part before it returned;
+            without one, with zeros. Gradients go through it.
 
     Returns:
         `torch.Tensor` of shape `(B, L, E)`, or `(B, L, hidden_size)` if projected, and the type of `xz`. Inside, Δ,
-        A, the state and the sums are float32 whatever the type of `xz`.
+        A, the state and the sums are float32 whatever the type of `xz`. If `state` is given, a pair: this tensor, and
+        the `ScanState` that each direction ends with, after the last of its visits.
 
     Raises:
-        ValueError: if `order` has another length than `xz`. What it holds is looked at on a CPU with Numba alone; it
-            must be each token once.
+        ValueError: if `order` has another length than `xz`, or `state` has not the shapes of a `ScanState` or lies on
+            another device; or if the backend that was asked for cannot begin with a state. What `order` holds is
+            looked at on a CPU with Numba alone; it must be each token once.
     """
     if order is not None and order.visits.shape != (xz.shape[1],):
         raise ValueError(
             f"`order` must list the {xz.shape[1]} tokens of `xz`; got the shape {tuple(order.visits.shape)}."
         )
-    chosen = BACKENDS[select_scan_backend(xz.device, xz.dtype, backend)]
+    chosen = BACKENDS[select_scan_backend(xz.device, xz.dtype, backend, takes_state=state is not None)]
     parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
+    extra = {"order": order}
+    if state is not None:
+        extra["state"] = _checked_state(state, xz, conv_weight.shape[2], A_log.shape[2])
     # Without gradients nothing is kept, and the product runs as fast outside.
     if out_proj_weight is not None and chosen.fuses_out_proj and torch.is_grad_enabled():
-        return chosen.bidirectional_selective_scan(xz, *parameters, order=order, out_proj_weight=out_proj_weight)
-    scanned = chosen.bidirectional_selective_scan(xz, *parameters, order=order)
-    return scanned if out_proj_weight is None else F.linear(scanned, out_proj_weight)
+        extra["out_proj_weight"], out_proj_weight = out_proj_weight, None
+    scanned = chosen.bidirectional_selective_scan(xz, *parameters, **extra)
+    out, after = scanned if state is not None else (scanned, None)
+    if out_proj_weight is not None:
+        out = F.linear(out, out_proj_weight)
+    return out if state is None else (out, ScanState(*after))
 
 
-__all__ = ["ScanOrder", "bidirectional_selective_scan", "select_scan_backend", "use_scan_backend"]
+def _checked_state(state, xz, taps, num_states):
+    """The state's tensors in the types that backends take."""
+    conv, recurrent = state
+    batch, channels = xz.shape[0], xz.shape[2] // 2
+    for name, tensor, shape in (
+        ("conv", conv, (2, batch, taps - 1, channels)),
+        ("recurrent", recurrent, (2, batch, channels, num_states)),
+    ):
+        if tensor.shape != shape or tensor.device != xz.device:
+            raise ValueError(
+                f"`state.{name}` must have the shape {shape} on {xz.device}, for `xz` of the shape "
+                f"{tuple(xz.shape)}; got {tuple(tensor.shape)} on {tensor.device}."
+            )
+    return conv.to(xz.dtype), recurrent.float()
+
+
+__all__ = ["ScanOrder", "ScanState", "bidirectional_selective_scan", "select_scan_backend", "use_scan_backend"]

@@ -186,7 +186,7 @@ def _backward(ctx, grad_y, grad_kept):
 _scan_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def selective_scan(u, delta, A, B, C):
+def selective_scan(u, delta, A, B, C, start=None):
     """See `selective_scan_torch.selective_scan`, whose arguments these are."""
     return _scan_op(u, delta, A, B, C, torch.is_grad_enabled())[0]
 

@@ -19,7 +19,7 @@ def unusable_reason(device, dtype):
     return None
 
 
-def selective_scan(u, delta, A, B, C):
+def selective_scan(u, delta, A, B, C, start=None):
     """See `selective_scan_torch.selective_scan`, whose arguments these are."""
     A = A.transpose(1, 2).contiguous()[:, None]  # (G, 1, N, E); the state that is passed on has its strides
     # Tokens first, and the axis of states or channels that a step broadcasts over: the loop's body copies nothing.
@@ -27,10 +27,11 @@ def selective_scan(u, delta, A, B, C):
         t.float().permute(2, 0, 1, 3).contiguous().unsqueeze(axis)
         for t, axis in ((delta, 3), (u.float() * delta, 3), (B, 4), (C, 3))
     ]
-    start = delta.new_zeros(*delta.shape[:2], *A.shape[2:])
+    first = delta.new_zeros(*delta.shape[:2], *A.shape[2:]) if start is None else start.mT.contiguous()
     # A is passed on beside the state: OpenVINO (2026.4) cannot read a loop whose body refers to a tensor outside it.
-    _, _, y = scan_op(_step, [start, A], tokens, ())
-    return y.squeeze(3).permute(1, 2, 0, 3).to(u.dtype)
+    end, _, y = scan_op(_step, [first, A], tokens, ())
+    y = y.squeeze(3).permute(1, 2, 0, 3).to(u.dtype)
+    return y if start is None else (y, end.mT)
 
 
 def _step(state, A, delta, input, B, C):

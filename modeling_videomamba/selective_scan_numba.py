@@ -52,12 +52,15 @@ def unusable_reason(device, dtype):
 
 
 def bidirectional_selective_scan(
-    xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, order=None
+    xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, order=None, state=None
 ):
     """See `selective_scan.bidirectional_selective_scan`."""
     parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (xz, *parameters))
-    return _mixer(xz, *parameters, None if order is None else order.visits, keep)[0]
+    before, start = (None, None) if state is None else state
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (xz, *parameters, *(state or ())))
+    visits = None if order is None else order.visits
+    out, _, after, end = _mixer(xz, *parameters, visits, before, start, keep)
+    return out if state is None else (out, (after, end))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -179,9 +182,9 @@ def _shared_arguments(conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_
     return (copy(conv_weight.transpose(1, 2)), copy(conv_bias), visits), (A, copy(D), copy(dt_proj_bias), visits)
 
 
-def _project(xz, for_convolution, x_proj_weight, dt_proj_weight, u, delta):
+def _project(xz, for_convolution, before, x_proj_weight, dt_proj_weight, u, delta):
     """Fill u and delta (2, B, L, E); returns the time steps (2, B L, R) before `dt_proj` and BC (2, B, L, 2N)."""
-    _run(convolve, 2 * xz.shape[0] * ((xz.shape[1] + ROWS - 1) // ROWS), xz, *for_convolution, u)
+    _run(convolve, 2 * xz.shape[0] * ((xz.shape[1] + ROWS - 1) // ROWS), xz, *for_convolution, before, u)
     rank = dt_proj_weight.shape[2]
     projected = torch.bmm(u.flatten(1, 2), x_proj_weight.to(u.dtype).transpose(1, 2)).float()
     time_step, BC = projected[..., :rank], projected[..., rank:]
@@ -189,18 +192,47 @@ def _project(xz, for_convolution, x_proj_weight, dt_proj_weight, u, delta):
     return time_step, BC.contiguous().view(*u.shape[:3], -1)
 
 
-def _forward(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, order, keep_states):
+def _inputs_after(xz, before, visits):
+    """The last inputs of the convolution, (2, B, K - 1, E), after those `before` this part."""
+    length, count = visits.shape[1], before.shape[2]
+    latest = [xz[:, tokens, : xz.shape[2] // 2] for tokens in visits[:, max(0, length - count) :]]
+    return torch.cat([before[:, :, length:], torch.stack(latest)], dim=2)
+
+
+def _add_gradient_of_inputs_after(d_after, visits, d_xz, d_before):
+    """Backward of `_inputs_after`."""
+    length, count = visits.shape[1], d_before.shape[2]
+    kept = max(0, count - length)  # of `before`
+    d_before[:, :, length:] += d_after[:, :, :kept]
+    for tokens, gradient in zip(visits[:, max(0, length - count) :], d_after[:, :, kept:], strict=True):
+        d_xz[:, tokens, : d_xz.shape[2] // 2] += gradient
+
+
+def _by_clip(tensor, batch, dtype=torch.float32):
+    """A tensor of a state, (2, B, ...), as the kernels take it, (B, 2, ...)."""
+    return torch.empty(batch, 2, 0, 0, dtype=dtype) if tensor is None else tensor.transpose(0, 1).contiguous()
+
+
+def _forward(xz, *rest):
+    *parameters, order, before, start, keep_states = rest
     xz = xz.contiguous()
+    batch, visits = xz.shape[0], _visits(order, xz.shape[1])
+    for_convolution, for_scan = _shared_arguments(*parameters, visits)
+    _, _, x_proj_weight, dt_proj_weight, _, A_log, _ = parameters
     out, states = _outputs(xz, A_log, keep_states)
-    for_convolution, for_scan = _shared_arguments(
-        conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, _visits(order, xz.shape[1])
-    )
+    inputs, starts = _by_clip(before, batch, xz.dtype), _by_clip(start, batch)
+    ends = torch.empty_like(starts)
     for clips in _groups(xz, 2):
         shape = (2, *out[clips].shape)
         u, delta = _workspace.take((shape, xz.dtype), (shape, torch.float32))
-        _, BC = _project(xz[clips], for_convolution, x_proj_weight, dt_proj_weight, u, delta)
-        _run(scan, shape[1] * _blocks(shape[3]), xz[clips], u, delta, BC, *for_scan, out[clips], states[clips])
-    return out, states
+        _, BC = _project(xz[clips], for_convolution, inputs[clips], x_proj_weight, dt_proj_weight, u, delta)
+        _run(
+            scan, shape[1] * _blocks(shape[3]), xz[clips], u, delta, BC, *for_scan, starts[clips],
+            out[clips], states[clips], ends[clips],
+        )  # fmt: skip
+    if start is None:
+        return out, states, xz.new_empty(0), states.new_empty(0)
+    return out, states, _inputs_after(xz, before, visits), ends.transpose(0, 1).contiguous()
 
 
 def _outputs(xz, A_log, keep_states):
@@ -210,23 +242,27 @@ def _outputs(xz, A_log, keep_states):
     return xz.new_empty(batch, length, width // 2), xz.new_empty(shape, dtype=torch.float32)
 
 
-def _backward(grad, states, xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, order):
+def _backward(grad, d_after, d_end, states, xz, *rest):
+    *parameters, order, before = rest
     xz, grad = xz.contiguous(), grad.to(xz.dtype).contiguous()
+    batch, visits = xz.shape[0], _visits(order, xz.shape[1])
+    for_convolution, for_scan = _shared_arguments(*parameters, visits)
+    conv_weight, _, x_proj_weight, dt_proj_weight, _, A_log, _ = parameters
     channels, taps, num_states = conv_weight.shape[1], conv_weight.shape[2], A_log.shape[2]
-    for_convolution, for_scan = _shared_arguments(
-        conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, _visits(order, xz.shape[1])
-    )
     blocks = _blocks(channels)
     d_xz = torch.empty_like(xz)
     d_scan, d_conv, d_x_proj, d_dt_proj = 0, 0, 0, 0
+    inputs, d_ends = _by_clip(before, batch, xz.dtype), _by_clip(d_end, batch)
+    d_inputs = torch.empty_like(inputs)
+    d_starts = torch.empty((batch, 2, 0, 0) if before is None else (batch, 2, channels, num_states))
     for clips in _groups(xz, 4):
         shape = (2, *grad[clips].shape)
         u, delta, d_u, d_delta = _workspace.take((shape, xz.dtype), *[(shape, torch.float32)] * 3)
-        time_step, BC = _project(xz[clips], for_convolution, x_proj_weight, dt_proj_weight, u, delta)
+        time_step, BC = _project(xz[clips], for_convolution, inputs[clips], x_proj_weight, dt_proj_weight, u, delta)
         d_BC, d_params = BC.new_empty(blocks, *BC.shape), BC.new_empty(shape[1], 2, num_states + 2, channels)
         _run(
             scan_backward, shape[1] * blocks, xz[clips], grad[clips], u, delta, BC, *for_scan, states[clips],
-            d_xz[clips], d_u, d_delta, d_BC, d_params,
+            d_ends[clips], d_xz[clips], d_u, d_delta, d_BC, d_params, d_starts[clips],
         )  # fmt: skip
         d_scan = d_scan + d_params.sum(0)
 
@@ -238,12 +274,19 @@ def _backward(grad, states, xz, conv_weight, conv_bias, x_proj_weight, dt_proj_w
         d_u.flatten(1, 2).add_(torch.bmm(d_projected, x_proj_weight.to(u.dtype)))
 
         d_params = BC.new_empty(shape[1], 2, taps + 1, channels)
-        _run(convolve_backward, shape[1] * blocks, xz[clips], *for_convolution, d_u, d_xz[clips], d_params)
+        _run(
+            convolve_backward, shape[1] * blocks, xz[clips], *for_convolution, inputs[clips], d_u,
+            d_xz[clips], d_params, d_inputs[clips],
+        )  # fmt: skip
         d_conv = d_conv + d_params.sum(0)
     d_A, d_D, d_bias = d_scan.split([num_states, 1, 1], dim=1)
     d_A_log = (LN2 * d_A * for_scan[0]).transpose(1, 2)
+    d_before, d_start = d_inputs.transpose(0, 1), d_starts.transpose(0, 1)
+    if d_after is not None:
+        _add_gradient_of_inputs_after(d_after, visits, d_xz, d_before)
     return (
-        d_xz, d_conv[:, :taps].transpose(1, 2), d_conv[:, taps], d_x_proj, d_dt_proj, d_bias[:, 0], d_A_log, d_D[:, 0]
+        d_xz, d_conv[:, :taps].transpose(1, 2), d_conv[:, taps], d_x_proj, d_dt_proj, d_bias[:, 0], d_A_log, d_D[:, 0],
+        *(() if before is None else (d_before, d_start)),
     )  # fmt: skip
 
 
@@ -258,10 +301,10 @@ def _compile(dtype, backward):
     before, started = compiled(), time.perf_counter()
     xz = torch.zeros(1, 1, 2, dtype=dtype)
     shapes = ((2, 1, 1), (2, 1), (2, 3, 1), (2, 1, 1), (2, 1), (2, 1, 1), (2, 1))
-    parameters = (*(torch.zeros(shape) for shape in shapes), torch.zeros(1, dtype=torch.long))
-    out, states = _forward(xz, *parameters, keep_states=True)
+    parameters = (*(torch.zeros(shape) for shape in shapes), torch.zeros(1, dtype=torch.long), None)
+    out, states, _, _ = _forward(xz, *parameters, None, True)
     if backward:
-        _backward(out, states, xz, *parameters)
+        _backward(out, None, None, states, xz, *parameters)
     if compiled() > before:
         place = scan.stats.cache_path
         logger.warning(
@@ -286,24 +329,33 @@ def _mixer(
     A_log: torch.Tensor,
     D: torch.Tensor,
     order: torch.Tensor | None,
+    before: torch.Tensor | None,
+    start: torch.Tensor | None,
     keep_states: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mixer's output (B, L, E), and the states at the borders of chunks if the backward pass will want them."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    The mixer's output (B, L, E), the states at the borders of chunks if the backward pass will want them, and the two
+    tensors of the state that it ends with if it began with one.
+    """
+    parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
     _compile(xz.dtype, backward=False)
     with torch.autocast("cpu", enabled=False):
-        return _forward(
-            xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, order, keep_states
-        )
+        return _forward(xz, *parameters, order, before, start, keep_states)
 
 
 @_mixer.register_fake
-def _(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, order, keep_states):
-    return _outputs(xz, A_log, keep_states)
+def _(xz, *rest):
+    *_, A_log, _, _, before, start, keep_states = rest
+    out, states = _outputs(xz, A_log, keep_states)
+    after, end = (0, 0) if start is None else (before.shape, start.shape)
+    return out, states, xz.new_empty(after), states.new_empty(end)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::mixer_cpu_backward", mutates_args=())
 def _mixer_backward(
     grad: torch.Tensor,
+    grad_after: torch.Tensor | None,
+    grad_end: torch.Tensor | None,
     states: torch.Tensor,
     xz: torch.Tensor,
     conv_weight: torch.Tensor,
@@ -314,26 +366,41 @@ def _mixer_backward(
     A_log: torch.Tensor,
     D: torch.Tensor,
     order: torch.Tensor | None,
+    before: torch.Tensor | None,
+    start: torch.Tensor | None,
 ) -> list[torch.Tensor]:
-    """Gradients of all floating-point arguments, each of its argument's type."""
+    """Gradients of all floating-point arguments that are there, each of its argument's type."""
     inputs = (xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
     _compile(xz.dtype, backward=True)
     with torch.autocast("cpu", enabled=False):
-        gradients = _backward(grad, states, *inputs, order)
+        gradients = _backward(grad, grad_after, grad_end, states, *inputs, order, before)
+    if before is not None:
+        inputs += (before, start)
     return [g.to(t.dtype).contiguous() for g, t in zip(gradients, inputs, strict=True)]
 
 
 @_mixer_backward.register_fake
-def _(grad, states, *inputs):
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs[:-1]]
+def _(grad, grad_after, grad_end, states, *inputs):
+    *inputs, _, before, start = inputs
+    if before is not None:
+        inputs += [before, start]
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
 
 
 def _save_for_backward(ctx, inputs, output):
     ctx.save_for_backward(output[1], *inputs[:-1])
+    ctx.set_materialize_grads(False)  # nobody wants that of the states at the borders of chunks
 
 
-def _autograd(ctx, grad_out, grad_states):
-    return *_mixer_backward(grad_out, *ctx.saved_tensors), None, None
+def _autograd(ctx, grad_out, _, grad_after, grad_end):
+    states, xz, *rest = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = xz.new_zeros(*xz.shape[:2], xz.shape[2] // 2)
+    if rest[-1] is None:  # without a state, their outputs are empty
+        grad_after = grad_end = None
+    gradients = _mixer_backward(grad_out, grad_after, grad_end, states, xz, *rest)
+    of_state = gradients[8:] or (None, None)
+    return *gradients[:8], None, *of_state, None
 
 
 _mixer.register_autograd(_autograd, setup_context=_save_for_backward)

@@ -289,6 +289,21 @@ def _copy(source, target):
 
 
 @_row
+def _load_state(state, h):
+    """Of a block's channels, (E, N) to a row a state."""
+    for c in range(state.shape[0]):
+        for n in range(state.shape[1]):
+            h[n, c] = state[c, n]
+
+
+@_row
+def _store_state(h, state):
+    for c in range(state.shape[0]):
+        for n in range(state.shape[1]):
+            state[c, n] = h[n, c]
+
+
+@_row
 def _convert(source, target):
     _disjoint()
     for c in range(source.size):
@@ -384,12 +399,14 @@ def _round(x, out):
 
 # --------------------------------------------------------------------------------------------------------------------
 # Kernels. Each call does one unit. xz (B, L, 2E) and what else has the activations' type is float32, or uint16 with
-# the bits of bfloat16; `visits` (2, L) lists the tokens in the order in which each direction visits them.
+# the bits of bfloat16; `visits` (2, L) lists the tokens in the order in which each direction visits them. Of a state,
+# `before` (B, 2, K - 1, E) are the inputs before the first step, and `start` (B, 2, E, N) is h before it; without one,
+# they and what is written of a state are empty.
 # --------------------------------------------------------------------------------------------------------------------
 
 
 @_kernel
-def convolve(unit, xz, weight, bias, visits, u):
+def convolve(unit, xz, weight, bias, visits, before, u):
     """u (2, B, L, E) = SiLU(causal convolution of x) in `ROWS` steps of a direction; weight (2, K, E), bias (2, E)."""
     _hot()
     _, batch, length, channels = u.shape
@@ -399,19 +416,24 @@ def convolve(unit, xz, weight, bias, visits, u):
     total = np.empty(channels, np.float32)
     for step in range(tile * ROWS, min((tile + 1) * ROWS, length)):
         _copy(bias[direction], total)
-        for tap in range(max(0, taps - 1 - step), taps):
+        skipped = max(0, taps - 1 - step)
+        for tap in range(skipped):
+            if before.shape[2] > 0:
+                _add_product(weight[direction, tap], before[clip, direction, step + tap], total)
+        for tap in range(skipped, taps):
             _add_product(weight[direction, tap], xz[clip, visits[direction, step - (taps - 1) + tap]], total)
         _silu(total, u[direction, clip, visits[direction, step]])
 
 
 @_kernel
-def scan(unit, xz, u, delta, BC, A, D, delta_bias, visits, out, states):
+def scan(unit, xz, u, delta, BC, A, D, delta_bias, visits, start, out, states, end):
     """
     Both directions of a block of channels, and their gated mean.
 
     u (2, B, L, E), delta (2, B, L, E) before bias and softplus, BC (2, B, L, 2N), A (2, N, E) times log2(e), D and
-    delta_bias (2, E). Writes out (B, L, E), and into `states` (B, 2, ceil(L / CHUNK), N, E) the state that each chunk
-    starts from, unless it has no chunks. Spoils delta[0], which holds the forward direction's y for a while.
+    delta_bias (2, E). Writes out (B, L, E), into `states` (B, 2, ceil(L / CHUNK), N, E) the state that each chunk
+    starts from, unless it has no chunks, and into `end` h after the last step. Spoils delta[0], which holds the
+    forward direction's y for a while.
     """
     _hot()
     _, batch, length, channels = u.shape
@@ -428,14 +450,16 @@ def scan(unit, xz, u, delta, BC, A, D, delta_bias, visits, out, states):
         for n in range(num_states):
             _copy(A[direction, n, first:last], A_block[n])
             _fill(np.float32(0), h[n])
-        for start in range(0, length, CHUNK):
-            steps = min(CHUNK, length - start)
+        if start.size > 0:
+            _load_state(start[clip, direction, first:last], h)
+        for begin in range(0, length, CHUNK):
+            steps = min(CHUNK, length - begin)
             if states.shape[2] > 0:
                 for n in range(num_states):
-                    _copy(h[n], states[clip, direction, start // CHUNK, n, first:last])
+                    _copy(h[n], states[clip, direction, begin // CHUNK, n, first:last])
             for k in range(steps):
-                token = visits[direction, start + k]
-                ahead = visits[direction, min(start + k + AHEAD, length - 1)]
+                token = visits[direction, begin + k]
+                ahead = visits[direction, min(begin + k + AHEAD, length - 1)]
                 _fetch(u[direction, clip, ahead, first:last])
                 _fetch(delta[direction, clip, ahead, first:last])
                 _copy(BC[direction, clip, token], BC_chunk[k])
@@ -443,26 +467,31 @@ def scan(unit, xz, u, delta, BC, A, D, delta_bias, visits, out, states):
                 _discretize(u_k, delta_k, bias_block, D_block, size[k], size_u[k], y[k])
             _walk(steps, size, size_u, y, BC_chunk, A_block, h)
             for k in range(steps):
-                token = visits[direction, start + k]
+                token = visits[direction, begin + k]
                 y_forward = delta[0, clip, token, first:last]
                 if direction == 0:
                     _copy(y[k], y_forward)
                     continue
-                ahead = visits[direction, min(start + k + AHEAD, length - 1)]
+                ahead = visits[direction, min(begin + k + AHEAD, length - 1)]
                 _fetch(delta[0, clip, ahead, first:last])
                 _fetch(xz[clip, ahead, channels + first : channels + last])
                 _fetch(out[clip, ahead, first:last])
                 z = xz[clip, token, channels + first : channels + last]
                 _gate(z, y_forward, y[k], out[clip, token, first:last])
+        if end.size > 0:
+            _store_state(h, end[clip, direction, first:last])
 
 
 @_kernel
-def scan_backward(unit, xz, grad, u, delta, BC, A, D, delta_bias, visits, states, d_xz, d_u, d_delta, d_BC, d_params):
+def scan_backward(
+    unit, xz, grad, u, delta, BC, A, D, delta_bias, visits, states, d_end, d_xz, d_u, d_delta, d_BC, d_params, d_start
+):
     """
-    Gradients of `scan`, whose arguments it takes and spoils, given `grad`, that of `out`.
+    Gradients of `scan`, whose arguments it takes and spoils, given `grad`, that of `out`, and that of `end`.
 
     Writes the half of d_xz (B, L, 2E) that is the gate's; d_u and d_delta (2, B, L, E); and partial sums: d_BC
     (blocks, 2, B, L, 2N) of this block of channels, d_params (B, 2, N + 2, E) of this clip: A's, D's, delta_bias'.
+    And d_start, of `start`.
     """
     _hot()
     _, batch, length, channels = u.shape
@@ -487,6 +516,8 @@ def scan_backward(unit, xz, grad, u, delta, BC, A, D, delta_bias, visits, states
             _copy(A[direction, n, first:last], A_block[n])
             _fill(np.float32(0), adjoint[n])
             _fill(np.float32(0), d_A[n])
+        if d_end.size > 0:
+            _load_state(d_end[clip, direction, first:last], adjoint)
         for chunk in range((length - 1) // CHUNK, -1, -1):
             start = chunk * CHUNK
             steps = min(CHUNK, length - start)
@@ -525,14 +556,17 @@ def scan_backward(unit, xz, grad, u, delta, BC, A, D, delta_bias, visits, states
             _copy(d_A[n], d_params[clip, direction, n, first:last])
         _copy(d_D, d_params[clip, direction, num_states, first:last])
         _copy(d_bias, d_params[clip, direction, num_states + 1, first:last])
+        if d_start.size > 0:
+            _store_state(adjoint, d_start[clip, direction, first:last])
 
 
 @_kernel
-def convolve_backward(unit, xz, weight, bias, visits, d_u, d_xz, d_params):
+def convolve_backward(unit, xz, weight, bias, visits, before, d_u, d_xz, d_params, d_before):
     """
     Gradients of `convolve`, whose arguments it takes, for a block of channels of a clip, given d_u (2, B, L, E).
 
-    Writes the half of d_xz (B, L, 2E) that is x's, and d_params (B, 2, K + 1, E) of this clip: the taps', the bias'.
+    Writes the half of d_xz (B, L, 2E) that is x's, d_params (B, 2, K + 1, E) of this clip: the taps', the bias'. And
+    d_before, of `before`.
     """
     _hot()
     _, batch, length, channels = d_u.shape
@@ -540,8 +574,8 @@ def convolve_backward(unit, xz, weight, bias, visits, d_u, d_xz, d_params):
     blocks = (channels + BLOCK - 1) // BLOCK
     clip, first = unit // blocks, unit % blocks * BLOCK
     last = min(first + BLOCK, channels)
-    d_x, by_tap, totals = _tables(1, length)[0], _tables(3, taps + 1), _tables(1, 2)[0]
-    weights, inputs, sums = by_tap[0], by_tap[1], by_tap[2]
+    d_x, by_tap, totals = _tables(1, length)[0], _tables(4, taps + 1), _tables(1, 2)[0]
+    weights, inputs, sums, d_earlier = by_tap[0], by_tap[1], by_tap[2], by_tap[3]
     total, d_total = totals[0], totals[1]
     for direction in range(2):
         for tap in range(taps):
@@ -549,19 +583,30 @@ def convolve_backward(unit, xz, weight, bias, visits, d_u, d_xz, d_params):
         _copy(bias[direction, first:last], weights[taps])
         for tap in range(taps + 1):
             _fill(np.float32(0), sums[tap])
+            _fill(np.float32(0), d_earlier[tap])
         for step in range(length):
             skipped = max(0, taps - 1 - step)
             _copy(weights[taps], total)
+            for tap in range(skipped):
+                if before.shape[2] > 0:
+                    _convert(before[clip, direction, step + tap, first:last], inputs[tap])
+                    _add_product(weights[tap], inputs[tap], total)
             for tap in range(skipped, taps):
                 x = xz[clip, visits[direction, step - (taps - 1) + tap], first:last]
                 _convert(x, inputs[tap])
                 _add_product(weights[tap], inputs[tap], total)
             _silu_backward(total, d_u[direction, clip, visits[direction, step], first:last], d_total)
             _add(d_total, sums[taps])
+            for tap in range(skipped):
+                if before.shape[2] > 0:
+                    _add_product(d_total, inputs[tap], sums[tap])
+                    _add_product(d_total, weights[tap], d_earlier[step + tap])
             for tap in range(skipped, taps):
                 _add_product(d_total, inputs[tap], sums[tap])
                 _add_product(d_total, weights[tap], d_x[visits[direction, step - (taps - 1) + tap]])
         for tap in range(taps + 1):
             _copy(sums[tap], d_params[clip, direction, tap, first:last])
+        for row in range(before.shape[2]):
+            _round(d_earlier[row], d_before[clip, direction, row, first:last])
     for token in range(length):
         _round(d_x[token], d_xz[clip, token, first:last])

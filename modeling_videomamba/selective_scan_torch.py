@@ -32,6 +32,7 @@ def bidirectional_selective_scan(
     A_log,
     D,
     order=None,
+    state=None,
     scan=None,
     softplus=F.softplus,
 ):
@@ -40,11 +41,21 @@ def bidirectional_selective_scan(
     `scan` takes the place of [`selective_scan`] if given, `softplus` that of PyTorch's.
     """
     x, z = xz.chunk(2, dim=-1)
-    u = F.silu(causal_convolution(in_order_of_visits(x, order), conv_weight, conv_bias))
+    length, start = x.shape[1], None
+    x = in_order_of_visits(x, order)
+    if state is not None:
+        before, start = state
+        x = torch.cat([before, x], dim=2)
+    u = F.silu(causal_convolution(x, conv_weight, conv_bias))
+    if state is not None:
+        u = u[:, :, u.shape[2] - length :]
     delta, B, C = selection(u, x_proj_weight, dt_proj_weight, dt_proj_bias, softplus)
-    y = (scan or selective_scan)(u, delta, -torch.exp(A_log.float()), B, C)
+    y = (scan or selective_scan)(u, delta, -torch.exp(A_log.float()), B, C, start)
+    if state is not None:
+        y, end = y
     y = y + u * D.to(u.dtype)[:, None, None]
-    return (y[0] + at_own_tokens(y[1], order)) * (F.silu(z) / 2)
+    out = (y[0] + at_own_tokens(y[1], order)) * (F.silu(z) / 2)
+    return out if state is None else (out, (x[:, :, length:].clone(), end))
 
 
 def in_order_of_visits(x, order):
@@ -85,13 +96,18 @@ def causal_convolution(x, weight, bias):
 
 @torch.library.custom_op(f"{_NAMESPACE}::selective_scan", mutates_args=())
 def _scan_op(
-    u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    y, starts = _scan_forward(u, delta, A, B, C)
-    return y.to(u.dtype), starts
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    start: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    y, starts, end = _scan_forward(u, delta, A, B, C, start)
+    return y.to(u.dtype), starts, end
 
 
-def selective_scan(u, delta, A, B, C):
+def selective_scan(u, delta, A, B, C, start=None):
     """
     The recurrence h_k = exp(Δ_k A) h_{k-1} + Δ_k B_k u_k, y_k = C_k h_k in ascending order, for G groups at once.
 
@@ -100,28 +116,40 @@ def selective_scan(u, delta, A, B, C):
         delta (`torch.FloatTensor` of shape `(G, B, L, E)`): step size after the softplus.
         A (`torch.FloatTensor` of shape `(G, E, N)`): state matrix, negative.
         B, C (`torch.Tensor` of shape `(G, B, L, N)`): input and output matrices.
+        start (`torch.FloatTensor` of shape `(G, B, E, N)`, *optional*): the state before the first token; zero if not
+            given.
 
     Returns:
-        `torch.Tensor` of shape `(G, B, L, E)` and the type of `u`.
+        `torch.Tensor` of shape `(G, B, L, E)` and the type of `u`; and the state after the last token, if `start` is
+        given.
     """
-    return _scan_op(u, delta, A, B, C)[0]
+    y, _, end = _scan_op(u, delta, A, B, C, start)
+    return y if start is None else (y, end)
 
 
 @_scan_op.register_fake
-def _(u, delta, A, B, C):
+def _(u, delta, A, B, C, start):
     groups, batch, length, channels = u.shape
     chunks = (length + CHUNK - 1) // CHUNK
-    return torch.empty_like(u, memory_format=torch.contiguous_format), u.new_empty(
-        (groups, batch * chunks, A.shape[2], channels), dtype=torch.float32
+    return (
+        torch.empty_like(u, memory_format=torch.contiguous_format),
+        u.new_empty((groups, batch * chunks, A.shape[2], channels), dtype=torch.float32),
+        u.new_empty(0 if start is None else start.shape, dtype=torch.float32),
     )
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, output[1])
+    ctx.has_start = inputs[-1] is not None
+    ctx.save_for_backward(*inputs[:-1], output[1])
+    ctx.set_materialize_grads(False)  # nobody wants that of `starts`
 
 
-def _backward(ctx, grad_y, grad_starts):
-    return _scan_backward_op(grad_y, *ctx.saved_tensors)
+def _backward(ctx, grad_y, grad_starts, grad_end):
+    u, *rest = ctx.saved_tensors  # once: gradient checkpointing makes them anew
+    grad_y = torch.zeros_like(u) if grad_y is None else grad_y
+    grad_end = grad_end if ctx.has_start else None
+    *gradients, d_start = _scan_backward_op(grad_y, grad_end, u, *rest)
+    return *gradients, d_start if ctx.has_start else None
 
 
 _scan_op.register_autograd(_backward, setup_context=_setup_context)
@@ -142,10 +170,15 @@ def _chunked(x, length):
     return x.reshape(groups, -1, CHUNK, x.shape[-1])
 
 
-def _pass_states(ends, decay, batch, reverse=False):
-    """What each chunk starts from, (B * chunks, N, E), given what each ends with from zero and its whole decay."""
+def _pass_states(ends, decay, batch, start, reverse=False):
+    """
+    What each chunk starts from, (B * chunks, N, E), given what each ends with from zero, its whole decay, and what the
+    first one starts from, (B, E, N), or None for zero.
+    """
     ends, decay = (t.unflatten(0, (batch, -1)) for t in (ends, decay))
     starts = torch.zeros_like(ends)
+    if start is not None:
+        starts[:, -1 if reverse else 0] = start.mT
     order = range(ends.shape[1] - 1, 0, -1) if reverse else range(ends.shape[1] - 1)
     for chunk in order:
         following = chunk - 1 if reverse else chunk + 1
@@ -164,7 +197,7 @@ def _advance(state, decay, delta, input, A, B):
     return state.mul_(decay).addcmul_(input, B)
 
 
-def _scan_forward(u, delta, A, B, C):
+def _scan_forward(u, delta, A, B, C, start=None):
     batch, length, channels = u.shape[1:]
     A = A.transpose(1, 2).contiguous()  # (G, N, E): the channels, which are many, are the vectorised axis
     delta, B, C = (_chunked(t, length) for t in (delta, B, C))
@@ -182,40 +215,48 @@ def _scan_forward(u, delta, A, B, C):
                 views = _steps(delta[g, tile], 2), _steps(input[g, tile], 2), _steps(B[g, tile], 3)
                 for d, v, b in zip(*views, strict=True):
                     _advance(state, decay, d, v, A[g], b)
-            starts[g] = _pass_states(ends[g], torch.exp(delta[g].sum(1)[:, None] * A[g]), batch)
+            whole_decay = torch.exp(delta[g].sum(1)[:, None] * A[g])
+            starts[g] = _pass_states(ends[g], whole_decay, batch, None if start is None else start[g])
+        elif start is not None:
+            starts[g] = start[g].mT
         for tile in tiles:
-            state = starts[g, tile].clone()
+            state = ends[g, tile].copy_(starts[g, tile])
             decay = torch.empty_like(state)
             views = [_steps(t[g, tile], 2) for t in (delta, input, C, y)]
             for d, v, c, out, b in zip(*views, _steps(B[g, tile], 3), strict=True):
                 torch.bmm(c, _advance(state, decay, d, v, A[g], b), out=out)
-    return y.reshape(u.shape[0], batch, -1, channels)[:, :, :length].contiguous(), starts
+    y = y.reshape(u.shape[0], batch, -1, channels)[:, :, :length].contiguous()
+    # Steps past the end have changed nothing.
+    end = y.new_empty(0) if start is None else ends.unflatten(1, (batch, -1))[:, :, -1].mT.contiguous()
+    return y, starts, end
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::selective_scan_backward", mutates_args=())
 def _scan_backward_op(
     grad_y: torch.Tensor,
+    grad_end: torch.Tensor | None,
     u: torch.Tensor,
     delta: torch.Tensor,
     A: torch.Tensor,
     B: torch.Tensor,
     C: torch.Tensor,
     starts: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of u, delta, A, B, C and of the state before the first token."""
     groups, batch, length, channels = u.shape
     A_t = A.transpose(1, 2).contiguous()
     grad, u_c, delta_c, B_c, C_c = (_chunked(t, length) for t in (grad_y, u, delta, B, C))
     input = u_c * delta_c
     count, states = input.shape[1], A_t.shape[1]
     d_input, d_delta, d_B, d_C = (torch.empty_like(t) for t in (input, delta_c, B_c, C_c))
-    d_A = torch.zeros_like(A_t)
+    d_A, d_start = torch.zeros_like(A_t), starts.new_empty(groups, batch, channels, states)
     steps = min(length, CHUNK)
     # All states of a tile are alive at once here, so it is smaller than the forward's.
     tiles = _tiles(count, channels, states * 4, u.device)
     for g in range(groups):
         # The adjoint of the state runs the other way: λ_k = exp(Δ_{k+1} A) λ_{k+1} + C_k ∂y_k. What is passed from a
         # chunk to the one before it is exp(Δ_first A) λ_first; `passed` holds what each chunk receives.
-        passed = torch.zeros_like(starts[g])
+        passed, after = torch.zeros_like(starts[g]), None if grad_end is None else grad_end[g]
         if length > CHUNK:
             ends = torch.empty_like(passed)
             for tile in tiles:
@@ -225,7 +266,10 @@ def _scan_backward_op(
                     adjoint.addcmul_(grad[g, tile, step, None], C_c[g, tile, step, :, None])
                     torch.mul(delta_c[g, tile, step, None], A_t[g], out=decay).exp_()
                     adjoint.mul_(decay)
-            passed = _pass_states(ends, torch.exp(delta_c[g].sum(1)[:, None] * A_t[g]), batch, reverse=True)
+            whole_decay = torch.exp(delta_c[g].sum(1)[:, None] * A_t[g])
+            passed = _pass_states(ends, whole_decay, batch, after, reverse=True)
+        elif after is not None:
+            passed.copy_(after.mT)
         for tile in tiles:
             history = input.new_empty(steps + 1, *starts[g, tile].shape)
             history[0] = starts[g, tile]
@@ -234,7 +278,7 @@ def _scan_backward_op(
                 torch.mul(delta_c[g, tile, step, None], A_t[g], out=decay).exp_()
                 torch.mul(history[step], decay, out=history[step + 1])
                 history[step + 1].addcmul_(input[g, tile, step, None], B_c[g, tile, step, :, None])
-            adjoint = passed[tile].clone()
+            adjoint = passed[tile]
             for step in reversed(range(steps)):
                 torch.bmm(history[step + 1], grad[g, tile, step, :, None], out=d_C[g, tile, step, :, None])
                 adjoint.addcmul_(grad[g, tile, step, None], C_c[g, tile, step, :, None])
@@ -245,6 +289,7 @@ def _scan_backward_op(
                 through_decay = torch.mul(history[step], adjoint, out=decay)  # ∂/∂(Δ A)
                 torch.sum(through_decay * A_t[g], dim=1, out=d_delta[g, tile, step])
                 d_A[g] += (through_decay * delta_c[g, tile, step, None]).sum(0)
+        d_start[g] = passed.unflatten(0, (batch, -1))[:, 0].mT  # each tile's adjoint has walked on to its first token
     d_delta[:, :, steps:] = 0
     d_delta.addcmul_(d_input, u_c)
     d_u = d_input.mul_(delta_c)
@@ -252,9 +297,11 @@ def _scan_backward_op(
     def unchunk(x, like):
         return x.reshape(groups, batch, -1, x.shape[-1])[:, :, :length].to(like.dtype).contiguous()
 
-    return unchunk(d_u, u), unchunk(d_delta, delta), d_A.transpose(1, 2).contiguous(), unchunk(d_B, B), unchunk(d_C, C)
+    d_A = d_A.transpose(1, 2).contiguous()
+    return unchunk(d_u, u), unchunk(d_delta, delta), d_A, unchunk(d_B, B), unchunk(d_C, C), d_start
 
 
 @_scan_backward_op.register_fake
-def _(grad_y, u, delta, A, B, C, starts):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (u, delta, A, B, C))
+def _(grad_y, grad_end, u, delta, A, B, C, starts):
+    like_inputs = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (u, delta, A, B, C))
+    return *like_inputs, starts.new_empty(*u.shape[:2], u.shape[3], A.shape[2])

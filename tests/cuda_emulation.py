@@ -22,7 +22,7 @@ from modeling_videomamba import selective_scan_cuda_runtime as runtime
 SHIM = Path(__file__).with_name("cuda_on_cpu.h")
 CSRC = Path(__file__).parents[1] / "csrc"
 CACHE = Path(__file__).parent / ".cache" / "emulated_kernels"
-FLAGS = ["-O0", "-std=c++17", "-fPIC", "-w", "-U_FORTIFY_SOURCE"]  # which forbids jumps from stack to stack
+FLAGS = ["-O1", "-std=c++17", "-fPIC", "-w", "-U_FORTIFY_SOURCE"]  # which forbids jumps from stack to stack
 
 
 @functools.cache

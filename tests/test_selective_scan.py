@@ -33,11 +33,16 @@ def test_reference_by_hand():
     ln2 = math.log(2)
     # h = Δ, Δ/2 + 2Δ, (Δ/2 + 2Δ)/2 + 2Δ;  y = C h + 3 u
     expected = [ln2 + 3, 2 * 2.5 * ln2 + 6, 3.25 * ln2 + 12]
-    found = selective_scan_reference(*arguments)
+    found, state = selective_scan_reference(*arguments)
+    assert state.item() == pytest.approx(3.25 * ln2)
     torch.testing.assert_close(found.flatten(), torch.tensor(expected, dtype=torch.float64))
     # Visited in the order 2, 0, 1:  h_2 = 2Δ, h_0 = Δ + Δ, h_1 = Δ + 2Δ
     expected = [2 * ln2 + 3, 2 * 3 * ln2 + 6, 2 * ln2 + 12]
-    found = selective_scan_reference(*arguments, visits=torch.tensor([2, 0, 1]))
+    found, _ = selective_scan_reference(*arguments, visits=torch.tensor([2, 0, 1]))
+    torch.testing.assert_close(found.flatten(), torch.tensor(expected, dtype=torch.float64))
+    # From h = 2:  h = 1 + Δ, (1 + Δ)/2 + 2Δ, ((1 + Δ)/2 + 2Δ)/2 + 2Δ
+    expected = [1 + ln2 + 3, 2 * (0.5 + 2.5 * ln2) + 6, 0.25 + 3.25 * ln2 + 12]
+    found, _ = selective_scan_reference(*arguments, start=torch.full((1, 1, 1), 2.0))
     torch.testing.assert_close(found.flatten(), torch.tensor(expected, dtype=torch.float64))
 
 
@@ -147,10 +152,10 @@ def test_states_of_all_tokens_never_exist_together():
     A = -torch.rand(1, channels, states)
     B, C = torch.randn(2, 1, batch, length, states).unbind()
     with LargestTensor() as largest:
-        y, starts = selective_scan_torch._scan_forward(u, delta, A, B, C)
+        y, starts, _ = selective_scan_torch._scan_forward(u, delta, A, B, C)
     assert largest.elements < batch * length * channels * states / 4
     with LargestTensor() as largest:
-        selective_scan_torch._scan_backward_op._init_fn(torch.ones_like(y), u, delta, A, B, C, starts)
+        selective_scan_torch._scan_backward_op._init_fn(torch.ones_like(y), None, u, delta, A, B, C, starts)
     assert largest.elements < batch * length * channels * states
 
 
@@ -165,7 +170,10 @@ def test_operators_are_well_registered():
         torch.randn(groups, batch, length, states, generator=generator),
         torch.randn(groups, batch, length, states, generator=generator),
     ]
-    torch.library.opcheck(selective_scan_torch._scan_op, [t.requires_grad_() for t in arguments])
+    arguments = [t.requires_grad_() for t in arguments]
+    start = torch.randn(groups, batch, channels, states, generator=generator, requires_grad=True)
+    for first in (None, start):
+        torch.library.opcheck(selective_scan_torch._scan_op, [*arguments, first])
 
 
 @pytest.mark.parametrize("reversal", ["spatiotemporal", "temporal"])

@@ -17,7 +17,7 @@ from modeling_videomamba import selective_scan as seam
 from modeling_videomamba import selective_scan_numba as backend
 from modeling_videomamba.selective_scan_reference import bidirectional_selective_scan_reference
 from modeling_videomamba.tokens_videomamba import backward_order
-from scan_helpers import assert_matches_reference, gradients, random_inputs, relative_error, scan_order
+from scan_helpers import assert_matches_reference, gradients, random_inputs, random_state, relative_error, scan_order
 
 
 pytestmark = pytest.mark.skipif(
@@ -202,8 +202,11 @@ def test_operators_are_well_registered():
     inputs = [t.requires_grad_() for t in random_inputs(1, 35, 6)]
     order = torch.arange(34, -1, -1)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(backend._mixer, (*inputs, order, True), test_utils=checks)
-    torch.library.opcheck(backend._mixer, (*[t.detach() for t in inputs], order, False), test_utils=checks)
+    state = [t.requires_grad_() for t in random_state(inputs)]
+    for before, start in ((None, None), state):
+        torch.library.opcheck(backend._mixer, (*inputs, order, before, start, True), test_utils=checks)
+    detached = [t.detach() for t in (*inputs, order, *state)]
+    torch.library.opcheck(backend._mixer, (*detached, False), test_utils=checks)
 
 
 def test_model_compiles_whole():
