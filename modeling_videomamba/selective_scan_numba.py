@@ -391,6 +391,8 @@ def _autograd(ctx, grad_out, _, grad_after, grad_end):
     states, xz, *rest = ctx.saved_tensors
     if grad_out is None:
         grad_out = xz.new_zeros(*xz.shape[:2], xz.shape[2] // 2)
+    if rest[-1] is None:  # without a state, their outputs are empty
+        grad_after = grad_end = None
     gradients = _mixer_backward(grad_out, grad_after, grad_end, states, xz, *rest)
     of_state = gradients[8:] or (None, None)
     return *gradients[:8], None, *of_state, None

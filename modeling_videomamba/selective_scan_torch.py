@@ -144,9 +144,10 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_y, grad_starts, grad_end):
-    u = ctx.saved_tensors[0]
+    u, *rest = ctx.saved_tensors  # once: gradient checkpointing makes them anew
     grad_y = torch.zeros_like(u) if grad_y is None else grad_y
-    *gradients, d_start = _scan_backward_op(grad_y, grad_end, *ctx.saved_tensors)
+    grad_end = grad_end if ctx.has_start else None
+    *gradients, d_start = _scan_backward_op(grad_y, grad_end, u, *rest)
     return *gradients, d_start if ctx.has_start else None
 
 
