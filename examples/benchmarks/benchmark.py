@@ -4,20 +4,20 @@ VideoMamba's speed and memory beside VideoMAE's and Video Swin's, on random weig
     python examples/benchmarks/benchmark.py --output results                  # on a GPU: about ten minutes
     python examples/benchmarks/benchmark.py --output results --device cpu     # on a CPU: a few minutes
 
-Writes `benchmark.csv` into the output folder and prints the table as it grows. Throughput is of the median step; the
-spread is from the fastest step to the slowest.
+Writes `benchmark.csv` into the output folder and prints each row as soon as it is measured. Throughput is that of the
+median step; the spread is from the fastest step to the slowest.
 
 On a GPU: the length curve, clips of 8 to 2,048 frames with 1,024 frames in a batch (at most 64 clips), and single
 clips of 16 frames for the latency. Inference is in bfloat16 and, as `pipeline(...)` runs it, in float32; a training
 step is forward and backward with float32 weights, under bfloat16 autocast, at most 16 clips. Chosen lengths are timed
-with `torch.compile` too. Memory is the peak of what PyTorch has allocated, for inference beyond weights and input.
-`benchmark.png` shows frames per second, which a linear cost keeps level, and memory. At the end stand the lengths from
-which on VideoMamba is faster, and what one layer costs the host: kernels, and time to launch them.
+with `torch.compile` too. Memory is PyTorch's peak allocation, for inference beyond weights and input. `benchmark.png`
+shows memory and frames per second; a model of linear cost keeps the latter constant. The last lines name the lengths
+from which on VideoMamba is faster, and the cost of one layer on the host: kernels, and time to launch them.
 
-On a CPU, models take turns step by step, so that whatever else the machine does slows all of them alike, and the
-ratios of their times are printed: compare those, not the times. Inference is of one clip, in float32 and, for the
-shortest clips, in bfloat16 too. A training step is one of the tiny checkpoint's model. Two Python loops over tokens
-run twice, for scale: ours, and that of transformers' Mamba, which is what a scan costs on a CPU today.
+On a CPU, models take turns step by step, so that other load slows all of them alike. The ratios of their times are
+printed: compare these, not the times. Inference is of one clip, in float32 and, for the shortest clips, in bfloat16
+too. A training step is of the tiny checkpoint's model. Two Python loops over tokens run twice, for scale: the scan
+`sequential`, and transformers' Mamba, eager and without its kernels.
 """
 
 import argparse

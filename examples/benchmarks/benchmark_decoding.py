@@ -1,13 +1,13 @@
 """
-What it costs to turn a file into `pixel_values`: CPU time and peak memory of 16 frames at stride 2.
+Cost of turning a file into `pixel_values`: CPU time and peak memory of 16 frames at stride 2.
 
     python examples/benchmarks/benchmark_decoding.py                      # made clips, 340 x 256 to 7680 x 4320
     python examples/benchmarks/benchmark_decoding.py clip.mp4 --decoder torchcodec
     python examples/benchmarks/benchmark_decoding.py film.mp4 --spread 8 16   # frames spread evenly over a film
 
 Each clip is read in a process of its own. The memory is what the process grows by, above what it has after its imports
-and a first small clip; Unix tells it, Windows does not. Another version of the package is measured with
-PYTHONPATH=folder/of/it.
+and a first small clip (not measured on Windows). To measure another version of the package, set
+PYTHONPATH=folder/of/that/version.
 """
 
 import argparse

@@ -4,7 +4,7 @@
     python examples/deploy/export_onnx.py you/videomamba-k400 videomamba-onnx
 
 The folder then holds `model.onnx` (input `pixel_values`, any number of clips at once; output `logits`), `config.json`
-and `video_preprocessor_config.json`: all that examples/deploy/classify_onnx.py needs, which runs without PyTorch.
+and `video_preprocessor_config.json`. examples/deploy/classify_onnx.py needs no more, and runs without PyTorch.
 """
 
 import argparse

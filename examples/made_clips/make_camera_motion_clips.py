@@ -5,12 +5,12 @@
 
 writes `clips/train/<label>/<label>-00000.mp4` ...: a data set in the layout that
 `datasets.load_dataset("videofolder", data_dir="clips")` reads, with nine labels: static, pan left, pan right, tilt up,
-tilt down, zoom in, zoom out, roll clockwise, roll counter-clockwise. The words speak of the camera: when it pans right
-the scene moves left in the picture, when it tilts up the scene moves down, when it rolls clockwise the picture turns
-counter-clockwise.
+tilt down, zoom in, zoom out, roll clockwise, roll counter-clockwise. The labels name the camera's motion:
+when it pans right the scene moves left in the picture, when it tilts up the scene moves down, when it rolls clockwise
+the picture turns counter-clockwise.
 
 A clip's parameters are drawn from (seed, split, label, number) alone, so the same command makes the same clips with
-any number of workers, and `--resume` finishes an interrupted run. They stand, as JSON, in the file's `comment` tag.
+any number of workers, and `--resume` finishes an interrupted run. The file's `comment` tag holds them as JSON.
 
 `--storage varied` keeps each clip's motion in time, but stores it as files are found: 5 to 60 pictures a second, in
 files of as many frames a second or, with pictures repeated, of more, at even or uneven times.

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Makes labelled clips of things that move, in the manner of Something-Something: only time tells most pairs apart.
+"""Makes labelled clips of moving objects, in the manner of Something-Something: most pairs differ in time alone.
 
     python examples/made_clips/make_object_motion_clips.py pictures/ clips/ --split train --clips_per_label 100
     python examples/made_clips/make_object_motion_clips.py pictures/ clips/ --split validation --clips_per_label 25
@@ -10,7 +10,7 @@ put before other pictures. A hand holds the camera, and up to two distractors st
 (`--held_out`) is for the splits validation and test alone.
 
 A clip's parameters are drawn from (seed, split, label, number) alone, so the same command makes the same clips with
-any number of workers, and `--resume` finishes an interrupted run. They stand, as JSON, in the file's `comment` tag.
+any number of workers, and `--resume` finishes an interrupted run. The file's `comment` tag holds them as JSON.
 """
 
 import math

@@ -3,7 +3,7 @@
 
     python examples/made_clips/split_imagefolder.py caltech101 split --train_per_class 30 --shortest_edge 128
 
-Which pictures train is fixed: of each class the first so many in the order of the SHA-256 of their file names.
+The split is fixed: in each class, the first pictures in the order of the SHA-256 of their file names train.
 """
 
 import argparse

@@ -5,9 +5,9 @@
 
 A map says which tokens matter. Deletion replaces tokens by the clip's mean colour, in the order of the map from the
 largest value on: the sooner the probability of the predicted label falls, the better the map. Insertion starts from
-the mean colour and brings tokens back: the sooner it rises, the better. The area under each curve is a number from 0
-to 1. A random order is what a map that knows nothing reaches; the table says how far each map is from it, clip by
-clip, with 95 % intervals from drawing clips with replacement.
+the mean colour and restores tokens: the sooner the probability rises, the better. The area under each curve is a
+number from 0 to 1. The baseline is a random order. The table says how far each map is from this baseline, clip by
+clip, with 95 % bootstrap intervals over clips.
 
 The output folder gets `maps.csv`, `maps.md` and `maps.png`.
 """

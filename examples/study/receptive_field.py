@@ -3,10 +3,10 @@
 
     python examples/study/receptive_field.py --models spatial temporal full --clips clips/validation --output erf.png
 
-For each model, trained and with fresh random weights, the picture shows how strongly each tubelet of the input moves
-the last state of the central tubelet: the squared gradient of a random projection of that state, which is the squared
-Jacobian on average, summed over the pixels of a tubelet, mean over clips and projections. The shares of a model add up
-to 1; the number over a frame is the frame's share. The colours are logarithmic.
+For each model, trained and with fresh random weights, the picture shows how strongly each tubelet of the input affects
+the last hidden state of the central tubelet. The measure is the squared gradient of a random projection of that state
+(on average, the squared Jacobian), summed over the pixels of a tubelet, mean over clips and projections. The shares
+of a model add up to 1; the number over a frame is the frame's share. The colours are logarithmic.
 """
 
 import argparse

@@ -5,23 +5,23 @@
         --image_checkpoint you/videomamba-imagenet -- \
         --recipe examples/training/recipes/hmdb51.args --train_list splits --validation_list splits --video_root hmdb51
 
-What stands after `--` goes to every run of `run_video_classification.py` (and its data flags to
-`evaluate_video_classification.py`); study_tables.py says what each row of a table changes. A run whose result is
-there is skipped, and one that was killed goes on from its last checkpoint: give the same command again. Runs that
+All flags after `--` go to every run of `run_video_classification.py` (and the data flags to
+`evaluate_video_classification.py`); study_tables.py says what each row of a table changes. Give the same command again
+after an interruption: finished runs are skipped, and a killed run resumes from its last checkpoint. Runs that
 several tables share are made once. `--num_processes` starts each run with `torchrun`, `--parallel` starts several
 runs at a time, `--dry_run` prints the commands.
 
 The output folder gets `<table>.md`, `<table>.csv` and `<table>.png`, and a folder for each run.
 
-| name | what it asks | it needs |
+| name | compares | needs |
 | --- | --- | --- |
-| table1 | frames in another order at evaluation | `--checkpoints`, or it trains |
+| table1 | frames in another order at evaluation | `--checkpoints`, or the models are trained |
 | table2 | what the backward scan reverses | `--image_checkpoint`, or from scratch |
 | table3 | position embeddings and their initialisation | `--image_checkpoint` |
 | table4 | initialisation, RandAugment, label smoothing | `--image_checkpoint`, `--video_checkpoint` |
 | table5, table6 | frames; width | `--image_checkpoint` (table6: two, narrow and wide), or from scratch |
 | table7, table8, table9 | multi-view accuracy on HMDB51, SSV2, K400 | `--checkpoints` |
-| single_frame | what one frame alone tells (not in the paper) | as table5 |
+| single_frame | one frame alone (not in the paper) | as table5 |
 | fig1 | accuracy against GFLOPs and memory | a GPU, for the memory |
 """
 

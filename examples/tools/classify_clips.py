@@ -5,8 +5,8 @@
     python examples/tools/classify_clips.py clips.csv --output features --columns scores pooled
     accelerate launch examples/tools/classify_clips.py you/clips --split test --output scores   # a data set, all GPUs
 
-Clips are dealt into parts of `--part_size`, each a file of its own that appears when it is whole. Killed at any
-moment, the same command does what is missing, on any number of processes, to the same result. Clips that cannot be
+Each part of `--part_size` clips is a file, written whole or not at all. After an interruption, the same command does
+the missing parts, on any number of processes, with the same result. Clips that cannot be
 read are skipped and listed in `unreadable.csv`.
 """
 

@@ -3,8 +3,8 @@
 
     python examples/tools/classify_video.py clip.mp4 https://example.org/other.mp4 --model you/videomamba-k400
 
-Without a video it takes a short one in which the camera pans right; without `--model` it uses the checkpoint of
-this repository that tells camera motions apart.
+Without a video, the script takes a short clip in which the camera pans right. Without `--model`, it uses this
+repository's checkpoint for camera motion.
 """
 
 import argparse

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""What the features of `classify_clips.py --columns pooled` are good for.
+"""Nearest clips and a linear probe, from the features of `classify_clips.py --columns pooled`.
 
     python examples/tools/explore_features.py nearest features --query clip.mp4 --output nearest.png
     python examples/tools/explore_features.py probe features
 
 `nearest` draws the clips whose features are nearest to those of a given one, by cosine similarity. `probe` trains a
-linear classifier on the features of clips with a label, and says how well it does on the fold left out, with Wilson's
-95 % interval, beside always giving the most frequent label.
+linear classifier on the features of labelled clips, and prints its accuracy on held-out folds with Wilson's 95 %
+interval, beside the baseline of always giving the most frequent label.
 """
 
 import argparse

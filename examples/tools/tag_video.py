@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Says what happens when in a film: a timeline of labels from a VideoMamba classifier.
+"""Labels a film over time: a timeline of labels from a VideoMamba classifier.
 
     python examples/tools/tag_video.py film.mp4                      # tags.csv, tags.json, chapters.vtt, timeline.png
     python examples/tools/tag_video.py film.mp4 --overlay            # and a copy of the film with the labels in it
     python examples/tools/tag_video.py --live rtsp://camera/stream   # a line a second; --live 0 is the first camera
 
-Windows of as many frames as the model takes slide over the film. PySceneDetect finds the cuts, and no window straddles
-one. The film is decoded once and never held in memory. Killed or interrupted with Ctrl-C, the same command goes on
-where it was, to the same result.
+Windows of as many frames as the model takes slide over the film. PySceneDetect finds the cuts, and no window crosses a
+cut. The film is decoded once and never held in memory. After a kill or Ctrl-C, the same command resumes, with the same
+result.
 """
 
 import argparse

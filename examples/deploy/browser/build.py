@@ -4,8 +4,8 @@
     python examples/deploy/browser/build.py model_cards/videomamba-tiny-camera-motion page
     python -m http.server --directory page
 
-`npm` fetches ONNX Runtime's WebAssembly files; the model is exported by ../export_onnx.py, or taken from a folder
-that it wrote.
+`npm` fetches ONNX Runtime's WebAssembly files. The model is exported by ../export_onnx.py, or taken from a folder
+that this script wrote.
 """
 
 import argparse
