@@ -44,10 +44,10 @@ class ClipLoader:
     """
     Batches of clips from files. Each iteration goes through all of them.
 
-    A batch consists of the same clips in every run. Batches come when they are complete, in about their order, so that
-    a clip that takes long holds up its own batch alone. Clips that cannot be read are left out of their batch, with
-    the reason. Pixels are those that the processor makes of the file; where a GPU resizes, they differ by at most one
-    level of 255.
+    A batch consists of the same clips in every run. Batches come when they are complete, in about their order: a clip
+    that takes long holds up its own batch, and that of the clip that waits for the same worker, and no other. Clips
+    that cannot be read are left out of their batch, with the reason. Pixels are those that the processor makes of the
+    file; where a GPU resizes, some differ by one level of 255.
 
     Memory is bounded: `2 * num_workers + 5` slots, and the clips of batches that are not complete, resized.
 
@@ -58,8 +58,8 @@ class ClipLoader:
         batch_sampler: the numbers of the clips of each batch, instead.
         num_workers: processes that decode, each with one thread. 0: this process does, with all threads.
         device: where the pixels are to be.
-        slot_bytes: on a GPU, frames of clips of at most this size are resized there, those of larger clips by the
-            worker that decodes them. 0 makes the workers resize all.
+        slot_bytes: the frames of clips of at most this size are resized on the device, those of larger ones by the
+            worker that decodes them. By default 16 MiB on a GPU, and 0 on a CPU.
         multiprocessing_context: how workers start: `"fork"`, `"spawn"`, `"forkserver"` or `None`, Python's default.
     """
 
@@ -72,9 +72,12 @@ class ClipLoader:
         batch_sampler: Sequence[Sequence[int]] | None = None,
         num_workers: int = 0,
         device: torch.device | str = "cpu",
-        slot_bytes: int = SLOT_BYTES,
+        slot_bytes: int | None = None,
         multiprocessing_context: str | None = None,
     ):
+        self.num_workers, self.device = num_workers, torch.device(device)
+        if slot_bytes is None:
+            slot_bytes = SLOT_BYTES if self.device.type == "cuda" else 0
         if batch_size < 1 or num_workers < 0 or slot_bytes < 0:
             raise ValueError(
                 f"`batch_size` is {batch_size}, `num_workers` {num_workers} and `slot_bytes` {slot_bytes}, but they "
@@ -82,9 +85,7 @@ class ClipLoader:
             )
         if batch_sampler is None:
             batch_sampler = [range(i, min(i + batch_size, len(clips))) for i in range(0, len(clips), batch_size)]
-        self.clips, self.processor, self.batches = clips, processor, batch_sampler
-        self.num_workers, self.device = num_workers, torch.device(device)
-        self.slot_bytes = slot_bytes if self.device.type == "cuda" else 0
+        self.clips, self.processor, self.batches, self.slot_bytes = clips, processor, batch_sampler, slot_bytes
         self.context = multiprocessing.get_context(multiprocessing_context)
 
     def __len__(self) -> int:
@@ -120,11 +121,11 @@ class ClipLoader:
                 ring.give_back(slot, copied)
                 if len(frames) + len(batch.errors) == len(numbers):
                     del begun[index]
-                    batch.clips = [numbers[place] for place in sorted(frames)]
-                    if frames:
-                        batch.pixel_values = device.finish([frames[place] for place in sorted(frames)])
+                    places = sorted(frames)
+                    batch.clips = [numbers[place] for place in places]
+                    if places:
+                        batch.pixel_values = device.finish([frames.pop(place) for place in places])
                     yield batch
-                    del batch, frames  # the caller alone holds what is on the device
         finally:
             del arrivals
             device.close()
@@ -223,8 +224,9 @@ class _Device:
 
     def __init__(self, device: torch.device, processor, ring: torch.Tensor):
         self.device, self.processor, self.ring, self.stream = device, processor, ring, None
+        self.resize_and_crop = processor.frame_transform(device=device)
         if device.type == "cuda":
-            self.stream, self.resize_and_crop = torch.cuda.Stream(device), processor.frame_transform(device=device)
+            self.stream = torch.cuda.Stream(device)
             self.is_locked = int(torch.cuda.cudart().cudaHostRegister(ring.data_ptr(), ring.nbytes, 1)) == 0
             if not self.is_locked:
                 logger.warning(f"{ring.nbytes} bytes could not be page-locked: the GPU waits for each copy.")
@@ -233,18 +235,17 @@ class _Device:
 
     def take(self, frames: torch.Tensor, is_resized: bool) -> tuple:
         """(T, C, H, W) uint8 in a slot to the same on the device, resized; and when the slot is free."""
-        if self.stream is None:
-            return frames.clone(), None
-        with torch.cuda.stream(self.stream):
-            frames = frames.to(self.device, non_blocking=True)
-            copied = self.stream.record_event()
+        with torch.cuda.stream(self.stream):  # of a CPU, None: nothing
+            frames = frames.to(self.device, non_blocking=True, copy=True)
+            copied = self.stream and self.stream.record_event()
             return frames if is_resized else self.resize_and_crop(frames), copied
 
     def finish(self, clips: list[torch.Tensor]) -> torch.Tensor:
         """`pixel_values` that the caller's stream may use."""
         options = {"do_sample_frames": False, "do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
+        options |= {"start_seconds": None, "stop_seconds": None}  # of files, which these were
         options |= {"input_data_format": "channels_first", "device": self.device}
-        with torch.cuda.stream(self.stream):  # of a CPU, None: nothing
+        with torch.cuda.stream(self.stream):
             pixel_values = self.processor(clips, **options)["pixel_values"]
         if self.stream is not None:
             current = torch.cuda.current_stream(self.device)

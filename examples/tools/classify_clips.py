@@ -17,6 +17,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,13 +47,12 @@ def parse_arguments():
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
     parse_arguments()  # before the imports below, which take seconds
 
-import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
 from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
-import modeling_videomamba  # noqa: F401  registers VideoMamba in transformers' Auto classes
+from modeling_videomamba import ClipLoader, predict_clips  # also registers VideoMamba with the Auto classes
 
 
 try:
@@ -123,26 +123,21 @@ def _list_data_set(source, split):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class ClipReader(torch.utils.data.Dataset):
-    """Decodes clips. Whether frames are resized and normalised here or later, on a GPU, `prepare` says."""
+class Files:
+    """What to read for each clip: its path, or the bytes of a file in a data set."""
 
-    def __init__(self, clips, data, processor, prepare):
-        self.clips, self.data, self.processor, self.prepare = clips, data, processor, prepare
+    def __init__(self, clips, data):
+        self.clips, self.data = clips, data
 
-    def __getitem__(self, index):
-        """The clip's number, its frames or the reason why there are none, and the seconds that it took."""
-        start, clip = time.perf_counter(), self.clips[index]
-        try:
-            file = clip.name
-            if clip.row is not None:
-                video = self.data[clip.row]["video"]
-                file = video["bytes"] or video["path"]
-            frames, _ = self.processor.fetch_videos(file, self.processor.sample_frames)
-            if self.prepare:
-                frames = self.processor(frames, do_sample_frames=False, return_tensors="pt")["pixel_values"][0]
-        except Exception as error:  # whatever is wrong with one file must not stop the others
-            frames = " ".join(f"{error}".split()) or type(error).__name__
-        return index, frames, time.perf_counter() - start
+    def __len__(self):
+        return len(self.clips)
+
+    def __getitem__(self, number):
+        clip = self.clips[number]
+        if clip.row is None:
+            return clip.name
+        video = self.data[clip.row]["video"]
+        return video["bytes"] or video["path"]
 
 
 class Classifier:
@@ -152,25 +147,22 @@ class Classifier:
         self.device, self.columns = device, args.columns
         self.labels = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
 
-    @torch.inference_mode()
-    def __call__(self, clips):
-        """The wanted columns, each a numpy array, for a list of prepared clips or of decoded frames."""
-        if clips[0].dtype == torch.uint8:
-            inputs = self.processor(clips, do_sample_frames=False, device=self.device, return_tensors="pt")
-            pixel_values = inputs["pixel_values"]
-        else:
-            pixel_values = torch.stack(clips).to(self.device)
+    def __call__(self, pixel_values):
+        """The wanted columns of a batch, by name."""
         outputs = self.model.base_model(pixel_values.to(self.model.dtype))
         columns = {"scores": self.model.classifier(outputs.pooler_output).float().softmax(-1)}
         columns |= {"pooled": outputs.pooler_output.float(), "tokens": outputs.last_hidden_state.half()}
-        return {name: columns[name].cpu().numpy() for name in self.columns}
+        return {name: columns[name] for name in self.columns}
 
 
-def write_part(path, clips, columns, labels, unreadable):
+def write_part(path, clips, results, labels):
     """Writes one Parquet file, and before it the list of what could not be read, whole or not at all."""
+    good = [clips[number] for batch, _ in results for number in batch.clips]
+    unreadable = {clips[number].name: batch.errors[number] for batch, _ in results for number in sorted(batch.errors)}
     features = {"clip": datasets.Value("string"), "label": datasets.Value("string")}
-    rows = {"clip": [clip.name for clip in clips], "label": [clip.label for clip in clips]}
-    arrays = {name: np.concatenate([batch[name] for batch in columns]) for name in (columns[0] if columns else ())}
+    rows = {"clip": [clip.name for clip in good], "label": [clip.label for clip in good]}
+    columns = [columns for _, columns in results if columns]
+    arrays = {name: torch.cat([batch[name] for batch in columns]).numpy() for name in (columns[0] if columns else ())}
     if "scores" in arrays:
         features |= {"prediction": datasets.Value("string"), "score": datasets.Value("float32")}
         best = arrays["scores"].argmax(1)
@@ -198,35 +190,31 @@ def classify_parts(args, clips, data, classifier, parts, state):
         for start in range(0, len(numbers), args.batch_size):
             batches.append(numbers[start : start + args.batch_size])
             owners.append(number)
-    on_cpu = classifier.device.type == "cpu"
-    loader = torch.utils.data.DataLoader(
-        ClipReader(clips, data, classifier.processor, prepare=on_cpu),
+    loader = ClipLoader(
+        Files(clips, data),
+        classifier.processor,
         batch_sampler=batches,
-        collate_fn=list,
         num_workers=args.num_workers,
-        prefetch_factor=2 if args.num_workers else None,
+        device=classifier.device,
     )
-    spent = {"clips": 0, "decoding": 0.0, "waiting": 0.0, "total": 0.0}
-    start = waited_from = time.perf_counter()
-    good, columns, unreadable = [], [], {}
+    missing = Counter(owners)
+    results = [[] for _ in parts]
+    spent = {"clips": 0, "decoding": 0.0}
+    start = time.perf_counter()
     bar = tqdm(total=sum(map(len, batches)), unit="clip", disable=not state.is_main_process)
-    for number, batch in enumerate(loader):
-        spent["waiting"] += time.perf_counter() - waited_from
-        spent["decoding"] += sum(seconds for _, _, seconds in batch)
-        spent["clips"] += len(batch)
-        unreadable |= {clips[i].name: frames for i, frames, _ in batch if isinstance(frames, str)}
-        readable = [(i, frames) for i, frames, _ in batch if not isinstance(frames, str)]
-        if readable:
-            columns.append(classifier([frames for _, frames in readable]))
-            good += [clips[i] for i, _ in readable]
-        bar.update(len(batch))
-        if number + 1 == len(batches) or owners[number + 1] != owners[number]:
-            write_part(parts[owners[number]][0], good, columns, classifier.labels, unreadable)
-            good, columns, unreadable = [], [], {}
-        waited_from = time.perf_counter()
+    for batch, columns in predict_clips(classifier, loader):
+        owner = owners[batch.index]
+        results[owner].append((batch, columns))
+        missing[owner] -= 1
+        if not missing[owner]:
+            in_order = sorted(results[owner], key=lambda result: result[0].index)
+            write_part(parts[owner][0], clips, in_order, classifier.labels)
+            results[owner] = None
+        spent["decoding"] += batch.seconds
+        spent["clips"] += len(batches[batch.index])
+        bar.update(len(batches[batch.index]))
     bar.close()
-    spent["total"] = time.perf_counter() - start
-    return spent
+    return spent | {"total": time.perf_counter() - start}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,11 +246,11 @@ def report(args, folder, clips, spent):
     done = sum(process["clips"] for process in spent)
     if done:
         longest = max(process["total"] for process in spent)
-        waiting = sum(process["waiting"] for process in spent) / sum(process["total"] for process in spent)
-        alone = done / sum(process["decoding"] for process in spent)
+        decoders = len(spent) * max(1, args.num_workers)
+        bound = decoders * done / sum(process["decoding"] for process in spent)
         print(
-            f"{done} clips in {longest:.1f} s: {done / longest:.1f} clips a second. {waiting:.0%} of the time went by "
-            f"waiting for decoded clips; a process decodes {alone:.1f} a second, and {args.num_workers or 1} did."
+            f"{done} clips in {longest:.1f} s: {done / longest:.1f} clips a second, {done / longest / bound:.0%} of "
+            f"the {bound:.1f} that {decoders} processes decode."
         )
     print(f"{folder}: {len(clips) - len(listing)} clips; {len(listing)} could not be read (unreadable.csv).")
 

@@ -39,7 +39,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from classify_clips import Classifier, Clip, ClipReader
+from classify_clips import Classifier
 from modeling_videomamba.video_decoding import decode_video
 
 
@@ -75,10 +75,8 @@ def query_features(folder, query, table, features):
     settings = json.loads((Path(folder) / "settings.json").read_text(encoding="utf-8"))
     args = SimpleNamespace(model=settings["model"], dtype=settings["dtype"], columns=["pooled"])
     classifier = Classifier(args, torch.device("cpu"))
-    _, frames, _ = ClipReader([Clip(query, None)], None, classifier.processor, prepare=True)[0]
-    if isinstance(frames, str):
-        raise ValueError(frames)
-    return classifier([frames])["pooled"][0]
+    with torch.inference_mode():
+        return classifier(classifier.processor(query, return_tensors="pt")["pixel_values"])["pooled"][0].numpy()
 
 
 def find_nearest(features, query, count):
