@@ -90,7 +90,7 @@ def load_model(args, names, training):
             "should be the same, rename the clips' folders or labels."
         )
     else:
-        config.id2label, config.label2id = labels["id2label"], labels["label2id"]
+        config.id2label, config.label2id, config.problem_type = labels["id2label"], labels["label2id"], None
     if args.drop_path_rate is not None:
         config.drop_path_rate = args.drop_path_rate
     config = override_config(config, args.config_overrides)
