@@ -263,7 +263,7 @@ def _is_frame(frame) -> bool:
 def frame_tensor(frame, name, do_convert_rgb, input_data_format) -> torch.Tensor:
     """A frame, or an array of frames, to a (..., C, H, W) tensor. Arrays with the channels last become views."""
     if isinstance(frame, PIL.Image.Image):
-        if do_convert_rgb and frame.mode != "RGB":
+        if do_convert_rgb and frame.mode not in ("RGB", "I", "F") and not frame.mode.startswith("I;16"):
             frame = frame.convert("RGBA" if frame.has_transparency_data else "RGB")
         frame = np.array(frame)
         input_data_format = ChannelDimension.LAST
@@ -276,6 +276,15 @@ def frame_tensor(frame, name, do_convert_rgb, input_data_format) -> torch.Tensor
         raise ValueError(f"{name} has type {frame.dtype}, but pixels must be numbers: uint8 or float32, say.")
     if 0 in frame.shape:
         raise ValueError(f"{name} has no pixels: its shape is {tuple(frame.shape)}.")
+    if frame.dtype == torch.uint16:
+        frame = (frame.float() / 257).round().to(torch.uint8)  # 65535 is white
+    elif not frame.is_floating_point() and frame.dtype != torch.uint8:
+        low, high = (bound.item() for bound in frame.long().aminmax())
+        if low < 0 or high > 255:
+            raise ValueError(
+                f"{name} is {frame.dtype} with values from {low} to {high}, but integers must lie between 0 and 255, "
+                "or be uint16, of which 65535 is white. Scale them to uint8."
+            )
     if frame.ndim == 2:
         frame, input_data_format = frame[None], ChannelDimension.FIRST
     if input_data_format is None:

@@ -25,6 +25,7 @@ transformers copies code to the Hub.)
 """
 
 import os
+import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -113,13 +114,17 @@ BACKENDS = {
 
 ENVIRONMENT_VARIABLE = "VIDEOMAMBA_SCAN_BACKEND"
 
-_forced_backend = None  # set by `use_scan_backend`; a plain global, because torch.compile cannot trace a ContextVar
+# Set by `use_scan_backend`: by this thread, and by any, the latest last, for the threads in which autograd scans
+# checkpointed layers again. (torch.compile cannot trace a ContextVar, nor a subclass of `threading.local`.)
+_forced = threading.local()
+_forced_somewhere = []
 
 
 @contextmanager
 def use_scan_backend(name):
     """
-    Force the scan backend by name within a `with` block, over the environment variable and the model's config.
+    Force the scan backend by name within a `with` block, over the environment variable and the model's config. Each
+    thread follows its own block; those without one, as autograd's are, follow the latest.
 
     Args:
         name (`str`): one of `BACKENDS`.
@@ -127,14 +132,16 @@ def use_scan_backend(name):
     Raises:
         ValueError: if there is no backend of that name.
     """
-    global _forced_backend
     if name not in BACKENDS:
         raise ValueError(f"Unknown scan backend {name!r}; there are: {', '.join(BACKENDS)}.")
-    previous, _forced_backend = _forced_backend, name
+    previous = getattr(_forced, "name", None)
+    _forced.name = name
+    _forced_somewhere.append(name)
     try:
         yield
     finally:
-        _forced_backend = previous
+        _forced.name = previous
+        _forced_somewhere.remove(name)
 
 
 def select_scan_backend(device, dtype, name=None, takes_state=False):
@@ -158,7 +165,8 @@ def select_scan_backend(device, dtype, name=None, takes_state=False):
             return "its kernels cannot begin with a state"
         return backend.unusable_reason(device, dtype)
 
-    name = _forced_backend or os.environ.get(ENVIRONMENT_VARIABLE) or name
+    forced = getattr(_forced, "name", None) or (_forced_somewhere[-1] if _forced_somewhere else None)
+    name = forced or os.environ.get(ENVIRONMENT_VARIABLE) or name
     if name is None:
         # Dynamo of PyTorch 2.11 takes any compilation for an export.
         if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():

@@ -240,6 +240,28 @@ def test_frames_that_are_already_rescaled(caplog):
     assert len(warned) == 1 and "do_rescale=False" in warned[0]
 
 
+@pytest.mark.parametrize("processor", [VideoMambaImageProcessor(), VideoMambaVideoProcessor()])
+@pytest.mark.parametrize("form", ["image", "array", "tensor"])
+def test_frames_of_16_bits_are_scaled(processor, form):
+    grey = np.linspace(0, 65535, 224 * 224).astype(np.uint16).reshape(224, 224)
+    frame = {
+        "image": lambda: Image.fromarray(grey),
+        "array": lambda: grey,
+        "tensor": lambda: torch.from_numpy(grey),
+    }
+    found = processor([frame[form]()], return_tensors="pt", do_normalize=False).pixel_values[0, 0]
+    assert (found - torch.from_numpy(grey / 65535).float()).abs().max() <= 0.5 / 255 + 1e-6
+
+
+@pytest.mark.parametrize("processor", [VideoMambaImageProcessor(), VideoMambaVideoProcessor()])
+@pytest.mark.parametrize("value", [-1, 256, 4095])
+def test_integers_that_are_no_pixels(processor, value):
+    pixels = np.full((224, 224, 3), value, np.int32)
+    for frame in (pixels, Image.fromarray(pixels[..., 0])):
+        with pytest.raises(ValueError, match=f"int32 with values from {value} to {value}, but integers must lie"):
+            processor([frame], return_tensors="pt")
+
+
 def test_save_and_load(tmp_path):
     images = VideoMambaImageProcessor(size={"shortest_edge": 64}, crop_size=32)
     images.save_pretrained(tmp_path)

@@ -1,6 +1,7 @@
 """The selective scan: references against hand calculation and transformers' Mamba, `torch` backend against them."""
 
 import math
+import threading
 
 import pytest
 import torch
@@ -279,3 +280,31 @@ def test_out_proj_is_fused_where_gradients_are_wanted(monkeypatch):
             found = seam.bidirectional_selective_scan(*inputs, backend="torch", out_proj_weight=weight)
         assert fused.pop() is (fuses and grad)
         torch.testing.assert_close(found, expected)
+
+
+def test_threads_force_backends_side_by_side():
+    """Blocks that overlap in time end in any order; afterwards nothing is forced, and each thread had its own."""
+    cpu, both_in, first_out = torch.device("cpu"), threading.Barrier(2), threading.Event()
+    default, found = seam.select_scan_backend(cpu, torch.float32), {}
+
+    def run(name, waits):
+        with use_scan_backend(name):
+            both_in.wait(10)
+            found[name] = seam.select_scan_backend(cpu, torch.float32)
+            if waits:
+                first_out.wait(10)
+        first_out.set()
+
+    threads = [threading.Thread(target=run, args=arguments) for arguments in (("torch", False), ("sequential", True))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {"torch": "torch", "sequential": "sequential"}
+    assert seam.select_scan_backend(cpu, torch.float32) == default
+    # Autograd has threads of its own, in which checkpointed layers are scanned again.
+    with use_scan_backend("sequential"):
+        other = threading.Thread(target=lambda: found.update(other=seam.select_scan_backend(cpu, torch.float32)))
+        other.start()
+        other.join()
+    assert found["other"] == "sequential"

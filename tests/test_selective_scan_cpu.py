@@ -97,14 +97,15 @@ def test_nan_is_not_swallowed():
     assert output[0, :, 2].isnan().all()
 
 
-def test_bfloat16_differs_by_its_rounding_alone():
-    inputs = [t.bfloat16() for t in random_inputs(2, 300, 70)]
-    output_gradient = torch.randn(2, 300, 70).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_differs_by_its_rounding_alone(dtype):
+    inputs = [t.to(dtype) for t in random_inputs(2, 300, 70)]
+    output_gradient = torch.randn(2, 300, 70).to(dtype)
     found, found_gradients = gradients(backend.bidirectional_selective_scan, inputs, output_gradient)
     expected, expected_gradients = gradients(
         bidirectional_selective_scan_reference, [t.double() for t in inputs], output_gradient
     )
-    assert found.dtype == torch.bfloat16
+    assert found.dtype == dtype
     assert relative_error(found, expected) < 0.01
     for gradient, reference, tensor in zip(found_gradients, expected_gradients, inputs, strict=True):
         assert gradient.dtype == tensor.dtype
@@ -229,7 +230,8 @@ def test_is_the_default_on_a_cpu(monkeypatch):
     monkeypatch.delenv(seam.ENVIRONMENT_VARIABLE, raising=False)
     cpu = torch.device("cpu")
     assert seam.select_scan_backend(cpu, torch.float32) == "numba"
-    assert seam.select_scan_backend(cpu, torch.bfloat16) == "numba"
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert seam.select_scan_backend(cpu, dtype) == "numba"
     assert seam.select_scan_backend(cpu, torch.float64) == "torch"
 
 
