@@ -20,12 +20,11 @@ def scan(x, z, weights, prefix, b):
     rank = weights[f"{prefix}dt_proj{b}.weight"].shape[1]
     delta, into, out = (x @ w[f"x_proj{b}.weight"].T).split([rank, 16, 16], dim=1)
     delta = F.softplus(delta @ weights[f"{prefix}dt_proj{b}.weight"].T + weights[f"{prefix}dt_proj{b}.bias"])
-    decay = (delta[:, :, None] * -weights[f"{prefix}A{b}_log"].exp()).exp()
-    states, state = (delta * x)[:, :, None] * into[:, None], 0
+    decay = -weights[f"{prefix}A{b}_log"].exp()
+    state, y, step = x.new_zeros(inner, 16), torch.empty_like(x), delta * x
     for t in range(length):
-        states[t] += decay[t] * state
-        state = states[t]
-    y = (states @ out[:, :, None])[:, :, 0]
+        state = (delta[t, :, None] * decay).exp() * state + step[t, :, None] * into[t]
+        y[t] = state @ out[t]
     return (y + weights[f"{prefix}D{b}"] * x) * F.silu(z)
 
 

@@ -43,9 +43,8 @@ needs_pytorch_2_11 = pytest.mark.skipif(
 
 def small_model(**options):
     torch.manual_seed(0)
-    config = VideoMambaConfig(
-        hidden_size=32, state_size=4, num_hidden_layers=2, num_frames=4, image_size=32, num_labels=5, **options
-    )
+    sizes = {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 2, "num_frames": 4, "image_size": 32}
+    config = VideoMambaConfig(**{**sizes, "num_labels": 5, **options})
     model = VideoMambaForVideoClassification(config).eval()
     for name, parameter in model.named_parameters():
         if "position_embeddings" in name or "classifier" in name:
@@ -98,7 +97,7 @@ def test_torch_export_holds_no_custom_operator():
     ("any_length", "options"),
     [
         pytest.param(False, {"class_token_position": "none"}, marks=pytest.mark.slow),
-        (True, {"backward_scan": "temporal", "class_token_position": "middle"}),
+        (True, {"backward_scan": "temporal", "class_token_position": "middle", "num_hidden_layers": 1}),
     ],
 )
 def test_onnx_file_gives_the_logits_of_the_model(tmp_path, any_length, options):
