@@ -79,7 +79,7 @@ def code(installed):
         (script,) = scripts.select(group="console_scripts", name=name)
         lines = ["import multiprocessing, sys", f"sys.argv[0] = {name!r}", "if __name__ == '__main__':"]
         last = [f"from {script.module} import {script.attr} as run", "sys.exit(run())"]
-        return "\n  ".join([*lines, *first, *last])
+        return "\n".join(lines) + "\n  " + "\n  ".join([*first, *last])
 
     return code
 
