@@ -35,6 +35,21 @@ DEV int token_at(const Args &p, int dir, int place) {
     // Looked up: all threads of a block want the same, and to work it out takes as long as the convolution.
     return ORDERED && dir && place >= 0 && place < p.L ? (int)p.order[place] : place;
 }
+// With a state: where the input lies that a direction visited so many steps before the first one.
+template <typename T> DEV T *earlier(T *rows, const Args &p, int dir, int b, int channel, int steps) {
+    return rows + (((size_t)dir * p.B + b) * HALO + HALO - steps) * CHANNELS + channel;
+}
+// Which direction came by a place outside of the sequence, and how many steps before its first. Unless there is an order,
+// both go along in one walk, the second from its other end.
+DEV int direction_outside(int dir, int place) { return ORDERED ? dir : place >= 0; }
+DEV int steps_outside(const Args &p, int place) { return place < 0 ? -place : place - p.L + 1; }
+// The input at a place of a walk of direction `dir`, of which the one inside of the sequence lies at `inside`.
+DEV few_t load_input(const Args &p, const io_t *inside, int dir, int b, int channel, int place) {
+    if (place >= 0 && place < p.L) return load_few(inside, true);
+    const int steps = steps_outside(p, place);
+    const bool exists = STATEFUL && steps <= HALO && !(ORDERED && place >= 0);
+    return load_few(exists ? earlier(p.before, p, direction_outside(dir, place), b, channel, steps) : inside, exists);
+}
 struct Taps {
     float weight[WALKED][K][CV], bias[WALKED][CV];
 
@@ -88,7 +103,8 @@ extern "C" __global__ void __launch_bounds__(CONV_THREADS, !IO ? 12 : ORDERED ? 
     // next.
     int token_ahead[K], token_after[K];
     auto load = [&](int i, int token, bool exists) {
-        return load_few(ORDERED ? x + (long long)token * 2 * CHANNELS : x_now + i * 2 * CHANNELS, exists);
+        const io_t *at = ORDERED ? x + (long long)token * 2 * CHANNELS : x_now + i * 2 * CHANNELS;
+        return STATEFUL ? load_input(p, at, dir, b, channel, start + done + i) : load_few(at, exists);
     };
 #pragma unroll
     for (int k = 0; k < HALO; k++)
@@ -120,6 +136,14 @@ extern "C" __global__ void __launch_bounds__(CONV_THREADS, !IO ? 12 : ORDERED ? 
         }
         x_now += K * 2 * CHANNELS, u_now += K * CHANNELS;
     }
+    if (STATEFUL && p.after && start + RUN >= p.L)  // the last run
+#pragma unroll
+        for (int d = 0; d < WALKED; d++)
+            for (int back = 1; back <= HALO; back++) {
+                const int step = p.L - back, place = ORDERED || !d ? step : back - 1;
+                const io_t *at = x + (long long)(step < 0 ? 0 : token_at(p, dir, place)) * 2 * CHANNELS;
+                *(few_t *)earlier(p.after, p, dir + d, b, channel, back) = load_input(p, at, dir, b, channel, place);
+            }
 }
 #endif
 
@@ -198,11 +222,15 @@ extern "C" __global__ void __launch_bounds__(CONV_THREADS, IO ? 10 : 7) conv_bac
     few_t ahead[K], du_ahead[WALKED][K];  // the next K inputs and gradients are under way while these are used
     // From the place `start` + `done` on: the outputs that this run's inputs go into, and this run's own.
     int done = -HALO, outputs = min(p.L - start, RUN + HALO) + HALO, own = min(p.L - start, RUN) + HALO;
+    // With a state, the first run also has the inputs before the sequence, and the last those after it.
+    const int first = STATEFUL && start == 0 ? 0 : HALO, more = STATEFUL && !ORDERED && start + RUN >= p.L ? HALO : 0;
     // How far a token lies from where the pointers are, in tokens.
     auto away = [&](int i) { return ORDERED ? token_at(p, dir, start + done + i) - start - done : i; };
     auto load = [&](int i) {
         const int j = i % K, token = away(i);
-        ahead[j] = load_few(x_now + (long long)token * 2 * CHANNELS, outputs > i && (i >= K || start + done + i >= 0));
+        const io_t *at = x_now + (long long)token * 2 * CHANNELS;
+        ahead[j] = STATEFUL ? load_input(p, at, dir, b, channel, start + done + i)
+                            : load_few(at, outputs > i && (i >= K || start + done + i >= 0));
 #pragma unroll
         for (int d = 0; d < WALKED; d++) {
             bool exists = (d ? own > i - HALO && start + done + i >= HALO : outputs > i) && (i >= K || done + i >= 0);
@@ -212,7 +240,7 @@ extern "C" __global__ void __launch_bounds__(CONV_THREADS, IO ? 10 : 7) conv_bac
 #pragma unroll
     for (int j = 0; j < K; j++) load(j);
 #pragma unroll 1
-    for (; own > -HALO; done += K, outputs -= K, own -= K) {
+    for (; own > -HALO - more; done += K, outputs -= K, own -= K) {
 #pragma unroll
         for (int j = 0; j < K; j++) {
             float du[WALKED][CV];
@@ -221,10 +249,13 @@ extern "C" __global__ void __launch_bounds__(CONV_THREADS, IO ? 10 : 7) conv_bac
             for (int d = 0; d < WALKED; d++) unpack(du[d], du_ahead[d][j]);
             load(K + j);
             found.add(taps, j, du, own > j, done >= HALO - j);
-            if (done < HALO - j || own <= j - HALO) continue;
+            if (done < first - j || own <= j - HALO - more) continue;
             float dx[CV];
             io_t *to = dx_now + (long long)away(j - HALO) * 2 * CHANNELS;
-            unpack(dx, load_few(to, ORDERED && p.mode == 2));
+            const int place = start + done + j - HALO;
+            const bool outside = STATEFUL && (place < 0 || place >= p.L);
+            if (outside) to = earlier(p.after, p, direction_outside(dir, place), b, channel, steps_outside(p, place));
+            unpack(dx, load_few(to, ORDERED && p.mode == 2 && !outside));
             found.of_input(dx, taps, j);
             store_few(to, dx);
         }
@@ -265,12 +296,13 @@ struct Copies {
     static const int LANES = BLOCK_CHANNELS / 8, PIECE = PROJ % 8 == 0 ? 8 : PROJ % 4 == 0 ? 4 : 2;
     const io_t *x, *du, *dproj;
     int start, place, last;  // of the run; of the newest input in the next stage; of direction 1's gradients
+    int channel;
     int to, to_dproj;
     bool exists;
 
     __device__ __forceinline__ Copies(const Args &p, int begin) {
         const int row = threadIdx.x / LANES, lane = threadIdx.x % LANES, run = row / K, token = row % K;
-        const int channel = blockIdx.x * BLOCK_CHANNELS + lane * 8;
+        channel = blockIdx.x * BLOCK_CHANNELS + lane * 8;
         start = begin + run * p.chunk, place = start - HALO + token, last = min(start + p.chunk, p.L) + HALO;
         const long long at = (long long)blockIdx.z * p.L + place;
         x = p.xz + at * 2 * CHANNELS + channel, du = p.du + at * CHANNELS + channel;
@@ -281,7 +313,13 @@ struct Copies {
     }
     // Into a stage. Direction 1's gradients are at the oldest input. Those that only neighbouring runs need stay away.
     __device__ __forceinline__ void next(const Args &p, io_t *stage) {
-        copy_async<16>(stage + to, x, exists && place >= 0 && place < p.L);
+        const bool inside = place >= 0 && place < p.L;
+        if (STATEFUL && !inside) {
+            const int steps = steps_outside(p, place);
+            const bool some = exists && steps <= HALO;
+            const io_t *at = earlier(p.before, p, direction_outside(0, place), blockIdx.z, channel, steps);
+            copy_async<16>(stage + to, some ? at : p.before, some);
+        } else copy_async<16>(stage + to, x, exists && inside);
         const long long tokens = (long long)p.B * p.L - HALO;
 #pragma unroll
         for (int d = 0; d < 2; d++) {
@@ -343,7 +381,7 @@ extern "C" __global__ void __launch_bounds__(CONV_BACKWARD_THREADS, CONV_BACKWAR
     const int begin = blockIdx.y * RUNS * p.chunk, start = begin + q * p.chunk;
     const int channel = blockIdx.x * BLOCK_CHANNELS + in_block, some_channel = min(channel, CHANNELS - 2);
     // The first run is the longest.
-    const int count = (min(p.chunk, p.L - begin) + 2 * HALO + K - 1) / K;
+    const int count = (min(p.chunk, p.L - begin) + (STATEFUL ? 3 : 2) * HALO + K - 1) / K;
     Copies copies(p, begin);
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) {
@@ -355,6 +393,9 @@ extern "C" __global__ void __launch_bounds__(CONV_BACKWARD_THREADS, CONV_BACKWAR
     Gradients found;
     // From the place `start` + `done` on, this run's own.
     int done = -HALO, own = (channel < CHANNELS ? min(p.L - start, p.chunk) : 0) + HALO;
+    // As in `conv_backward`: from where on, and how many more.
+    const bool exists = STATEFUL && channel < CHANNELS && start < p.L;
+    const int first = exists && start == 0 ? 0 : HALO, more = exists && start + p.chunk >= p.L ? HALO : 0;
     io_t *dx_now = p.out + ((long long)blockIdx.z * p.L + start - 2 * HALO) * 2 * CHANNELS + channel;
     const int mine = q * CHANNELS_RUN + in_block;
     const int column = RUNS * 3 * CHANNELS_RUN + (g >> 1) * PROJ_RUN + (g & 1) * PROJ_ROW;
@@ -383,7 +424,13 @@ extern "C" __global__ void __launch_bounds__(CONV_BACKWARD_THREADS, CONV_BACKWAR
                 found.add(taps, j, du, own > j, done >= HALO - j);
                 float dx[CV] = {};
                 found.of_input(dx, taps, j);
-                if (done >= HALO - j && own > j - HALO) store_few(dx_now, dx);
+                const int place = start + done + j - HALO;
+                io_t *to = dx_now;
+                if (STATEFUL && (place < 0 || place >= p.L)) {
+                    const int steps = steps_outside(p, place);
+                    to = earlier(p.after, p, direction_outside(0, place), blockIdx.z, channel, steps);
+                }
+                if (done >= first - j && own > j - HALO - more) store_few(to, dx);
             }
         }
     }

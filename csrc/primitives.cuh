@@ -55,6 +55,9 @@
 #ifndef KEEP
 #define KEEP 0  // the scan keeps the state before every 8 tokens
 #endif
+#ifndef STATEFUL
+#define STATEFUL 0  // each direction begins with a state, and leaves the one it ends with
+#endif
 #ifndef RUN  // places a thread of the convolution takes; with the K - 1 it walks further, a multiple of K = 4
 #define RUN 61
 #endif
@@ -96,7 +99,7 @@ struct Args {
     float *adjoint, *da, *dvec, *d_dt_w;
     void *partial;  // gradients of the projection, from the channels of a thread block
     int B, L;
-    int mode;           // of `conv_backward` along an order: 1 + the direction; of `pass_states`: 1 for adjoint states
+    int mode;           // of `conv_backward` along an order: 1 + the direction; of others: `ADJOINTS`, `WHOLE_PART`
     int chunk, chunks;  // tokens in one, and how many; of `proj_conv_backward`: places that a lane takes
     int turn;           // -1: all chunks at once; otherwise they take turns, the last first: whose turn it is
     int span;           // chunks in a turn
@@ -107,7 +110,18 @@ struct Args {
     int class_token;          // index of a token that belongs to no frame; -1: none
     u32 frame_inverse;        // 2^32 / frame, rounded up: divides by multiplication
     const io_t *x_w, *dproj;  // of `proj_conv_backward`: x_proj_weight, and the gradient of the projection
+    // With a state: what the walk starts with and leaves, [dir][b][channel][state], and the inputs of the convolution
+    // before the first step and those after the last, [dir][b][K - 1][channel], the latest visited last. On the way back
+    // gradients: of what was left; of what it started with, and of `before`. `start` may be null, which is zero.
+    const float *start;
+    float *end, *total;  // total: with WHOLE_PART, sums of Δ, [dir][b][channel]
+    const io_t *before;
+    io_t *after;
 };
+// Bits of `mode`. Of `pass_states`: adjoint states. Of `ends`, `adjoint`: also of the chunk that is walked last; and of
+// `pass_states`: what the part ends with from zero, and nothing is passed yet.
+#define ADJOINTS 1
+#define WHOLE_PART 2
 #define SPATIAL 1   // frame by frame, each from its last token on
 #define TEMPORAL 2  // the last frame first, each from its first token on
 

@@ -57,8 +57,9 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
     extern __shared__ __align__(16) char shared[];
     Walk w = Walk::start(p, M);
     if (KIND == ADJOINT) w.reversed = !w.reversed;
-    // Nobody starts from where the last chunk ends.
-    if ((KIND == ENDS || KIND == ADJOINT) && w.chunk == (w.reversed ? 0 : p.chunks - 1)) return;
+    const bool walked_last = w.chunk == (w.reversed ? 0 : p.chunks - 1);
+    // Nobody here starts from where the last chunk ends.
+    if ((KIND == ENDS || KIND == ADJOINT) && walked_last && !(STATEFUL && p.mode & WHOLE_PART)) return;
     const bool meeting = KIND == SCAN && !ORDERED;
     if (KIND == STATES && w.tiles <= 0) return;
     if (w.channel >= CHANNELS) {
@@ -90,8 +91,9 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
             for (int e = 0; e < 4; e++) h[i][nt][e] = 0.f;
 #pragma unroll
     for (int s = 0; s < S; s++) total[s] = 0.f;
+    if (STATEFUL && KIND == SCAN && (JOINED || p.chunks == 1)) load_start<M, GROUPS>(h, p, w, first_group);
     if (JOINED && KIND == SCAN) join_chunks<M, GROUPS>(p, w, h, a, first_group, left);
-    else if (p.chunks > 1 && (KIND == SCAN || KIND == STATES))
+    else if ((KIND == SCAN && p.chunks > 1) || (KIND == STATES && (STATEFUL || p.chunks > 1)))
         load_states<M, GROUPS>(h, fragment<M>(p.states, p, w, p.chunks, w.chunk) + first_group * 128, w);
     // The next part of which the state before is stored, and where; SCAN: the place that this is at.
     const int way = w.reversed ? -1 : 1;
@@ -150,7 +152,7 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
             sync_warp();
         }
         const io_t *proj = (io_t *)(mine + now), *u = (io_t *)(mine + now + PROJ_TILE);
-        step_size.apply(p, w, proj, delta);
+        step_size.apply(p, w, begin, proj, delta);
         w.sync();
         const int in_at = KIND == ADJOINT ? R + N : R;
         // Unrolled, the loop outgrows the instruction cache; rolled, it wants its addresses ready.
@@ -289,6 +291,7 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
         }
         sync_warp();
     }
+    if (STATEFUL && KIND == SCAN && walked_last) store_end<M, GROUPS>(h, p, w, first_group);
     if (KIND == ENDS || KIND == ADJOINT) {
         store_states<M, GROUPS>(fragment<M>(KIND == ADJOINT ? p.adjoint : p.states, p, w, p.chunks, w.chunk), h, w);
         if (q == 0)
@@ -322,7 +325,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) adjoint(c
 
 #ifdef PASS_STATES_KERNEL
 // Passes states between chunks: what each ends with, from zero, becomes what it starts with. A thread a state;
-// p.mode 1: p.adjoint instead of p.states, against the walk.
+// ADJOINTS: p.adjoint instead of p.states, against the walk. WHOLE_PART: they stay as they are, and what all end with
+// and the sums of Δ are written.
 extern "C" __global__ void pass_states(const Args p) {
     int blocks = (CHANNELS + 15) / 16;
     int i = blockIdx.x * blockDim.x + threadIdx.x, per = blocks * NT * 128;
@@ -332,8 +336,12 @@ extern "C" __global__ void pass_states(const Args p) {
     int channel = i / (128 * NT) * 16 + lane / 4 * 2 + (e >> 1), n = nt * 8 + 2 * (lane % 4) + (e & 1);
     const bool exists = channel < CHANNELS && n < N;  // others become zero
     float a = exists ? -expf(parameter(p.a_log, ((size_t)dir * CHANNELS + channel) * N + n)) * LOG2E : 0.f, h = 0.f;
-    bool down = (dir && !ORDERED) != (p.mode == 1);
-    float *states = (p.mode ? p.adjoint : p.states) + (size_t)(dir * p.B + b) * p.chunks * per + i;
+    const bool adjoints = STATEFUL ? p.mode & ADJOINTS : p.mode, whole = STATEFUL && p.mode & WHOLE_PART;
+    bool down = (dir && !ORDERED) != adjoints;
+    float *states = (adjoints ? p.adjoint : p.states) + (size_t)(dir * p.B + b) * p.chunks * per + i;
+    const size_t row = (size_t)(dir * p.B + b) * CHANNELS + channel;
+    float total = 0.f;
+    if (STATEFUL && !whole && exists && p.start) h = p.start[row * N + n];
     const float *sums = p.sums + (size_t)(dir * p.B + b) * p.chunks * CHANNELS + channel;
     // A few are asked for at once: one after the other, each would wait for memory.
     const int FEW = 16;
@@ -344,16 +352,22 @@ extern "C" __global__ void pass_states(const Args p) {
         for (int i = 0; i < FEW; i++) {
             const int k = first + i;
             const size_t chunk = chunk_at(k);
-            const bool wanted = exists && k + 1 < p.chunks;
+            const bool wanted = exists && k + !whole < p.chunks;
+            const float sum = wanted ? sums[chunk * CHANNELS] : 0.f;
             end[i] = wanted ? states[chunk * per] : 0.f;
-            factor[i] = wanted ? exp2f(a * sums[chunk * CHANNELS]) : 0.f;
+            factor[i] = wanted ? exp2f(a * sum) : whole;
+            total += sum;
         }
 #pragma unroll
         for (int i = 0; i < FEW; i++) {
             const int k = first + i;
-            if (k < p.chunks) states[chunk_at(k) * per] = h;
+            if (k < p.chunks && !whole) states[chunk_at(k) * per] = h;
             h = fmaf(h, factor[i], end[i]);
         }
+    }
+    if (whole && exists) {
+        p.end[row * N + n] = h;
+        if (n == 0 && p.total) p.total[row] = total;
     }
 }
 #endif

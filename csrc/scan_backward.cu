@@ -124,7 +124,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
 #pragma unroll
         for (int e = 0; e < 4; e++) lambda[nt][e] = da[0][nt][e] = 0.f;
     auto passed = [&] { return fragment<1>(p.adjoint, p, w, p.turn < 0 ? p.chunks : 1, p.turn < 0 ? w.chunk : 0); };
-    if (p.chunks > 1 && p.turn != 0) load_states<1, NT>(states, passed(), w);
+    if (STATEFUL && (p.chunks == 1 || p.turn == 0)) load_start<1, NT>(states, p, w);
+    else if (p.chunks > 1 && p.turn != 0) load_states<1, NT>(states, passed(), w);
     auto fetch_states = [&](int part) {
         if (part * 8 >= p.L) return;
         const kept_t *from = fragment<1>(p.sub, p, w, sub_parts(p), part - w.base / 8);
@@ -208,7 +209,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
         char *stage = mine + (i & 1) * STAGE;
         const io_t *proj = (io_t *)(ours + (i & 1) * PROJ_TILE), *u = (io_t *)stage;
         const io_t *dout = u + TILE * 16, *z = dout + TILE * 16;
-        step_size.apply(p, w, proj, delta);
+        step_size.apply(p, w, begin, proj, delta);
         sync_warp();
 #pragma unroll
         for (int k = 0; k < 2; k++) {
@@ -499,6 +500,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
         for (int e = 0; e < 4; e++) da[0][nt][e] *= a[0][nt][e] * LN2;
     store_states<1, NT>(fragment<1>(p.da, p, w, p.chunks, w.chunk), da, w);
     if (p.turn >= 0) store_states<1, NT>(passed(), states, w);
+    if (STATEFUL && w.chunk == (w.reversed ? p.chunks - 1 : 0)) store_end<1, NT>(states, p, w);
     float d_skip[4], d_bias[4];
     load_vector<4>(d_skip, d_skip_at);
     load_vector<4>(d_bias, d_bias_at);

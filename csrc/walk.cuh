@@ -159,8 +159,10 @@ template <int M> struct StepSize {
     }
     // Δ of a tile: softplus(time_step dt_proj' + bias), into delta[t][channel]. Steps past the end get a Δ too; their
     // inputs and the gradients that come back to them are zero.
-    // If the warp is split, half of the channels in each.
-    __device__ __forceinline__ void apply(const Args &p, const Walk &w, const io_t *proj, float *delta) const {
+    // If the warp is split, half of the channels in each. With a state, which they would change, steps past the end get
+    // zero.
+    __device__ __forceinline__ void apply(const Args &p, const Walk &w, int begin, const io_t *proj,
+                                          float *delta) const {
         const int LD = 16 * M + 4, S = 2 * M;
         const int g = w.g, q = w.q, COUNT = S / (SPLIT + 1), first = w.half * COUNT;  // slots of channels
         float acc[COUNT][4];
@@ -221,10 +223,11 @@ template <int M> struct StepSize {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float v[2 * S], *to = delta + (g + 8 * half) * LD + 2 * q * S + first;
+            const bool past = STATEFUL && w.place(begin, g + 8 * half) >= w.last;
 #pragma unroll
             for (int s = 0; s < COUNT; s++)
 #pragma unroll
-                for (int e = 0; e < 2; e++) v[e * S + s] = softplus(acc[s][2 * half + e]);
+                for (int e = 0; e < 2; e++) v[e * S + s] = past ? 0.f : softplus(acc[s][2 * half + e]);
             if (!SPLIT) store_vector<2 * S>(to, v);
             else
                 for (int s = 0; s < COUNT; s++) to[s] = v[s], to[S + s] = v[S + s];
@@ -266,6 +269,36 @@ template <int M, int COUNT> DEV void store_states(float *to, const float h[M][CO
     for (int i = 0; i < M; i++)
 #pragma unroll
         for (int nt = 0; nt < COUNT; nt++) store_vector<4>(to + nt * 128 + i * 16, h[i][nt]);
+}
+// What the walk starts with, and leaves: `Args`.
+template <int M, int COUNT> DEV size_t place_of_state(const Args &p, const Walk &w, int first, int i, int nt, int e) {
+    const int channel = w.channel + w.g * 2 * M + 2 * i + (e >> 1), n = (first + nt) * 8 + 2 * w.q + (e & 1);
+    const bool exists = channel < CHANNELS && n < N;
+    return exists ? ((size_t)(w.dir * p.B + w.b) * CHANNELS + channel) * N + n : ~(size_t)0;
+}
+template <int M, int COUNT> DEV void load_start(float h[M][COUNT][4], const Args &p, const Walk &w, int first = 0) {
+    if (!p.start) return;
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+        for (int nt = 0; nt < COUNT; nt++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const size_t at = place_of_state<M, COUNT>(p, w, first, i, nt, e);
+                h[i][nt][e] = ~at ? p.start[at] : 0.f;
+            }
+}
+template <int M, int COUNT>
+DEV void store_end(const float h[M][COUNT][4], const Args &p, const Walk &w, int first = 0) {
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+        for (int nt = 0; nt < COUNT; nt++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const size_t at = place_of_state<M, COUNT>(p, w, first, i, nt, e);
+                if (~at) p.end[at] = h[i][nt][e];
+            }
 }
 template <int M, int COUNT> DEV void keep_states(kept_t *to, const float h[M][COUNT][4], const Walk &w) {
     if (M > 1 && w.channel + w.g * M / 8 * 16 >= CHANNELS) return;

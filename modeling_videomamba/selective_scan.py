@@ -103,7 +103,7 @@ class ScanBackend(NamedTuple):
 # Fastest first; the first usable one is taken. Those after `torch`, which always can, run only when they are named;
 # `export` also while a model is exported.
 BACKENDS = {
-    "cuda": ScanBackend(cuda_unusable_reason, cuda_scan, fuses_out_proj=True, takes_state=False),
+    "cuda": ScanBackend(cuda_unusable_reason, cuda_scan, fuses_out_proj=True),
     "mamba_ssm": ScanBackend(mamba_ssm_unusable_reason, mamba_ssm_scan, takes_state=False),
     "cuda_simt": ScanBackend(cuda_simt_unusable_reason, cuda_simt_scan, takes_state=False),
     "numba": ScanBackend(numba_unusable_reason, numba_scan),

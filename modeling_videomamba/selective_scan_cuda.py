@@ -24,7 +24,7 @@ import os
 
 import torch
 
-from .selective_scan_cuda_plan import scan_plan, split_length, state_shape
+from .selective_scan_cuda_plan import kept_states, scan_plan, split_length, state_shape
 from .selective_scan_cuda_runtime import (
     KernelArguments,
     driver,
@@ -34,6 +34,7 @@ from .selective_scan_cuda_runtime import (
     nvrtc,
 )
 from .selective_scan_operators import NAMESPACE
+from .selective_scan_torch import add_gradient_of_inputs_after
 
 
 # Whether the state before every 8 tokens and the convolution's output are kept for the backward pass: faster, for more
@@ -67,7 +68,7 @@ def _unusable_reason(device, dtype):
 class _Call:
     """A plan, and the kernels' arguments: those of all kernels from the start, others as they become known."""
 
-    def __init__(self, xz, conv_weight, conv_bias, dt_weight, dt_bias, A_log, D, visits, structure):
+    def __init__(self, xz, conv_weight, conv_bias, dt_weight, dt_bias, A_log, D, visits, structure, before):
         parameters = (conv_weight, conv_bias, dt_weight, dt_bias, A_log, D)
         device, dtype, shape = xz.device, xz.dtype, xz.shape
         start = xz.data_ptr()
@@ -82,6 +83,7 @@ class _Call:
             start % 16 == 0,
             visits is not None,
             tf32,
+            before is not None,
             described,
         )
         self.device, self.visits = device, visits
@@ -101,10 +103,32 @@ class _Call:
                 self.set(reversal=reversal, frames=frames, frame=frame, class_token=class_token)
                 self.set(frame_inverse=-(-(2**32) // frame))
             self.set(order=self.visits)
+        self.end = None
+        if before is not None:
+            self.set_aligned(before=before)
+
+    def begin_with(self, start):
+        """The states of the directions, or adjoint states; zero if None. Also makes room for those they end with."""
+        self.end = self.new(2, self.plan.B, self.plan.E, self.plan.N)
+        self.set(end=self.end)
+        if start is not None:
+            self.set_aligned(start=start)
 
     def set(self, **arguments):
         for name, value in arguments.items():
             setattr(self.arguments, name, value.data_ptr() if isinstance(value, torch.Tensor) else value)
+
+    def set_aligned(self, **arguments):
+        """The same for tensors of a caller."""
+        self.set(**{name: self.aligned(value) for name, value in arguments.items()})
+
+    def aligned(self, tensor):
+        """As kernels read it, which take 16 bytes at once."""
+        tensor = tensor.contiguous()
+        if tensor.data_ptr() % 16:
+            tensor = tensor.clone()
+        self.parameters.append(tensor)
+        return tensor
 
     def run(self, launch, **arguments):
         """Queue a kernel, with more tensors or numbers among its arguments, which stay for those after it."""
@@ -121,24 +145,42 @@ class _Call:
         self.run(plan.conv, u=u)
         return u
 
-    def chunk_states(self, joined):
+    def chunk_states(self, joined, exchange):
         """State before each chunk, if they are walked side by side; or, for a `joined` scan, after each from zero."""
         plan = self.plan
-        states, sums = self.new(*plan.state_shape(plan.chunks)), self.new(2, plan.B, plan.chunks, plan.E)
-        self.run(plan.ends, states=states, sums=sums)
-        if not joined:
+        parts = plan.chunks if plan.side_by_side else 1
+        states, sums = self.new(*plan.state_shape(parts)), self.new(2, plan.B, parts, plan.E)
+        self.set(states=states, sums=sums)
+        if exchange is None:
+            self.run(plan.ends)
+        else:
+            ends, whole = plan.part[0]
+            total = self.new(2, plan.B, plan.E)
+            self.run(ends)
+            self.run(whole, total=total)
+            self.set_aligned(start=exchange(self.end, total))
+        if plan.side_by_side and not joined:
             self.run(plan.pass_states[0])
         return states, sums
 
-    def chunk_adjoints(self, dout):
+    def chunk_adjoints(self, dout, exchange):
         """Adjoint state after each chunk, likewise."""
         plan = self.plan
-        adjoint, sums = self.new(*plan.state_shape(plan.chunks)), self.new(2, plan.B, plan.chunks, plan.E)
+        parts = plan.chunks if plan.side_by_side else 1
+        adjoint, sums = self.new(*plan.state_shape(parts)), self.new(2, plan.B, parts, plan.E)
         u, y = self.arguments.u, self.arguments.y
         ungated = torch.empty_like(dout)
         self.run(plan.ungate, y=ungated)
-        self.run(plan.adjoint, u=ungated, adjoint=adjoint, sums=sums)
-        self.run(plan.pass_states[1])
+        self.set(u=ungated, adjoint=adjoint, sums=sums)
+        if exchange is None:
+            self.run(plan.adjoint)
+        else:
+            ends, whole = plan.part[1]
+            self.run(ends)
+            self.run(whole)
+            self.set_aligned(start=exchange(self.end))
+        if plan.side_by_side:
+            self.run(plan.pass_states[1])
         self.set(u=u, y=y)
         return adjoint
 
@@ -163,25 +205,35 @@ def _project(u, weight):
     return torch.bmm(rows, weight.transpose(1, 2)).view(*u.shape[:3], -1)
 
 
-def _forward(xz, conv_w, conv_b, x_proj_weight, dt_w, dt_b, A_log, D, visits, structure, for_backward):
+def _forward(
+    xz, conv_w, conv_b, x_proj_weight, dt_w, dt_b, A_log, D, visits, before, start, structure, for_backward,
+    exchange=None,
+):  # fmt: skip
     """
-    The gated mean of both directions (B, L, E), the small projection, and what is kept for the backward pass: nothing
+    The gated mean of both directions (B, L, E), the small projection; what is kept for the backward pass: nothing
     (`for_backward` 0), the states at the borders of chunks (1), or the state before every 8 tokens and the
-    convolution's output, unless an order has put the scan's in its place (2).
+    convolution's output, unless an order has put the scan's in its place (2); and the state that it ends with, if it
+    began with one. With `exchange`, see `selective_scan.partial_selective_scan`, that is what gives `start`.
     """
-    call = _Call(xz, conv_w, conv_b, dt_w, dt_b, A_log, D, visits, structure)
-    plan = call.plan
+    call = _Call(xz, conv_w, conv_b, dt_w, dt_b, A_log, D, visits, structure, before)
+    plan, after = call.plan, None
     _check_memory(plan)
     out = call.new(plan.B, plan.L, plan.E, dtype=plan.dtype)
+    if plan.stateful:
+        after = call.new(*before.shape, dtype=plan.dtype)
+        call.set(after=after)
+        call.begin_with(start)
     u = call.convolve()
     proj = _project(u, x_proj_weight)
     call.set(proj=proj, out=out)
     scan, states = plan.scan[for_backward], None
-    if plan.side_by_side:
-        states, sums = call.chunk_states(scan.options["JOINED"])  # kept until the scan is queued
-    elif for_backward == 1 and plan.chunks > 1:
-        states = call.new(*plan.state_shape(plan.chunks))
-        call.set(states=states)
+    if plan.side_by_side or exchange is not None:
+        states, sums = call.chunk_states(scan.options["JOINED"], exchange)  # kept until the scan is queued
+    if for_backward == 1 and not plan.side_by_side:
+        states = None
+        if plan.kept_states:
+            states = call.new(*plan.state_shape(plan.kept_states))
+            call.set(states=states)
     kept = states if for_backward else None
     if for_backward == 2:
         kept = call.new(*plan.state_shape(-(-plan.L // 8)), dtype=plan.dtype)
@@ -189,7 +241,7 @@ def _forward(xz, conv_w, conv_b, x_proj_weight, dt_w, dt_b, A_log, D, visits, st
     call.run(scan)
     if plan.ordered:
         call.run(plan.gate)
-    return out, proj, kept, u if for_backward == 2 and not plan.ordered else None
+    return out, proj, kept, u if for_backward == 2 and not plan.ordered else None, after, call.end
 
 
 def _check_memory(plan):
@@ -219,39 +271,46 @@ def _scan_op(
     D: torch.Tensor,
     out_proj_weight: torch.Tensor | None,
     visits: torch.Tensor | None,
+    before: torch.Tensor | None,
+    start: torch.Tensor | None,
     structure: list[int],
     for_backward: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
     with _on(xz):
-        out, proj, states, u = _forward(xz, *parameters, visits, structure, for_backward)
+        found = _forward(xz, *parameters, visits, before, start, structure, for_backward)
+        out, proj, *rest = found
         if out_proj_weight is not None:
             out = torch.nn.functional.linear(out, out_proj_weight)
-    if states is None:
-        states = xz.new_empty(0, dtype=torch.float32)
-    return out, proj, states, xz.new_empty(0) if u is None else u
+    types = torch.float32, xz.dtype, xz.dtype, torch.float32
+    rest = [xz.new_empty(0, dtype=t) if r is None else r for r, t in zip(rest, types, strict=True)]
+    return out, proj, *rest
 
 
 @_scan_op.register_fake
 def _(xz, *rest):
-    _, _, x_proj_weight, _, _, A_log, _, out_proj_weight, visits, _, for_backward = rest
+    _, _, x_proj_weight, _, _, A_log, _, out_proj_weight, visits, before, start, _, for_backward = rest
     batch, length, channels = xz.shape[0], xz.shape[1], xz.shape[2] // 2
     outputs = channels if out_proj_weight is None else out_proj_weight.shape[0]
     side_by_side, _, chunks, _ = split_length(batch, length, channels, multiprocessors_of(xz.device), TURN_TOKENS)
-    parts = chunks if side_by_side or chunks > 1 else 0
-    parts = (0, parts, -(-length // 8))[for_backward]
+    parts = (0, kept_states(side_by_side, chunks, before is not None), -(-length // 8))[for_backward]
     states = state_shape(batch, parts, channels, A_log.shape[2]) if parts else (0,)
+    after, end = (0, 0) if before is None else (before.shape, start.shape)
     return (
         xz.new_empty(batch, length, outputs),
         xz.new_empty(2, batch, length, x_proj_weight.shape[1]),
         xz.new_empty(states, dtype=xz.dtype if for_backward == 2 else torch.float32),
         xz.new_empty((2, batch, length, channels) if for_backward == 2 and visits is None else 0),
+        xz.new_empty(after),
+        xz.new_empty(end, dtype=torch.float32),
     )
 
 
 @torch.library.custom_op(f"{NAMESPACE}::bidirectional_scan_cuda_backward", mutates_args=())
 def _backward_op(
     dout: torch.Tensor,
+    d_after: torch.Tensor | None,
+    d_end: torch.Tensor | None,
     xz: torch.Tensor,
     conv_weight: torch.Tensor,
     conv_bias: torch.Tensor,
@@ -262,60 +321,80 @@ def _backward_op(
     D: torch.Tensor,
     out_proj_weight: torch.Tensor | None,
     visits: torch.Tensor | None,
+    before: torch.Tensor | None,
     proj: torch.Tensor,
     states: torch.Tensor,
     u: torch.Tensor,
     structure: list[int],
     kept: bool,
 ) -> list[torch.Tensor]:
-    dxz = torch.empty_like(xz)
-    dout = dout.contiguous()
-    if dout.data_ptr() % 16:
-        dout = dout.clone()
+    parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
     with _on(xz):
-        call = _Call(xz, conv_weight, conv_bias, dt_proj_weight, dt_proj_bias, A_log, D, visits, structure)
-        plan = call.plan
-        B, E, R, N, K = plan.B, plan.E, plan.R, plan.N, plan.K
-        dprojected, y = dout, None
-        if out_proj_weight is not None:
-            dout = dprojected @ out_proj_weight
-        if out_proj_weight is not None or plan.ordered:
-            y = torch.empty_like(dout)
-            call.set(y=y)
-        if not (kept and visits is None):
-            u = call.convolve()
-        du, dproj = torch.empty_like(u), torch.empty_like(proj)
-        call.set(u=u, proj=proj, dout=dout, out=dxz, du=du, states=states)
-        if plan.exact:
-            ddelta = torch.empty_like(u)
-            call.set(ddelta=ddelta)
-            dA, d_skip, d_dt_bias, _ = _walk_back(call, dout, dproj[..., R:], states if kept else None)
-            ddelta, rows = ddelta.view(2, -1, E), dproj.view(2, -1, R + 2 * N)
-            torch.bmm(ddelta, dt_proj_weight.to(xz.dtype), out=rows[..., :R])
-            d_dt_weight = torch.bmm(ddelta.transpose(1, 2), proj.view(2, -1, R + 2 * N)[..., :R])
-        else:
-            dA, d_skip, d_dt_bias, d_dt_weight = _walk_back(call, dout, dproj, states if kept else None)
-        u, du, dproj = u.view(2, -1, E), du.view(2, -1, E), dproj.view(2, -1, R + 2 * N)
-        d_x_weight = torch.bmm(dproj.transpose(1, 2), u)
-        if plan.conv_takes_projection:
-            x_proj_weight = x_proj_weight.contiguous()
-            call.set(x_w=x_proj_weight, dproj=dproj)
-        else:
-            du.baddbmm_(dproj, x_proj_weight)
-        dconv = call.new(B, plan.conv_backward[0].grid[1], 2, K + 1, E)
-        for launch in plan.conv_backward:
-            call.run(launch, dvec=dconv)
-        dconv = dconv.sum(dim=(0, 1))
-        gradients = [dconv[:, :K].transpose(1, 2), dconv[:, K], d_x_weight, d_dt_weight, d_dt_bias, dA, d_skip]
-        parameters = [conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D]
-        if out_proj_weight is not None:
-            gradients.append(dprojected.flatten(0, 1).T @ y.flatten(0, 1))
-            parameters.append(out_proj_weight)
+        return _gradients(
+            dout, d_after, d_end, xz, *parameters, out_proj_weight, visits, before, proj, states, u, structure, kept
+        )
+
+
+def _gradients(
+    dout, d_after, d_end, xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D,
+    out_proj_weight, visits, before, proj, states, u, structure, kept, exchange=None,
+):  # fmt: skip
+    """Of all floating-point arguments of the forward pass that are there, each of its argument's type."""
+    dxz = torch.empty_like(xz)
+    call = _Call(xz, conv_weight, conv_bias, dt_proj_weight, dt_proj_bias, A_log, D, visits, structure, before)
+    plan = call.plan
+    B, E, R, N, K = plan.B, plan.E, plan.R, plan.N, plan.K
+    dprojected, y = dout, None
+    if out_proj_weight is not None:
+        dout = dprojected @ out_proj_weight
+    dout = call.aligned(dout)
+    if out_proj_weight is not None or plan.ordered:
+        y = torch.empty_like(dout)
+        call.set(y=y)
+    if not (kept and visits is None):
+        u = call.convolve()
+    du, dproj = torch.empty_like(u), torch.empty_like(proj)
+    call.set(u=u, proj=proj, dout=dout, out=dxz, du=du, states=states)
+    if plan.stateful:
+        call.begin_with(d_end)
+        d_before = call.new(*before.shape, dtype=plan.dtype)
+    if plan.exact:
+        ddelta = torch.empty_like(u)
+        call.set(ddelta=ddelta)
+        dA, d_skip, d_dt_bias, _ = _walk_back(call, dout, dproj[..., R:], states if kept else None, exchange)
+        ddelta, rows = ddelta.view(2, -1, E), dproj.view(2, -1, R + 2 * N)
+        torch.bmm(ddelta, dt_proj_weight.to(xz.dtype), out=rows[..., :R])
+        d_dt_weight = torch.bmm(ddelta.transpose(1, 2), proj.view(2, -1, R + 2 * N)[..., :R])
+    else:
+        dA, d_skip, d_dt_bias, d_dt_weight = _walk_back(call, dout, dproj, states if kept else None, exchange)
+    u, du, dproj = u.view(2, -1, E), du.view(2, -1, E), dproj.view(2, -1, R + 2 * N)
+    d_x_weight = torch.bmm(dproj.transpose(1, 2), u)
+    if plan.conv_takes_projection:
+        x_proj_weight = x_proj_weight.contiguous()
+        call.set(x_w=x_proj_weight, dproj=dproj)
+    else:
+        du.baddbmm_(dproj, x_proj_weight)
+    dconv = call.new(B, plan.conv_backward[0].grid[1], 2, K + 1, E)
+    if plan.stateful:
+        call.set(after=d_before)
+    for launch in plan.conv_backward:
+        call.run(launch, dvec=dconv)
+    dconv = dconv.sum(dim=(0, 1))
+    gradients = [dxz, dconv[:, :K].transpose(1, 2), dconv[:, K], d_x_weight, d_dt_weight, d_dt_bias, dA, d_skip]
+    types = [t.dtype for t in (xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)]
+    if out_proj_weight is not None:
+        gradients.append(dprojected.flatten(0, 1).T @ y.flatten(0, 1))
+        types.append(out_proj_weight.dtype)
+    if plan.stateful:
+        if d_after is not None:
+            add_gradient_of_inputs_after(d_after, visits, dxz, d_before)
+        gradients += [d_before, call.end]
+        types += [before.dtype, torch.float32]
     # The outputs of an operator may not share memory: what does is not contiguous here.
-    return [dxz, *(g.contiguous().to(p.dtype) for g, p in zip(gradients, parameters, strict=True))]
+    return [g.contiguous().to(t) for g, t in zip(gradients, types, strict=True)]
 
 
-def _walk_back(call, dout, dproj, sub):
+def _walk_back(call, dout, dproj, sub, exchange):
     """
     Writes `out`, `du` and `y` of the call, and into `dproj` (2, B, L, R + 2N) the gradients of the projection. In
     float32, `dproj` are those of B and C alone (2, B, L, 2N), and `ddelta` is written.
@@ -328,7 +407,10 @@ def _walk_back(call, dout, dproj, sub):
     kept, turns, backward = sub is not None, plan.turns, plan.backward
     if kept:
         turns, places, backward = 1, L, plan.backward_of_kept
-    adjoint = call.chunk_adjoints(dout) if plan.side_by_side else call.new(*plan.state_shape(1))
+    if plan.side_by_side or exchange is not None:
+        adjoint = call.chunk_adjoints(dout, exchange)
+    else:
+        adjoint = call.new(*plan.state_shape(1))
     walks = plan.chunks if plan.side_by_side else turns
     if not kept:
         sub = call.new(*plan.state_shape(-(-places // 8)), dtype=plan.dtype)
@@ -364,32 +446,44 @@ def _walk_back(call, dout, dproj, sub):
 
 
 @_backward_op.register_fake
-def _(dout, xz, *rest):
-    *parameters, _, _, _, _, _, _ = rest  # visits, proj, states, u, structure, kept
+def _(dout, d_after, d_end, xz, *rest):
+    *parameters, _, before, _, _, _, _, _ = rest  # visits, before, proj, states, u, structure, kept
+    A_log = parameters[5]
     tensors = [xz, *(p for p in parameters if p is not None)]
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
+    gradients = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
+    if before is not None:
+        start = (2, before.shape[1], *A_log.shape[1:])
+        gradients += [before.new_empty(before.shape), before.new_empty(start, dtype=torch.float32)]
+    return gradients
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.structure, ctx.for_backward = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
+    *tensors, _, ctx.structure, ctx.for_backward = inputs
+    ctx.save_for_backward(*tensors, *output[1:4])
     ctx.set_materialize_grads(False)  # nobody wants those of what is kept, which are as large
 
 
-def _backward(ctx, dout, *_):
-    *inputs, out_proj_weight, visits, proj, states, u = ctx.saved_tensors
-    gradients = _backward_op(
-        dout, *inputs, out_proj_weight, visits, proj, states, u, ctx.structure, ctx.for_backward == 2
-    )
-    return *gradients, *([None] if out_proj_weight is None else []), None, None, None
+def _backward(ctx, dout, _, __, ___, d_after, d_end):
+    *inputs, out_proj_weight, visits, before, proj, states, u = ctx.saved_tensors
+    xz = inputs[0]
+    if dout is None:
+        dout = xz.new_zeros(*xz.shape[:2], xz.shape[2] // 2 if out_proj_weight is None else out_proj_weight.shape[0])
+    if before is None:  # without a state, their outputs are empty
+        d_after = d_end = None
+    rest = (out_proj_weight, visits, before, proj, states, u, ctx.structure, ctx.for_backward == 2)
+    gradients = _backward_op(dout, d_after, d_end, *inputs, *rest)
+    of_inputs, others = gradients[:8], gradients[8:]
+    of_projection = others.pop(0) if out_proj_weight is not None else None
+    return *of_inputs, of_projection, None, *(others or (None, None)), None, None
 
 
 _scan_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def bidirectional_selective_scan(
-    xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, order=None, out_proj_weight=None
-):
+    xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, order=None,
+    out_proj_weight=None, state=None,
+):  # fmt: skip
     """See `selective_scan.bidirectional_selective_scan`; the backward pass makes the input of `out_proj` again."""
     if A_log.is_complex():
         raise ValueError("The scan backend 'cuda' takes a real `A_log`, got a complex one")
@@ -397,13 +491,18 @@ def bidirectional_selective_scan(
         x_proj_weight = x_proj_weight.to(xz.dtype)
     parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
     visits, structure = (None, [0, 1, -1]) if order is None else (order.visits, _structure(order))
-    if out_proj_weight is None and nobody_looks_on((xz, *parameters)):
+    before, start = (None, None) if state is None else state
+    if out_proj_weight is None and nobody_looks_on((xz, *parameters, *(state or ()))):
         with _on(xz) if _must_switch(xz) else contextlib.nullcontext():
-            return _forward(xz.contiguous(), *parameters, visits, structure, 0)[0]
-    if out_proj_weight is not None:
-        out_proj_weight = out_proj_weight.to(xz.dtype)
-    keep = (2 if KEEP_STATES else 1) if torch.is_grad_enabled() else 0
-    return _scan_op(xz.contiguous(), *parameters, out_proj_weight, visits, structure, keep)[0]
+            out, _, _, _, *after = _forward(xz.contiguous(), *parameters, visits, before, start, structure, 0)
+    else:
+        if out_proj_weight is not None:
+            out_proj_weight = out_proj_weight.to(xz.dtype)
+        keep = (2 if KEEP_STATES else 1) if torch.is_grad_enabled() else 0
+        out, _, _, _, *after = _scan_op(
+            xz.contiguous(), *parameters, out_proj_weight, visits, before, start, structure, keep
+        )
+    return out if state is None else (out, tuple(after))
 
 
 def _must_switch(xz):

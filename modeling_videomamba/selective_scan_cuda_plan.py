@@ -19,7 +19,9 @@ CONV_BACKWARD_THREADS = source_constant("CONV_BACKWARD_THREADS")
 CONV_RUNS, CONV_STAGES, CONV_BACKWARD_BLOCKS = (
     source_constant(name, "convolution.cu") for name in ("RUNS", "STAGES", "CONV_BACKWARD_BLOCKS")
 )
+WHOLE_PART = source_constant("WHOLE_PART")
 ELEMENTWISE_THREADS = 256
+ELEMENTWISE = "gate", "ungate", "gate_backward"  # a thread for four channels of a token
 JOINED_CHUNKS = 20  # so few chunks a scan passes states between by itself
 
 
@@ -34,13 +36,17 @@ class ScanPlan:
         aligned (`bool`): whether `xz` begins at a multiple of 16 bytes.
         ordered (`bool`): whether the backward direction follows another order than the full reversal.
         tf32 (`bool`): whether the tensor cores' precision is enough for float32.
+        stateful (`bool`): whether the directions begin with a state.
         parameters: shape, type and device of the convolution's weight and bias, dt_proj's weight and bias, A_log, D.
     """
 
-    def __init__(self, device, multiprocessors, turn_tokens, dtype, shape, aligned, ordered, tf32, parameters):
+    def __init__(
+        self, device, multiprocessors, turn_tokens, dtype, shape, aligned, ordered, tf32, stateful, parameters
+    ):
         self.device, self.multiprocessors, self.dtype, self.ordered = device, multiprocessors, dtype, ordered
         self.B, self.L, self.E = shape[0], shape[1], shape[2] // 2
         self.R, self.N, self.K = parameters[2][0][-1], parameters[4][0][-1], parameters[0][0][-1]
+        self.stateful = stateful
         self.tf32 = tf32 and dtype == torch.float32
         self.exact = dtype == torch.float32  # of the backward pass
         # A kernel does not look where its pointers lead.
@@ -72,7 +78,10 @@ class ScanPlan:
 
     def launch(self, name, grid, threads, shared=0, options=None, **numbers):
         numbers = {"chunk": self.chunk, "chunks": self.chunks, "turn": -1, "span": 1, "mode": 0, "kept": 0, **numbers}
-        return Launch(name, {**self.options, **(options or {})}, grid, threads, shared, self.device, numbers)
+        options = {**self.options, **(options or {})}
+        if self.stateful and name not in ELEMENTWISE:
+            options["STATEFUL"] = 1
+        return Launch(name, options, grid, threads, shared, self.device, numbers)
 
     def walk(self, name, side_by_side=1, joined=False, keep=False, **numbers):
         """Launch of a kernel whose warps walk over the sequence, or over chunks of it `side_by_side`."""
@@ -108,6 +117,11 @@ class ScanPlan:
         """Launch of a kernel with a thread for four channels of a token."""
         threads = self.B * self.L * -(-self.E // 4)
         return self.launch(name, (-(-threads // ELEMENTWISE_THREADS), 1, 1), ELEMENTWISE_THREADS)
+
+    @functools.cached_property
+    def kept_states(self):
+        """How many states at the borders of chunks the forward pass keeps for the backward pass."""
+        return kept_states(self.side_by_side, self.chunks, self.stateful)
 
     def state_shape(self, parts):
         return state_shape(self.B, parts, self.E, self.N)
@@ -159,6 +173,21 @@ class ScanPlan:
         return [self.launch("pass_states", (-(-size // 128), self.B, 2), 128, mode=mode) for mode in (0, 1)]
 
     @functools.cached_property
+    def part(self):
+        """
+        Launches for what a part of a sequence ends with from zero, if other parts are elsewhere: those of its chunks,
+        and what follows from these; then the same of adjoint states.
+        """
+        numbers = {} if self.side_by_side else self.whole
+        return [
+            (
+                self.walk(name, mode=WHOLE_PART, **self.whole),
+                self.pass_states[adjoint].at(mode=adjoint | WHOLE_PART, **numbers),
+            )
+            for adjoint, name in enumerate(("ends", "adjoint"))
+        ]
+
+    @functools.cached_property
     def whole(self):
         """How a walk goes that takes all chunks in one launch: side by side, or as one."""
         if self.side_by_side:
@@ -169,7 +198,7 @@ class ScanPlan:
     def scan(self):
         """The forward scan, by what it keeps for the backward pass: see `_forward`."""
         joined = self.side_by_side and self.chunks <= JOINED_CHUNKS
-        kept = 0 if self.side_by_side or self.chunks == 1 else self.chunk
+        kept = 0 if self.side_by_side or not self.kept_states else self.chunk
         options = {"joined": joined}, {"kept": kept}, {"keep": True}
         return [self.walk("scan", **self.whole, **own) for own in options]
 
@@ -212,6 +241,11 @@ scan_plan = functools.lru_cache(maxsize=256)(ScanPlan)
 def state_shape(batch, parts, channels, states):
     """States as the lanes hold them, see `fragment` in csrc/walk.cuh."""
     return 2, batch, parts, -(-channels // 16), -(-states // 8), 32, 4
+
+
+def kept_states(side_by_side, chunks, stateful):
+    """States at the borders of chunks; of one chunk, the first is not zero if the directions begin with a state."""
+    return chunks if side_by_side or chunks > 1 or stateful else 0
 
 
 def _rows(batch, channels):

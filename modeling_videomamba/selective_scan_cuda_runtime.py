@@ -214,7 +214,7 @@ class KernelArguments(ctypes.Structure):
         *((name, ctypes.c_int) for name in "B L mode chunk chunks turn span kept".split()),
         *((name, ctypes.c_int) for name in "reversal frames frame class_token".split()),
         ("frame_inverse", ctypes.c_uint32),
-        *((name, ctypes.c_void_p) for name in "x_w dproj".split()),
+        *((name, ctypes.c_void_p) for name in "x_w dproj start end total before after".split()),
     ]
 
 

@@ -37,6 +37,21 @@ DEV int token_at(const Args &p, int dir, int place) {
     // Looked up: all threads of a block want the same, and to work it out takes as long as the convolution.
     return ORDERED && dir && place >= 0 && place < p.L ? (int)p.order[place] : place;
 }
+// With a state: where the input lies that a direction visited so many steps before the first one.
+template <typename T> DEV T *earlier(T *rows, const Args &p, int dir, int b, int channel, int steps) {
+    return rows + (((size_t)dir * p.B + b) * HALO + HALO - steps) * CHANNELS + channel;
+}
+// Which direction came by a place outside of the sequence, and how many steps before its first. Unless there is an order,
+// both go along in one walk, the second from its other end.
+DEV int direction_outside(int dir, int place) { return ORDERED ? dir : place >= 0; }
+DEV int steps_outside(const Args &p, int place) { return place < 0 ? -place : place - p.L + 1; }
+// The input at a place of a walk of direction `dir`, of which the one inside of the sequence lies at `inside`.
+DEV few_t load_input(const Args &p, const io_t *inside, int dir, int b, int channel, int place) {
+    if (place >= 0 && place < p.L) return load_few(inside, true);
+    const int steps = steps_outside(p, place);
+    const bool exists = STATEFUL && steps <= HALO && !(ORDERED && place >= 0);
+    return load_few(exists ? earlier(p.before, p, direction_outside(dir, place), b, channel, steps) : inside, exists);
+}
 struct Taps {
     float weight[WALKED][K][CV], bias[WALKED][CV];
 
@@ -90,7 +105,8 @@ extern "C" __global__ void __launch_bounds__(CONV_THREADS, !IO ? 12 : ORDERED ? 
     // next.
     int token_ahead[K], token_after[K];
     auto load = [&](int i, int token, bool exists) {
-        return load_few(ORDERED ? x + (long long)token * 2 * CHANNELS : x_now + i * 2 * CHANNELS, exists);
+        const io_t *at = ORDERED ? x + (long long)token * 2 * CHANNELS : x_now + i * 2 * CHANNELS;
+        return STATEFUL ? load_input(p, at, dir, b, channel, start + done + i) : load_few(at, exists);
     };
 #pragma unroll
     for (int k = 0; k < HALO; k++)
@@ -122,6 +138,14 @@ extern "C" __global__ void __launch_bounds__(CONV_THREADS, !IO ? 12 : ORDERED ? 
         }
         x_now += K * 2 * CHANNELS, u_now += K * CHANNELS;
     }
+    if (STATEFUL && p.after && start + RUN >= p.L)  // the last run
+#pragma unroll
+        for (int d = 0; d < WALKED; d++)
+            for (int back = 1; back <= HALO; back++) {
+                const int step = p.L - back, place = ORDERED || !d ? step : back - 1;
+                const io_t *at = x + (long long)(step < 0 ? 0 : token_at(p, dir, place)) * 2 * CHANNELS;
+                *(few_t *)earlier(p.after, p, dir + d, b, channel, back) = load_input(p, at, dir, b, channel, place);
+            }
 }
 #endif
 
@@ -200,11 +224,15 @@ extern "C" __global__ void __launch_bounds__(CONV_THREADS, IO ? 10 : 7) conv_bac
     few_t ahead[K], du_ahead[WALKED][K];  // the next K inputs and gradients are under way while these are used
     // From the place `start` + `done` on: the outputs that this run's inputs go into, and this run's own.
     int done = -HALO, outputs = min(p.L - start, RUN + HALO) + HALO, own = min(p.L - start, RUN) + HALO;
+    // With a state, the first run also has the inputs before the sequence, and the last those after it.
+    const int first = STATEFUL && start == 0 ? 0 : HALO, more = STATEFUL && !ORDERED && start + RUN >= p.L ? HALO : 0;
     // How far a token lies from where the pointers are, in tokens.
     auto away = [&](int i) { return ORDERED ? token_at(p, dir, start + done + i) - start - done : i; };
     auto load = [&](int i) {
         const int j = i % K, token = away(i);
-        ahead[j] = load_few(x_now + (long long)token * 2 * CHANNELS, outputs > i && (i >= K || start + done + i >= 0));
+        const io_t *at = x_now + (long long)token * 2 * CHANNELS;
+        ahead[j] = STATEFUL ? load_input(p, at, dir, b, channel, start + done + i)
+                            : load_few(at, outputs > i && (i >= K || start + done + i >= 0));
 #pragma unroll
         for (int d = 0; d < WALKED; d++) {
             bool exists = (d ? own > i - HALO && start + done + i >= HALO : outputs > i) && (i >= K || done + i >= 0);
@@ -214,7 +242,7 @@ extern "C" __global__ void __launch_bounds__(CONV_THREADS, IO ? 10 : 7) conv_bac
 #pragma unroll
     for (int j = 0; j < K; j++) load(j);
 #pragma unroll 1
-    for (; own > -HALO; done += K, outputs -= K, own -= K) {
+    for (; own > -HALO - more; done += K, outputs -= K, own -= K) {
 #pragma unroll
         for (int j = 0; j < K; j++) {
             float du[WALKED][CV];
@@ -223,10 +251,13 @@ extern "C" __global__ void __launch_bounds__(CONV_THREADS, IO ? 10 : 7) conv_bac
             for (int d = 0; d < WALKED; d++) unpack(du[d], du_ahead[d][j]);
             load(K + j);
             found.add(taps, j, du, own > j, done >= HALO - j);
-            if (done < HALO - j || own <= j - HALO) continue;
+            if (done < first - j || own <= j - HALO - more) continue;
             float dx[CV];
             io_t *to = dx_now + (long long)away(j - HALO) * 2 * CHANNELS;
-            unpack(dx, load_few(to, ORDERED && p.mode == 2));
+            const int place = start + done + j - HALO;
+            const bool outside = STATEFUL && (place < 0 || place >= p.L);
+            if (outside) to = earlier(p.after, p, direction_outside(dir, place), b, channel, steps_outside(p, place));
+            unpack(dx, load_few(to, ORDERED && p.mode == 2 && !outside));
             found.of_input(dx, taps, j);
             store_few(to, dx);
         }
@@ -267,12 +298,13 @@ struct Copies {
     static const int LANES = BLOCK_CHANNELS / 8, PIECE = PROJ % 8 == 0 ? 8 : PROJ % 4 == 0 ? 4 : 2;
     const io_t *x, *du, *dproj;
     int start, place, last;  // of the run; of the newest input in the next stage; of direction 1's gradients
+    int channel;
     int to, to_dproj;
     bool exists;
 
     __device__ __forceinline__ Copies(const Args &p, int begin) {
         const int row = threadIdx.x / LANES, lane = threadIdx.x % LANES, run = row / K, token = row % K;
-        const int channel = blockIdx.x * BLOCK_CHANNELS + lane * 8;
+        channel = blockIdx.x * BLOCK_CHANNELS + lane * 8;
         start = begin + run * p.chunk, place = start - HALO + token, last = min(start + p.chunk, p.L) + HALO;
         const long long at = (long long)blockIdx.z * p.L + place;
         x = p.xz + at * 2 * CHANNELS + channel, du = p.du + at * CHANNELS + channel;
@@ -283,7 +315,13 @@ struct Copies {
     }
     // Into a stage. Direction 1's gradients are at the oldest input. Those that only neighbouring runs need stay away.
     __device__ __forceinline__ void next(const Args &p, io_t *stage) {
-        copy_async<16>(stage + to, x, exists && place >= 0 && place < p.L);
+        const bool inside = place >= 0 && place < p.L;
+        if (STATEFUL && !inside) {
+            const int steps = steps_outside(p, place);
+            const bool some = exists && steps <= HALO;
+            const io_t *at = earlier(p.before, p, direction_outside(0, place), blockIdx.z, channel, steps);
+            copy_async<16>(stage + to, some ? at : p.before, some);
+        } else copy_async<16>(stage + to, x, exists && inside);
         const long long tokens = (long long)p.B * p.L - HALO;
 #pragma unroll
         for (int d = 0; d < 2; d++) {
@@ -345,7 +383,7 @@ extern "C" __global__ void __launch_bounds__(CONV_BACKWARD_THREADS, CONV_BACKWAR
     const int begin = blockIdx.y * RUNS * p.chunk, start = begin + q * p.chunk;
     const int channel = blockIdx.x * BLOCK_CHANNELS + in_block, some_channel = min(channel, CHANNELS - 2);
     // The first run is the longest.
-    const int count = (min(p.chunk, p.L - begin) + 2 * HALO + K - 1) / K;
+    const int count = (min(p.chunk, p.L - begin) + (STATEFUL ? 3 : 2) * HALO + K - 1) / K;
     Copies copies(p, begin);
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) {
@@ -357,6 +395,9 @@ extern "C" __global__ void __launch_bounds__(CONV_BACKWARD_THREADS, CONV_BACKWAR
     Gradients found;
     // From the place `start` + `done` on, this run's own.
     int done = -HALO, own = (channel < CHANNELS ? min(p.L - start, p.chunk) : 0) + HALO;
+    // As in `conv_backward`: from where on, and how many more.
+    const bool exists = STATEFUL && channel < CHANNELS && start < p.L;
+    const int first = exists && start == 0 ? 0 : HALO, more = exists && start + p.chunk >= p.L ? HALO : 0;
     io_t *dx_now = p.out + ((long long)blockIdx.z * p.L + start - 2 * HALO) * 2 * CHANNELS + channel;
     const int mine = q * CHANNELS_RUN + in_block;
     const int column = RUNS * 3 * CHANNELS_RUN + (g >> 1) * PROJ_RUN + (g & 1) * PROJ_ROW;
@@ -385,7 +426,13 @@ extern "C" __global__ void __launch_bounds__(CONV_BACKWARD_THREADS, CONV_BACKWAR
                 found.add(taps, j, du, own > j, done >= HALO - j);
                 float dx[CV] = {};
                 found.of_input(dx, taps, j);
-                if (done >= HALO - j && own > j - HALO) store_few(dx_now, dx);
+                const int place = start + done + j - HALO;
+                io_t *to = dx_now;
+                if (STATEFUL && (place < 0 || place >= p.L)) {
+                    const int steps = steps_outside(p, place);
+                    to = earlier(p.after, p, direction_outside(0, place), blockIdx.z, channel, steps);
+                }
+                if (done >= first - j && own > j - HALO - more) store_few(to, dx);
             }
         }
     }
@@ -512,6 +559,9 @@ extern "C" __global__ void rms_norm(const NormArgs p) {
 #ifndef KEEP
 #define KEEP 0  // the scan keeps the state before every 8 tokens
 #endif
+#ifndef STATEFUL
+#define STATEFUL 0  // each direction begins with a state, and leaves the one it ends with
+#endif
 #ifndef RUN  // places a thread of the convolution takes; with the K - 1 it walks further, a multiple of K = 4
 #define RUN 61
 #endif
@@ -553,7 +603,7 @@ struct Args {
     float *adjoint, *da, *dvec, *d_dt_w;
     void *partial;  // gradients of the projection, from the channels of a thread block
     int B, L;
-    int mode;           // of `conv_backward` along an order: 1 + the direction; of `pass_states`: 1 for adjoint states
+    int mode;           // of `conv_backward` along an order: 1 + the direction; of others: `ADJOINTS`, `WHOLE_PART`
     int chunk, chunks;  // tokens in one, and how many; of `proj_conv_backward`: places that a lane takes
     int turn;           // -1: all chunks at once; otherwise they take turns, the last first: whose turn it is
     int span;           // chunks in a turn
@@ -564,7 +614,18 @@ struct Args {
     int class_token;          // index of a token that belongs to no frame; -1: none
     u32 frame_inverse;        // 2^32 / frame, rounded up: divides by multiplication
     const io_t *x_w, *dproj;  // of `proj_conv_backward`: x_proj_weight, and the gradient of the projection
+    // With a state: what the walk starts with and leaves, [dir][b][channel][state], and the inputs of the convolution
+    // before the first step and those after the last, [dir][b][K - 1][channel], the latest visited last. On the way back
+    // gradients: of what was left; of what it started with, and of `before`. `start` may be null, which is zero.
+    const float *start;
+    float *end, *total;  // total: with WHOLE_PART, sums of Δ, [dir][b][channel]
+    const io_t *before;
+    io_t *after;
 };
+// Bits of `mode`. Of `pass_states`: adjoint states. Of `ends`, `adjoint`: also of the chunk that is walked last; and of
+// `pass_states`: what the part ends with from zero, and nothing is passed yet.
+#define ADJOINTS 1
+#define WHOLE_PART 2
 #define SPATIAL 1   // frame by frame, each from its last token on
 #define TEMPORAL 2  // the last frame first, each from its first token on
 
@@ -882,8 +943,9 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
     extern __shared__ __align__(16) char shared[];
     Walk w = Walk::start(p, M);
     if (KIND == ADJOINT) w.reversed = !w.reversed;
-    // Nobody starts from where the last chunk ends.
-    if ((KIND == ENDS || KIND == ADJOINT) && w.chunk == (w.reversed ? 0 : p.chunks - 1)) return;
+    const bool walked_last = w.chunk == (w.reversed ? 0 : p.chunks - 1);
+    // Nobody here starts from where the last chunk ends.
+    if ((KIND == ENDS || KIND == ADJOINT) && walked_last && !(STATEFUL && p.mode & WHOLE_PART)) return;
     const bool meeting = KIND == SCAN && !ORDERED;
     if (KIND == STATES && w.tiles <= 0) return;
     if (w.channel >= CHANNELS) {
@@ -915,8 +977,9 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
             for (int e = 0; e < 4; e++) h[i][nt][e] = 0.f;
 #pragma unroll
     for (int s = 0; s < S; s++) total[s] = 0.f;
+    if (STATEFUL && KIND == SCAN && (JOINED || p.chunks == 1)) load_start<M, GROUPS>(h, p, w, first_group);
     if (JOINED && KIND == SCAN) join_chunks<M, GROUPS>(p, w, h, a, first_group, left);
-    else if (p.chunks > 1 && (KIND == SCAN || KIND == STATES))
+    else if ((KIND == SCAN && p.chunks > 1) || (KIND == STATES && (STATEFUL || p.chunks > 1)))
         load_states<M, GROUPS>(h, fragment<M>(p.states, p, w, p.chunks, w.chunk) + first_group * 128, w);
     // The next part of which the state before is stored, and where; SCAN: the place that this is at.
     const int way = w.reversed ? -1 : 1;
@@ -975,7 +1038,7 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
             sync_warp();
         }
         const io_t *proj = (io_t *)(mine + now), *u = (io_t *)(mine + now + PROJ_TILE);
-        step_size.apply(p, w, proj, delta);
+        step_size.apply(p, w, begin, proj, delta);
         w.sync();
         const int in_at = KIND == ADJOINT ? R + N : R;
         // Unrolled, the loop outgrows the instruction cache; rolled, it wants its addresses ready.
@@ -1114,6 +1177,7 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
         }
         sync_warp();
     }
+    if (STATEFUL && KIND == SCAN && walked_last) store_end<M, GROUPS>(h, p, w, first_group);
     if (KIND == ENDS || KIND == ADJOINT) {
         store_states<M, GROUPS>(fragment<M>(KIND == ADJOINT ? p.adjoint : p.states, p, w, p.chunks, w.chunk), h, w);
         if (q == 0)
@@ -1147,7 +1211,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) adjoint(c
 
 #ifdef PASS_STATES_KERNEL
 // Passes states between chunks: what each ends with, from zero, becomes what it starts with. A thread a state;
-// p.mode 1: p.adjoint instead of p.states, against the walk.
+// ADJOINTS: p.adjoint instead of p.states, against the walk. WHOLE_PART: they stay as they are, and what all end with
+// and the sums of Δ are written.
 extern "C" __global__ void pass_states(const Args p) {
     int blocks = (CHANNELS + 15) / 16;
     int i = blockIdx.x * blockDim.x + threadIdx.x, per = blocks * NT * 128;
@@ -1157,8 +1222,12 @@ extern "C" __global__ void pass_states(const Args p) {
     int channel = i / (128 * NT) * 16 + lane / 4 * 2 + (e >> 1), n = nt * 8 + 2 * (lane % 4) + (e & 1);
     const bool exists = channel < CHANNELS && n < N;  // others become zero
     float a = exists ? -expf(parameter(p.a_log, ((size_t)dir * CHANNELS + channel) * N + n)) * LOG2E : 0.f, h = 0.f;
-    bool down = (dir && !ORDERED) != (p.mode == 1);
-    float *states = (p.mode ? p.adjoint : p.states) + (size_t)(dir * p.B + b) * p.chunks * per + i;
+    const bool adjoints = STATEFUL ? p.mode & ADJOINTS : p.mode, whole = STATEFUL && p.mode & WHOLE_PART;
+    bool down = (dir && !ORDERED) != adjoints;
+    float *states = (adjoints ? p.adjoint : p.states) + (size_t)(dir * p.B + b) * p.chunks * per + i;
+    const size_t row = (size_t)(dir * p.B + b) * CHANNELS + channel;
+    float total = 0.f;
+    if (STATEFUL && !whole && exists && p.start) h = p.start[row * N + n];
     const float *sums = p.sums + (size_t)(dir * p.B + b) * p.chunks * CHANNELS + channel;
     // A few are asked for at once: one after the other, each would wait for memory.
     const int FEW = 16;
@@ -1169,16 +1238,22 @@ extern "C" __global__ void pass_states(const Args p) {
         for (int i = 0; i < FEW; i++) {
             const int k = first + i;
             const size_t chunk = chunk_at(k);
-            const bool wanted = exists && k + 1 < p.chunks;
+            const bool wanted = exists && k + !whole < p.chunks;
+            const float sum = wanted ? sums[chunk * CHANNELS] : 0.f;
             end[i] = wanted ? states[chunk * per] : 0.f;
-            factor[i] = wanted ? exp2f(a * sums[chunk * CHANNELS]) : 0.f;
+            factor[i] = wanted ? exp2f(a * sum) : whole;
+            total += sum;
         }
 #pragma unroll
         for (int i = 0; i < FEW; i++) {
             const int k = first + i;
-            if (k < p.chunks) states[chunk_at(k) * per] = h;
+            if (k < p.chunks && !whole) states[chunk_at(k) * per] = h;
             h = fmaf(h, factor[i], end[i]);
         }
+    }
+    if (whole && exists) {
+        p.end[row * N + n] = h;
+        if (n == 0 && p.total) p.total[row] = total;
     }
 }
 #endif
@@ -1365,7 +1440,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
 #pragma unroll
         for (int e = 0; e < 4; e++) lambda[nt][e] = da[0][nt][e] = 0.f;
     auto passed = [&] { return fragment<1>(p.adjoint, p, w, p.turn < 0 ? p.chunks : 1, p.turn < 0 ? w.chunk : 0); };
-    if (p.chunks > 1 && p.turn != 0) load_states<1, NT>(states, passed(), w);
+    if (STATEFUL && (p.chunks == 1 || p.turn == 0)) load_start<1, NT>(states, p, w);
+    else if (p.chunks > 1 && p.turn != 0) load_states<1, NT>(states, passed(), w);
     auto fetch_states = [&](int part) {
         if (part * 8 >= p.L) return;
         const kept_t *from = fragment<1>(p.sub, p, w, sub_parts(p), part - w.base / 8);
@@ -1449,7 +1525,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
         char *stage = mine + (i & 1) * STAGE;
         const io_t *proj = (io_t *)(ours + (i & 1) * PROJ_TILE), *u = (io_t *)stage;
         const io_t *dout = u + TILE * 16, *z = dout + TILE * 16;
-        step_size.apply(p, w, proj, delta);
+        step_size.apply(p, w, begin, proj, delta);
         sync_warp();
 #pragma unroll
         for (int k = 0; k < 2; k++) {
@@ -1740,6 +1816,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
         for (int e = 0; e < 4; e++) da[0][nt][e] *= a[0][nt][e] * LN2;
     store_states<1, NT>(fragment<1>(p.da, p, w, p.chunks, w.chunk), da, w);
     if (p.turn >= 0) store_states<1, NT>(passed(), states, w);
+    if (STATEFUL && w.chunk == (w.reversed ? p.chunks - 1 : 0)) store_end<1, NT>(states, p, w);
     float d_skip[4], d_bias[4];
     load_vector<4>(d_skip, d_skip_at);
     load_vector<4>(d_bias, d_bias_at);
@@ -2158,8 +2235,10 @@ template <int M> struct StepSize {
     }
     // Δ of a tile: softplus(time_step dt_proj' + bias), into delta[t][channel]. Steps past the end get a Δ too; their
     // inputs and the gradients that come back to them are zero.
-    // If the warp is split, half of the channels in each.
-    __device__ __forceinline__ void apply(const Args &p, const Walk &w, const io_t *proj, float *delta) const {
+    // If the warp is split, half of the channels in each. With a state, which they would change, steps past the end get
+    // zero.
+    __device__ __forceinline__ void apply(const Args &p, const Walk &w, int begin, const io_t *proj,
+                                          float *delta) const {
         const int LD = 16 * M + 4, S = 2 * M;
         const int g = w.g, q = w.q, COUNT = S / (SPLIT + 1), first = w.half * COUNT;  // slots of channels
         float acc[COUNT][4];
@@ -2220,10 +2299,11 @@ template <int M> struct StepSize {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float v[2 * S], *to = delta + (g + 8 * half) * LD + 2 * q * S + first;
+            const bool past = STATEFUL && w.place(begin, g + 8 * half) >= w.last;
 #pragma unroll
             for (int s = 0; s < COUNT; s++)
 #pragma unroll
-                for (int e = 0; e < 2; e++) v[e * S + s] = softplus(acc[s][2 * half + e]);
+                for (int e = 0; e < 2; e++) v[e * S + s] = past ? 0.f : softplus(acc[s][2 * half + e]);
             if (!SPLIT) store_vector<2 * S>(to, v);
             else
                 for (int s = 0; s < COUNT; s++) to[s] = v[s], to[S + s] = v[S + s];
@@ -2265,6 +2345,36 @@ template <int M, int COUNT> DEV void store_states(float *to, const float h[M][CO
     for (int i = 0; i < M; i++)
 #pragma unroll
         for (int nt = 0; nt < COUNT; nt++) store_vector<4>(to + nt * 128 + i * 16, h[i][nt]);
+}
+// What the walk starts with, and leaves: `Args`.
+template <int M, int COUNT> DEV size_t place_of_state(const Args &p, const Walk &w, int first, int i, int nt, int e) {
+    const int channel = w.channel + w.g * 2 * M + 2 * i + (e >> 1), n = (first + nt) * 8 + 2 * w.q + (e & 1);
+    const bool exists = channel < CHANNELS && n < N;
+    return exists ? ((size_t)(w.dir * p.B + w.b) * CHANNELS + channel) * N + n : ~(size_t)0;
+}
+template <int M, int COUNT> DEV void load_start(float h[M][COUNT][4], const Args &p, const Walk &w, int first = 0) {
+    if (!p.start) return;
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+        for (int nt = 0; nt < COUNT; nt++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const size_t at = place_of_state<M, COUNT>(p, w, first, i, nt, e);
+                h[i][nt][e] = ~at ? p.start[at] : 0.f;
+            }
+}
+template <int M, int COUNT>
+DEV void store_end(const float h[M][COUNT][4], const Args &p, const Walk &w, int first = 0) {
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+        for (int nt = 0; nt < COUNT; nt++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const size_t at = place_of_state<M, COUNT>(p, w, first, i, nt, e);
+                if (~at) p.end[at] = h[i][nt][e];
+            }
 }
 template <int M, int COUNT> DEV void keep_states(kept_t *to, const float h[M][COUNT][4], const Walk &w) {
     if (M > 1 && w.channel + w.g * M / 8 * 16 >= CHANNELS) return;

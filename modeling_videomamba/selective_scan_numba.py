@@ -32,6 +32,7 @@ from .selective_scan_numba_kernels import (
     scan_backward,
 )
 from .selective_scan_operators import NAMESPACE
+from .selective_scan_torch import add_gradient_of_inputs_after
 
 
 logger = logging.get_logger(__name__)
@@ -198,15 +199,6 @@ def _inputs_after(xz, before, visits):
     return torch.cat([before[:, :, length:], torch.stack(latest)], dim=2)
 
 
-def _add_gradient_of_inputs_after(d_after, visits, d_xz, d_before):
-    """Backward of `_inputs_after`."""
-    length, count = visits.shape[1], d_before.shape[2]
-    kept = max(0, count - length)  # of `before`
-    d_before[:, :, length:] += d_after[:, :, :kept]
-    for tokens, gradient in zip(visits[:, max(0, length - count) :], d_after[:, :, kept:], strict=True):
-        d_xz[:, tokens, : d_xz.shape[2] // 2] += gradient
-
-
 def _by_clip(tensor, batch, dtype=torch.float32):
     """A tensor of a state, (2, B, ...), as the kernels take it, (B, 2, ...)."""
     return torch.empty(batch, 2, 0, 0, dtype=dtype) if tensor is None else tensor.transpose(0, 1).contiguous()
@@ -282,7 +274,7 @@ def _backward(grad, d_after, d_end, states, xz, *rest):
     d_A_log = (LN2 * d_A * for_scan[0]).transpose(1, 2)
     d_before, d_start = d_inputs.transpose(0, 1), d_starts.transpose(0, 1)
     if d_after is not None:
-        _add_gradient_of_inputs_after(d_after, visits, d_xz, d_before)
+        add_gradient_of_inputs_after(d_after, visits[1], d_xz, d_before)
     return (
         d_xz, d_conv[:, :taps].transpose(1, 2), d_conv[:, taps], d_x_proj, d_dt_proj, d_bias[:, 0], d_A_log, d_D[:, 0],
         *(() if before is None else (d_before, d_start)),

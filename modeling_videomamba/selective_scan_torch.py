@@ -67,6 +67,24 @@ def at_own_tokens(y, order):
     return y.flip(1) if order is None else y[:, order.places]
 
 
+def add_gradient_of_inputs_after(gradient, visits, d_xz, d_before):
+    """
+    Adds the gradient of the last inputs of the convolution, (2, B, K - 1, E), to those of what they were taken from.
+
+    Args:
+        gradient (`torch.Tensor` of shape `(2, B, K - 1, E)`).
+        visits (`torch.LongTensor` of shape `(L,)`): of the backward direction; None for the full reversal.
+        d_xz (`torch.Tensor` of shape `(B, L, 2E)`), d_before (`torch.Tensor` of shape `(2, B, K - 1, E)`): gradients
+            of the tokens, and of the inputs before them. Changed in place.
+    """
+    length, count = d_xz.shape[1], gradient.shape[2]
+    kept = max(0, count - length)  # of those before
+    d_before[:, :, length:] += gradient[:, :, :kept]
+    forward = torch.arange(length, device=d_xz.device)
+    for tokens, of_tokens in zip((forward, forward.flip(0) if visits is None else visits), gradient, strict=True):
+        d_xz[:, tokens[max(0, length - count) :], : d_xz.shape[2] // 2] += of_tokens[:, kept:]
+
+
 def selection(u, x_proj_weight, dt_proj_weight, dt_proj_bias, softplus=F.softplus):
     """
     What the input selects: of u (2, B, L, E) the step sizes Δ (2, B, L, E), after the softplus and in float32, and B
