@@ -9,30 +9,34 @@ go through them, and neither starts one row of a batch anew nor moves between de
 import torch
 import torch.nn.functional as F
 
+from .configuration_videomamba import unstreamable_reason
 from .selective_scan import ScanState
 
 
-def unstreamable_reason(config):
-    """Why clips of this model cannot be given part by part, or None: a later frame would change earlier tokens."""
-    if config.backward_scan != "spatial":
-        return (
-            f"`backward_scan` is {config.backward_scan!r}, whose backward direction begins with the last frame; with "
-            '"spatial" both directions visit frames in their order'
+def continued_cache(model, cache, use_cache, batch_size):
+    """The cache that a model's call goes on from: the one that it was given, checked, or a new one."""
+    if cache is not None and use_cache is False:
+        raise ValueError("A `cache` was given with `use_cache=False`: leave out one of the two.")
+    if model.training and torch.is_grad_enabled() and any(layer.gradient_checkpointing for layer in model.layers):
+        raise ValueError(
+            "Parts of streams cannot be trained with gradient checkpointing, which runs each layer twice and so would "
+            "change its state twice. Call `model.gradient_checkpointing_disable()`, or train on whole clips."
         )
-    if config.class_token_position != "none":
-        return f'there is a class token (`class_token_position` is {config.class_token_position!r}, not "none")'
-    if config.position_embedding_type in ("learned", "sinusoidal"):
-        return (
-            f"`position_embedding_type` is {config.position_embedding_type!r}, which differs from step to step; "
-            '"spatial" and "none" do not'
-        )
-    return None
+    if cache is None:
+        return VideoMambaCache(model.config, batch_size, model.device, model.dtype)
+    if not isinstance(cache, VideoMambaCache):
+        raise ValueError(f"`cache` must be a `VideoMambaCache`, got {type(cache).__name__}: take the model's own.")
+    if len(cache.states) != len(model.layers):
+        raise ValueError(f"The cache is of {len(cache.states)} layers, but the model has {len(model.layers)}.")
+    if len(cache.steps) != batch_size:
+        raise ValueError(f"The cache is of {len(cache.steps)} streams, but {batch_size} parts were given.")
+    return cache
 
 
 def pool_steps(features, window=None):
     """`VideoMambaCache.pool` of streams that begin with these steps."""
     length = 1 if window is None else window - 1
-    line = F.pad(features.float(), (0, 0, length, 0))
+    line = F.pad(features.to(torch.promote_types(features.dtype, torch.float32)), (0, 0, length, 0))
     counts = torch.arange(1, features.shape[1] + 1, device=features.device)[None]
     return _means(_sums(line, window)[0], counts, window)
 
@@ -107,9 +111,9 @@ class VideoMambaCache:
         Lets streams begin anew.
 
         Args:
-            rows (`list[int]`, *optional*): which of the batch; all by default.
+            rows (`list[int]`, *optional*): which of the batch, or for each whether it does; all by default.
         """
-        rows = torch.as_tensor(range(len(self.steps)) if rows is None else rows, device=self.steps.device)
+        rows = torch.arange(len(self.steps), device=self.steps.device)[slice(None) if rows is None else rows]
         self._keep({name: tensor.index_fill(_batch_axis(name), rows, 0) for name, tensor in self.state_dict().items()})
 
     def to(self, device):
@@ -144,13 +148,13 @@ class VideoMambaCache:
                 f"The saved cache is of another model or number of streams: {differ[0]!r} has the shape "
                 f"{shapes.get(differ[0])}, but {wanted.get(differ[0])} was expected."
             )
-        self._set({name: state_dict[name].to(tensor.device, tensor.dtype) for name, tensor in own.items()})
+        self._keep({name: state_dict[name].to(tensor.device, tensor.dtype, copy=True) for name, tensor in own.items()})
 
     def _keep(self, tensors):
         """New values: in place, at the addresses that a CUDA graph knows, unless gradients may go through them."""
-        if torch.is_grad_enabled():
-            return self._set(tensors)
         own = self.state_dict()
+        if torch.is_grad_enabled() or any(own[name].requires_grad for name in tensors):
+            return self._set(tensors)
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
 
@@ -167,4 +171,4 @@ def _batch_axis(name):
     return 1 if name.startswith("states.") else 0
 
 
-__all__ = ["VideoMambaCache", "pool_steps", "unstreamable_reason"]
+__all__ = ["VideoMambaCache", "continued_cache", "pool_steps"]

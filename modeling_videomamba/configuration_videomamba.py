@@ -56,7 +56,8 @@ class VideoMambaConfig(PreTrainedConfig):
             What the backward direction reverses (paper, section 4.4): all tokens (`"spatiotemporal"`), the tokens
             within each frame (`"spatial"`), or the frames (`"temporal"`).
         pooling_window (`int`, *optional*):
-            Of a stream, steps in time (tubelets) whose mean is classified; all that were seen by default.
+            Of models that can stream: how many of the last steps in time (tubelets) are classified, as their mean; all
+            that were seen by default.
         drop_path_rate (`float`, *optional*, defaults to 0.0):
             Stochastic depth: probability to skip the last block in training; it grows linearly from 0 at the first.
         initializer_range (`float`, *optional*, defaults to 0.02):
@@ -171,6 +172,8 @@ class VideoMambaConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be one or two positive integers (height, width), got {value!r}.")
         if self.pooling_window is not None and self.pooling_window < 1:
             raise ValueError(f"`pooling_window` must be a positive integer or None, got {self.pooling_window!r}.")
+        if self.pooling_window is not None and (reason := unstreamable_reason(self)):
+            raise ValueError(f"`pooling_window` is {self.pooling_window}, but this model cannot stream: {reason}.")
         if self.num_hidden_layers > MAX_LAYERS:
             raise ValueError(f"`num_hidden_layers` must be at most {MAX_LAYERS}, got {self.num_hidden_layers}.")
         if self.num_frames < self.tubelet_size:
@@ -245,6 +248,23 @@ def tubelet_grid(config, num_frames, height, width):
     return num_frames // config.tubelet_size, height // patch_height, width // patch_width
 
 
+def unstreamable_reason(config):
+    """Why clips of this model cannot be given part by part, or None: a later frame would change earlier tokens."""
+    if config.backward_scan != "spatial":
+        return (
+            f"`backward_scan` is {config.backward_scan!r}, whose backward direction begins with the last frame; with "
+            '"spatial" both directions visit frames in their order'
+        )
+    if config.class_token_position != "none":
+        return f'there is a class token (`class_token_position` is {config.class_token_position!r}, not "none")'
+    if config.position_embedding_type in ("learned", "sinusoidal"):
+        return (
+            f"`position_embedding_type` is {config.position_embedding_type!r}, which differs from step to step; "
+            '"spatial" and "none" do not'
+        )
+    return None
+
+
 def count_parameters_and_macs(config):
     """
     Parameters of [`VideoMambaForVideoClassification`] and multiply-accumulates of one clip, counted from the config.
@@ -291,4 +311,4 @@ def count_parameters_and_macs(config):
     }
 
 
-__all__ = ["VideoMambaConfig", "count_parameters_and_macs"]
+__all__ = ["VideoMambaConfig", "count_parameters_and_macs", "unstreamable_reason"]

@@ -49,6 +49,28 @@ def classification_loss(labels, logits, config, num_items_in_batch=None, **kwarg
     return loss_of(logits, labels, reduction="sum") / num_items_in_batch
 
 
+def labelled_steps(labels, logits, config):
+    """
+    The labels and logits that [`classification_loss`] compares, of a model with logits after each step in time.
+
+    Args:
+        labels (`torch.Tensor`): of each step, `(B, n_t)` or `(B, n_t, num_labels)`; else those of clips.
+        logits (`torch.Tensor`): `(B, n_t, num_labels)`.
+        config (`VideoMambaConfig`): for `problem_type`.
+
+    Returns:
+        both with one axis less, the steps among the batch; or the labels, and the logits after the last step.
+    """
+    if isinstance(labels, torch.Tensor):
+        single = config.problem_type == "single_label_classification"
+        if config.problem_type is None:
+            single = not labels.is_floating_point() and labels.dtype != torch.bool
+        numbers = logits.shape[:2] if single or logits.shape[2] == 1 else None
+        if labels.shape in (logits.shape, numbers):
+            return labels.flatten(0, 1), logits.flatten(0, 1)
+    return labels, logits[:, -1]
+
+
 def _checked_labels(labels, logits, kind):
     """The labels as the loss function of this kind takes them."""
     batch, count = logits.shape

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers.utils import ModelOutput
 
+from .cache_videomamba import pool_steps
 from .selective_scan_torch import at_own_tokens, causal_convolution, in_order_of_visits, selection, selective_scan
 from .tokens_videomamba import backward_order, checked_clips, class_token_index
 
@@ -119,7 +120,8 @@ class VideoMambaReadingMapsMixin(VideoMambaDeltaMapsMixin):
             last = last.detach().requires_grad_()
             normed = linear_norm(backbone.norm, last)
             if self.config.class_token_position == "none":
-                pooled = normed.mean(dim=1)
+                steps = normed.unflatten(1, (grid[0], -1)).mean(2)
+                pooled = pool_steps(steps, self.config.pooling_window)[:, -1].to(normed.dtype)
             else:
                 pooled = normed[:, class_token_index(self.config, math.prod(grid))]
             logits = self.classifier(pooled)

@@ -21,11 +21,16 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_videomamba import VideoMambaCache, pool_steps, unstreamable_reason
-from .configuration_videomamba import VideoMambaConfig, count_parameters_and_macs, height_and_width
+from .cache_videomamba import VideoMambaCache, continued_cache, pool_steps
+from .configuration_videomamba import (
+    VideoMambaConfig,
+    count_parameters_and_macs,
+    height_and_width,
+    unstreamable_reason,
+)
 from .context_parallel import ContextParallel
 from .loading_videomamba import VideoMambaLoadingMixin
-from .loss_videomamba import classification_loss
+from .loss_videomamba import classification_loss, labelled_steps
 from .maps_videomamba import VideoMambaDeltaMapsMixin, VideoMambaReadingMapsMixin
 from .rms_norm_cuda import can_fuse_rms_norm, fused_add_rms_norm, fused_rms_norm
 from .selective_scan import ScanOrder, bidirectional_selective_scan
@@ -458,30 +463,27 @@ class VideoMambaModel(VideoMambaDeltaMapsMixin, VideoMambaPreTrainedModel):
 
         Raises:
             ValueError: if `pixel_values` has another rank, size or type than the model takes; or for a cache, if later
-                frames change what this model makes of earlier ones, or if it is of another number of streams.
+                frames change what this model makes of earlier ones, if it is of another number of streams, or if
+                layers are checkpointed.
         """
-        if cache is not None and use_cache is False:
-            raise ValueError("A `cache` was given with `use_cache=False`, or in training with gradient checkpointing.")
-        streams = use_cache or cache is not None
+        streams = bool(use_cache) or cache is not None
         pixel_values, grid = checked_clips(self.config, pixel_values, interpolate_pos_encoding, streams)
-        if streams and cache is None:
-            cache = VideoMambaCache(self.config, len(pixel_values), self.device, self.dtype)
-        if streams and len(cache.steps) != len(pixel_values):
-            raise ValueError(f"The cache is of {len(cache.steps)} streams, but {len(pixel_values)} parts were given.")
+        if streams:
+            cache = continued_cache(self, cache, use_cache, len(pixel_values))
         hidden_states = self.encode(pixel_values, grid, cache, **kwargs)
         last_hidden_state = self.norm(hidden_states)
+        if self.embeddings.has_class_token:
+            # Not of `last_hidden_state`: so `torch.compile` leaves that out of a classifier, which wants no more.
+            pooled = self.norm(hidden_states[:, class_token_index(self.config, math.prod(grid))])
+        else:
+            pooled = last_hidden_state.mean(dim=1)
         steps = None
         if unstreamable_reason(self.config) is None:
             steps = last_hidden_state.unflatten(1, (grid[0], -1)).mean(2)
             steps = cache.pool(steps) if streams else pool_steps(steps, self.config.pooling_window)
             steps = steps.to(last_hidden_state.dtype)
-        if streams:
-            pooled = steps[:, -1]
-        elif self.embeddings.has_class_token:
-            # Not of `last_hidden_state`: so `torch.compile` leaves that out of a classifier, which wants no more.
-            pooled = self.norm(hidden_states[:, class_token_index(self.config, math.prod(grid))])
-        else:
-            pooled = last_hidden_state.mean(dim=1)
+            if streams or self.config.pooling_window is not None:
+                pooled = steps[:, -1]
         return VideoMambaModelOutput(
             last_hidden_state=last_hidden_state, pooler_output=pooled, step_pooler_output=steps, cache=cache
         )
@@ -515,7 +517,7 @@ class VideoMambaForVideoClassification(VideoMambaReadingMapsMixin, VideoMambaPre
         config (`VideoMambaConfig`).
     """
 
-    _auto_class = "AutoModelForVideoClassification"
+    _auto_class: str | None = "AutoModelForVideoClassification"
 
     def __init__(self, config: VideoMambaConfig):
         super().__init__(config)
@@ -631,10 +633,7 @@ class VideoMambaForVideoFrameClassification(VideoMambaForVideoClassification):
         logits = self.classifier(outputs.step_pooler_output)
         loss = None
         if labels is not None:
-            numbers = self.config.problem_type == "single_label_classification" or not labels.is_floating_point()
-            of_steps = labels.ndim > (1 if numbers else 2)
-            found, wanted = (logits.flatten(0, 1), labels.flatten(0, 1)) if of_steps else (logits[:, -1], labels)
-            loss = self.loss_function(wanted, found, self.config, **kwargs)
+            loss = self.loss_function(*labelled_steps(labels, logits, self.config), self.config, **kwargs)
         return VideoMambaClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, cache=outputs.cache
         )

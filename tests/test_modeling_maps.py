@@ -236,10 +236,13 @@ def test_reading_map_of_all_layers_is_the_product_of_their_matrices(backward_sca
     torch.testing.assert_close(found.flatten().double(), contributions, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("position", ["first", "none"])
-def test_reading_map_sums_to_the_logit_without_biases(position):
+@pytest.mark.parametrize(
+    ("position", "options"),
+    [("first", {}), ("none", {}), ("none", {"backward_scan": "spatial", "pooling_window": 1})],
+)
+def test_reading_map_sums_to_the_logit_without_biases(position, options):
     """Of a model whose biases are zero and whose class token, which no map shows, is zero too."""
-    model = small_model(class_token_position=position, position_embedding_type="none")
+    model = small_model(class_token_position=position, position_embedding_type="none", **options)
     with torch.no_grad():
         for layer in model.videomamba.layers:
             layer.mixer.conv_bias.zero_()
