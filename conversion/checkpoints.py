@@ -448,7 +448,7 @@ def run(parser, convert, argv=None):
 
     Args:
         parser (`argparse.ArgumentParser`): with `add_arguments` among its options.
-        convert: a function from the parsed options to (remap, model, frame_stride, card).
+        convert: a function from the parsed options to (remap, model, sampling, card).
         argv (`list[str]`, *optional*): the command line's, by default.
     """
     options = parser.parse_args(argv)
@@ -459,9 +459,9 @@ def run(parser, convert, argv=None):
     try:
         if not options.dry_run:
             check_output(options.output, options.overwrite)
-        remap, model, frame_stride, card = convert(options)
+        remap, model, sampling, card = convert(options)
         if not options.dry_run:
-            files = write_repository(model, frame_stride, card, options.output, options.overwrite)
+            files = write_repository(model, sampling, card, options.output, options.overwrite)
     except (ValueError, StrictDataclassError, OSError, RuntimeError) as error:  # the last two: a full disk, shapes
         raise SystemExit(f"error: {error}") from error
     print(format_table(remap))
@@ -492,8 +492,11 @@ def check_output(output, overwrite):
         raise CheckpointError(f"The output folder {output} is not empty. Name another one, or pass --overwrite.")
 
 
-def make_processors(config, frame_stride):
-    """The processors of a model: of files and of frames, or of images alone for a model of one frame."""
+def make_processors(config, sampling):
+    """
+    The processors of a model: of files and of frames, or of images alone for a model of one frame. `sampling`: the
+    settings of the video processor that say which frames it takes.
+    """
     size = config.image_size
     if config.num_frames == 1:
         # Both families test their image classifiers so: the crop has 7/8 of the bicubic image's shorter edge.
@@ -509,11 +512,11 @@ def make_processors(config, frame_stride):
     }
     if config.num_frames == 1:
         return [VideoMambaImageProcessor(single_images=True, **image)]
-    video = VideoMambaVideoProcessor(num_frames=config.num_frames, frame_stride=frame_stride, **image)
-    return [video, VideoMambaImageProcessor(**image)]
+    video = VideoMambaVideoProcessor(num_frames=config.num_frames, **image, **sampling)
+    return [video, VideoMambaImageProcessor(**image, antialias=video.antialias)]
 
 
-def write_repository(model, frame_stride, card, output, overwrite=False):
+def write_repository(model, sampling, card, output, overwrite=False):
     """
     Write a complete Hub repository: weights, config, processors, code and model card.
 
@@ -522,7 +525,7 @@ def write_repository(model, frame_stride, card, output, overwrite=False):
 
     Args:
         model (`VideoMambaModel` or `VideoMambaForVideoClassification`).
-        frame_stride (`int` or `None`): how the video processor samples frames.
+        sampling (`dict`): settings of the video processor, which say how it samples and resizes frames.
         card (`str`): the model card.
         output (`str`): the folder.
         overwrite (`bool`): whether there may be something in it.
@@ -539,7 +542,7 @@ def write_repository(model, frame_stride, card, output, overwrite=False):
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", suffix=".partial", dir=output.parent) as scratch:
         new, old = Path(scratch, "new"), Path(f"{scratch}.old")
         model.save_pretrained(new)
-        for processor in make_processors(model.config, frame_stride):
+        for processor in make_processors(model.config, sampling):
             processor.save_pretrained(new)
         (new / "README.md").write_text(card, encoding="utf-8")
         files = sorted(path.name for path in new.iterdir())

@@ -31,6 +31,8 @@ from .checkpoints import (
 
 # What serves training alone: heads of masked pre-training and of self-distillation.
 TRAINING_HEADS = re.compile(r"(clip_decoder|distill_head)\.")
+# Their evaluation's frames: those in the middle of equal segments, shrunk by OpenCV.
+EVALUATION = {"frame_stride": None, "spread_in_segments": True, "antialias": False}
 KNOWN_LABELS = {400: "kinetics-400", 1000: "imagenet-1k"}
 
 
@@ -140,7 +142,7 @@ def convert(options):
             "`out_proj` was doubled: the original sums the two directions, this model averages them.",
         ],
     )
-    return remap, model, None, card  # frames are spread evenly over the clip, as in their evaluation
+    return remap, model, EVALUATION, card
 
 
 def main(argv=None):

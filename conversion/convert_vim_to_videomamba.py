@@ -108,7 +108,7 @@ def convert(options):
         "That project is licensed under Apache-2.0, in the file LICENSE.txt of its repository.",
         inflation_settings(options, config, grid * config.patch_size, head),
     )
-    return remap, model, FRAME_STRIDE, card
+    return remap, model, {"frame_stride": FRAME_STRIDE}, card
 
 
 def main(argv=None):

@@ -311,7 +311,7 @@ def convert(options):
         "Its own card states its licence.",
         inflation_settings(options, config, source.image_size, head),
     )
-    return remap, model, FRAME_STRIDE, card
+    return remap, model, {"frame_stride": FRAME_STRIDE}, card
 
 
 def main(argv=None):

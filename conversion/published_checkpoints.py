@@ -206,7 +206,7 @@ def convert(options):
         defaults = {"num_frames": 1, "keep_head": True, "num_labels": None, "position_init": "expand"}
         defaults |= {"tubelet_size": None, "image_size": None, "class_token_position": None}
     family = convert_vim_to_videomamba if row.is_vim else convert_opengvlab_to_videomamba
-    remap, model, frame_stride, card = family.convert(argparse.Namespace(**{**vars(options), **defaults}))
+    remap, model, sampling, card = family.convert(argparse.Namespace(**{**vars(options), **defaults}))
 
     config, wanted = model.config, {name: getattr(row, name) for name in ("hidden_size", "num_frames", "image_size")}
     if row.accuracy is not None:
@@ -219,7 +219,7 @@ def convert(options):
         raise CheckpointError(
             f"{options.checkpoint} is not what its name says: it has {different}. Download it again."
         )
-    return remap, model, frame_stride, with_published_accuracy(card, row)
+    return remap, model, sampling, with_published_accuracy(card, row)
 
 
 class _List(argparse.Action):

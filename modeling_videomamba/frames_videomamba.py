@@ -1,8 +1,11 @@
 """What both processors do with decoded frames: stack, check, resize, crop and normalise them."""
 
+from typing import TypedDict
+
 import numpy as np
 import PIL.Image
 import torch
+import torchvision.transforms.v2.functional as tvF
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
@@ -19,6 +22,19 @@ logger = logging.get_logger(__name__)
 MAX_SIZE = 2**12  # of an edge of what a processor returns, in pixels
 
 
+class VideoMambaFramesKwargs(TypedDict, total=False):
+    """
+    antialias (`bool`, *optional*, defaults to `True`):
+        Resize with antialiasing, as PIL does; `False` as OpenCV does.
+    crop_rounds_down (`bool`, *optional*, defaults to `False`):
+        Where the pixels to cut off are odd in number, crop at the next lower place, as processors of `transformers`
+        do and this one did before version 0.3, instead of at the nearest even one, as torchvision does.
+    """
+
+    antialias: bool
+    crop_rounds_down: bool
+
+
 class VideoMambaFramesMixin:
     """What the image and the video processor share: their defaults, and the steps from frames to `pixel_values`."""
 
@@ -33,6 +49,8 @@ class VideoMambaFramesMixin:
     do_rescale = True
     do_normalize = True
     do_convert_rgb = True
+    antialias = True
+    crop_rounds_down = False
     model_input_names = ["pixel_values"]
 
     @classmethod
@@ -57,14 +75,29 @@ class VideoMambaFramesMixin:
             raise ValueError(f"`resample` is {resample!r}, but must be one of {list(map(int, PILImageResampling))}.")
         return kwargs
 
-    def resize_and_crop(self, video: torch.Tensor, do_resize, size, resample, do_center_crop, crop_size):
+    def center_crop(self, image: torch.Tensor, size: SizeDict, crop_rounds_down: bool = False, **kwargs):
+        if crop_rounds_down or not (size.height and size.width):
+            return super().center_crop(image, size, **kwargs)
+        return tvF.center_crop(image, [size.height, size.width])
+
+    def resize_and_crop(
+        self,
+        video: torch.Tensor,
+        do_resize,
+        size,
+        resample,
+        do_center_crop,
+        crop_size,
+        antialias=True,
+        crop_rounds_down=False,
+    ):
         """Of (T, C, H, W) or (C, H, W) frames, with the options in their standard form."""
         if do_resize:
             if do_center_crop and size.shortest_edge and not size.longest_edge:
                 video, size = _cut_off_ends(video, size.shortest_edge, crop_size)
             _check_result(video, size)
-            video = self.resize(video, size=size, resample=resample)
-        return self.center_crop(video, crop_size) if do_center_crop else video
+            video = self.resize(video, size=size, resample=resample, antialias=antialias)
+        return self.center_crop(video, crop_size, crop_rounds_down) if do_center_crop else video
 
     def _preprocess(
         self,
@@ -79,6 +112,8 @@ class VideoMambaFramesMixin:
         do_normalize: bool,
         image_mean,
         image_std,
+        antialias: bool = True,
+        crop_rounds_down: bool = False,
         return_tensors=None,
         **kwargs,
     ) -> BatchFeature:
@@ -102,7 +137,9 @@ class VideoMambaFramesMixin:
                         f"`{name}` has {len(values)} numbers, but the frames have {video.shape[-3]} channels: give "
                         "one for each, or a single number."
                     )
-            video = self.resize_and_crop(video, do_resize, size, resample, do_center_crop, crop_size)
+            video = self.resize_and_crop(
+                video, do_resize, size, resample, do_center_crop, crop_size, antialias, crop_rounds_down
+            )
             # Frames come as channels-last views, which torchvision resizes three times as fast; but the arithmetic
             # below is four times as fast on contiguous planes.
             video = self.rescale_and_normalize(
@@ -138,7 +175,8 @@ def _cut_off_ends(video: torch.Tensor, shortest_edge: int, crop_size: SizeDict) 
         return video, SizeDict(shortest_edge=shortest_edge)
     scale = length / resized
     margin = 4 * max(1, scale) / scale + 1  # more than the widest filter reaches, in pixels of the result
-    places = np.arange(max(0, (resized - kept) // 2 - margin))[-int(max(256, 2 / scale)) :].astype(int)
+    step = 1 + (resized - kept) % 2  # even places where the centre crop rounds, so that it rounds the same way
+    places = np.arange(0, max(0, (resized - kept) // 2 - margin), step)[-int(max(256, 2 / scale)) :].astype(int)
     place = int(places[np.abs(places * scale - (places * scale).round()).argmin()]) if places.size else 0
     cut = round(place * scale)
     if is_wide:
@@ -332,4 +370,11 @@ def _hint_for_files(value) -> str:
     return ""
 
 
-__all__ = ["VideoMambaFramesMixin", "frame_tensor", "split_images", "split_videos", "stack_frames"]
+__all__ = [
+    "VideoMambaFramesKwargs",
+    "VideoMambaFramesMixin",
+    "frame_tensor",
+    "split_images",
+    "split_videos",
+    "stack_frames",
+]

@@ -6,14 +6,21 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import logging
 
-from .frames_videomamba import VideoMambaFramesMixin, frame_tensor, split_images, split_videos, stack_frames
+from .frames_videomamba import (
+    VideoMambaFramesKwargs,
+    VideoMambaFramesMixin,
+    frame_tensor,
+    split_images,
+    split_videos,
+    stack_frames,
+)
 from .video_processing_videomamba import VideoMambaVideoProcessor
 
 
 logger = logging.get_logger(__name__)
 
 
-class VideoMambaImageProcessorKwargs(ImagesKwargs, total=False):
+class VideoMambaImageProcessorKwargs(ImagesKwargs, VideoMambaFramesKwargs, total=False):
     """
     single_images (`bool`, *optional*, defaults to `self.single_images`):
         Every image is an example of its own, for a model of one frame, and not a frame of a clip.

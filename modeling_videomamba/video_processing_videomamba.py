@@ -12,7 +12,7 @@ from transformers.processing_utils import Unpack, VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata, make_batched_metadata
 
-from .frames_videomamba import VideoMambaFramesMixin, split_videos, stack_frames
+from .frames_videomamba import VideoMambaFramesKwargs, VideoMambaFramesMixin, split_videos, stack_frames
 from .video_decoding import DECODERS, decode_video
 
 
@@ -20,12 +20,15 @@ MAX_NUM_FRAMES = 2**16  # that one call samples
 ROUNDING = 0.001  # seconds: containers round times to this, and a frame that begins on a wanted time is on screen then
 
 
-class VideoMambaVideoProcessorKwargs(VideosKwargs, total=False):
+class VideoMambaVideoProcessorKwargs(VideosKwargs, VideoMambaFramesKwargs, total=False):
     r"""
     frame_stride (`int`, *optional*):
         Distance between two sampled frames; `None` spreads the sampled frames over the whole clip.
     sampling_fps (`float`, *optional*):
         Sampled frames a second of the clip, instead of a distance in frames.
+    spread_in_segments (`bool`, *optional*, defaults to `False`):
+        How frames are spread over the whole clip: one from the middle of each of `num_frames` equal segments, instead
+        of from the first frame to the last.
     decoder (`str`, *optional*):
         `"pyav"`, `"torchcodec"` or `"decord"`; `None` takes the first that can be used, in this order.
     start_seconds (`float`, *optional*):
@@ -36,6 +39,7 @@ class VideoMambaVideoProcessorKwargs(VideosKwargs, total=False):
 
     frame_stride: int | None
     sampling_fps: int | float | None
+    spread_in_segments: bool
     decoder: str | None
     start_seconds: int | float | None
     stop_seconds: int | float | None
@@ -70,8 +74,12 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
         sampling_fps (`float`, *optional*):
             Sampled frames a second; takes the place of `frame_stride`, as above. Of the two, what a call names goes
             before what is saved. Decoded frames need `fps` in their `video_metadata`.
+        spread_in_segments (`bool`, *optional*, defaults to `False`):
+            Where frames are spread over the whole clip, take those at `round(i * s) + int(s / 2)` for n frames and
+            `s = (n - 1) / num_frames`, as OpenGVLab's evaluation does.
         fps (`float`, *optional*):
-            Frames to sample a second of the whole clip. Excludes `num_frames`: what a call names goes before what is
+            Frames to sample a second of the whole clip, from its first frame to its last, at times as equal as its
+            frames allow. Excludes `num_frames`: what a call names goes before what is
             saved, and of the saved two `fps`. A call that names `num_frames` must say `fps=None` if `fps` is saved.
         do_sample_frames (`bool`, *optional*):
             As above.
@@ -89,6 +97,7 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
     num_frames = 16
     frame_stride = 2
     sampling_fps = None
+    spread_in_segments = False
     decoder = None
     start_seconds = None
     stop_seconds = None
@@ -123,7 +132,8 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
         """
         validate_typed_dict(self.valid_kwargs, kwargs)
         decoder = kwargs.pop("decoder", None) or self.decoder
-        distance = {name: kwargs.pop(name) for name in ("frame_stride", "sampling_fps") if name in kwargs}
+        names = "frame_stride", "sampling_fps", "spread_in_segments"
+        distance = {name: kwargs.pop(name) for name in names if name in kwargs}
         num_frames = kwargs.pop("num_frames", None)
         if num_frames is not None and self.fps is not None and "fps" not in kwargs:
             # Not in silence: `pipeline` names `num_frames` in every call, and would get other frames than were saved.
@@ -175,7 +185,8 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
         """A function that resizes and crops (..., C, H, W) frames: with the saved options, but for those of a call."""
         kwargs = {name: kwargs.get(name, getattr(self, name, None)) for name in self.valid_kwargs.__annotations__}
         kwargs, device = self._standardize_kwargs(**kwargs), kwargs["device"]
-        options = {name: kwargs[name] for name in ("do_resize", "size", "resample", "do_center_crop", "crop_size")}
+        names = "do_resize", "size", "resample", "do_center_crop", "crop_size", "antialias", "crop_rounds_down"
+        options = {name: kwargs[name] for name in names}
         return lambda frame: self.resize_and_crop(frame if device is None else frame.to(device), **options)
 
     def sample_frames(
@@ -189,6 +200,7 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
                 `frame_times`, as the decoder of this package gives them.
             num_frames, fps: at most one of them; the saved values if both are `None`.
             frame_stride, sampling_fps: the saved values if neither is given.
+            spread_in_segments: the saved value if not given.
 
         Returns:
             (T,) int64 frame indices, ascending, in the order in which the frames are shown.
@@ -206,18 +218,22 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
                     f"Sampling {fps} frames a second needs the frame rate of the clip, which is unknown. Give it in "
                     "`video_metadata`, or use `num_frames` instead of `fps`."
                 )
-            sampling_fps = None
-            num_frames, frame_stride = max(1, math.floor(total / metadata.fps * fps + 1e-6)), None
+            num_frames = max(1, math.floor(total / metadata.fps * fps + 1e-6))
         elif num_frames is None:
             return np.arange(total)
         if num_frames > MAX_NUM_FRAMES:
             raise ValueError(f"{num_frames} frames were to be sampled, more than {MAX_NUM_FRAMES}. Take fewer.")
+        if fps is not None:
+            return _spread_by_time(getattr(metadata, "frame_times", None), total, num_frames)
         if sampling_fps is not None:
             return _sample_by_time(_frame_times(metadata, sampling_fps), num_frames, sampling_fps)
         if frame_stride is not None:
             span = (num_frames - 1) * frame_stride + 1
             if span <= total:
                 return (total - span) // 2 + frame_stride * np.arange(num_frames)
+        if kwargs.get("spread_in_segments", self.spread_in_segments):
+            segment = (total - 1) / num_frames
+            return (segment * np.arange(num_frames)).round().astype(np.int64) + int(segment / 2)
         return np.linspace(0, total - 1, num_frames).round().astype(np.int64)
 
     def fetch_videos(self, video_url_or_urls, sample_indices_fn=None, decoder: str | None = None):
@@ -262,6 +278,13 @@ def _sample_by_time(frame_times: np.ndarray, num_frames: int, sampling_fps: floa
     distance = min(1 / sampling_fps, frame_times[-1] / num_frames)
     wanted = frame_times[-1] / 2 + distance * (np.arange(num_frames) - (num_frames - 1) / 2)
     return np.searchsorted(frame_times[1:-1], wanted + ROUNDING, side="right")
+
+
+def _spread_by_time(frame_times: np.ndarray | None, total: int, num_frames: int) -> np.ndarray:
+    """The frames that begin nearest to times at equal distances from the first frame's to the last one's."""
+    starts = np.arange(total) if frame_times is None else frame_times[:-1]
+    places = np.interp(np.linspace(0, starts[-1], num_frames), starts, np.arange(total))
+    return places.round(6).round().astype(np.int64)
 
 
 def _check_sampling(num_frames, frame_stride, sampling_fps, fps, decoder) -> None:

@@ -677,12 +677,33 @@ def test_opengvlab_command_gives_a_classifier_that_runs(opengvlab, hub, python, 
     python.run(["-m", "conversion.convert_opengvlab_to_videomamba", *options], ROOT)
     model = AutoModelForVideoClassification.from_pretrained(output)
     video, image = AutoVideoProcessor.from_pretrained(output), AutoImageProcessor.from_pretrained(output)
-    assert (video.num_frames, video.frame_stride) == (8, None)
+    assert (video.num_frames, video.frame_stride, video.spread_in_segments) == (8, None, True)
+    assert video.antialias is image.antialias is False
     for processor in (video, image):
         assert list(processor.image_mean) == [0.485, 0.456, 0.406] and processor.crop_size["height"] == 64
     clip = torch.randint(0, 256, (8, 3, 80, 100), dtype=torch.uint8)
     with torch.no_grad():
         assert model(**video(clip, return_tensors="pt")).logits.shape == (1, 7)
+
+
+@pytest.mark.parametrize("size", [(240, 320), (320, 240), (272, 640), (480, 848), (101, 227), (360, 361), (50, 40)])
+def test_frames_of_opengvlab_files_are_those_of_their_evaluation(tmp_path, size):
+    """Their loader takes the middles of segments, shrinks the shorter side with OpenCV and crops the centre."""
+    cv2 = pytest.importorskip("cv2", reason="needs OpenCV")
+    path = write_video(tmp_path / "clip.mkv", 50, size=size, codec="ffv1", pix_fmt="bgr0")
+    config = VideoMambaConfig(num_frames=8, image_size=112)
+    video, _ = checkpoints.make_processors(config, convert_opengvlab_to_videomamba.EVALUATION)
+    frames = video.fetch_videos(path)[0].numpy()
+    found = video(path, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
+
+    shrunk = tuple(112 if side == min(size) else int(112 * side / min(size)) for side in size)
+    top, left = (int(round((side - 112) / 2.0)) for side in shrunk)
+    segment = 49 / 8
+    for i, ours in enumerate(found):
+        index = min(int(np.round(segment * i)) + int(segment / 2), 49)
+        theirs = cv2.resize(frames[index], shrunk[::-1], interpolation=cv2.INTER_LINEAR)
+        theirs = theirs[top : top + 112, left : left + 112].transpose(2, 0, 1)
+        assert np.abs(ours - theirs.astype(int)).max() <= 1
 
 
 def test_command_line_errors_are_one_line(vim, tmp_path, capsys):

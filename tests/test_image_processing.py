@@ -51,6 +51,33 @@ def test_agrees_with_videomae(options):
         torch.testing.assert_close(ours(frames, return_tensors="pt").pixel_values, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("processor_class", [VideoMambaImageProcessor, VideoMambaVideoProcessor])
+@pytest.mark.parametrize(
+    ("spare", "left", "rounded_down"),  # half of the spare columns are cut off on the left
+    [
+        (0, 0, 0),
+        (1, 0, 0),
+        (2, 1, 1),
+        (3, 2, 1),
+        (4, 2, 2),
+        (5, 2, 2),
+        (6, 3, 3),
+        (7, 4, 3),
+        (-1, -0, -0),
+        (-3, -1, -1),
+    ],
+)
+def test_crop_goes_to_the_nearest_place_halves_to_even(processor_class, spare, left, rounded_down, tmp_path):
+    columns = np.broadcast_to(np.arange(1, 9 + spare, dtype=np.uint8), (8, 3, 8 + spare)).transpose(0, 2, 1)
+    raw = {"do_resize": False, "do_rescale": False, "do_normalize": False, "crop_size": 8}
+    for options, first in (({}, left), ({"crop_rounds_down": True}, rounded_down)):
+        expected = [place + 1 if 0 <= place < 8 + spare else 0 for place in range(first, first + 8)]
+        processor_class(**raw, **options).save_pretrained(tmp_path)
+        for processor, call in ((processor_class.from_pretrained(tmp_path), {}), (processor_class(**raw), options)):
+            found = processor([columns], return_tensors="np", **call)["pixel_values"]
+            assert found[0, 0, 0, 0].tolist() == expected
+
+
 FORMS = {
     "PIL": to_pil,
     "(H, W, C) arrays": lambda frames: frames,
@@ -79,7 +106,7 @@ def test_forms_of_input(processor, form):
 
 
 @pytest.mark.parametrize("resample", range(4))
-@pytest.mark.parametrize("size", [(10, 1000), (1000, 10), (30, 3001), (400, 7001), (1, 300), (3, 401)])
+@pytest.mark.parametrize("size", [(10, 1000), (1000, 10), (30, 3001), (400, 7001), (1, 300), (3, 401), (64, 1003)])
 def test_long_frames_are_cut_before_they_grow(size, resample):
     """To rounding, the pixels of the whole frame resized and then cropped."""
     frame = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)

@@ -250,7 +250,7 @@ class FakeProcessor:
     model_input_names = ["pixel_values"]
     crop_size = {"height": 8, "width": 8}
     image_mean, image_std = [0.0] * 3, [1.0] * 3
-    num_frames, frame_stride, sampling_fps = 4, 2, None
+    num_frames, frame_stride, sampling_fps, spread_in_segments = 4, 2, None, False
     sample_frames, total_num_frames = None, 8
     reads = 0
 

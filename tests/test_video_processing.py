@@ -20,6 +20,9 @@ from modeling_videomamba.video_decoding import DecodedVideoMetadata, decode_vide
 from video_files import numbered_frames, read_numbers, write_video
 
 
+SEGMENTS = {"frame_stride": None, "spread_in_segments": True}
+
+
 @pytest.mark.parametrize(
     ("total", "options", "expected"),
     [
@@ -32,6 +35,15 @@ from video_files import numbered_frames, read_numbers, write_video
         (10, {"num_frames": 4, "frame_stride": 1}, [3, 4, 5, 6]),
         (10, {"num_frames": 1}, [4]),
         (100, {"num_frames": 4, "frame_stride": None}, [0, 33, 66, 99]),
+        # In segments of 279 / 8 = 34.875 frames: 0, 35, 70, 105, 140 (139.5), 174, 209 and 244, and half a segment on.
+        (
+            280,
+            SEGMENTS | {"num_frames": 8},
+            [17, 52, 87, 122, 157, 191, 226, 261],
+        ),
+        (9, SEGMENTS | {"num_frames": 4}, [1, 3, 5, 7]),
+        (2, SEGMENTS | {"num_frames": 4}, [0, 0, 0, 1]),
+        (60, {"spread_in_segments": True}, range(14, 46, 2)),  # at a distance all the same
         (100, {"fps": 2}, [0, 14, 28, 42, 57, 71, 85, 99]),  # 4 s at 2 frames a second
         (3, {"fps": 2}, [0]),
         (5, {"fps": 50}, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]),
@@ -47,7 +59,10 @@ def test_sampling(total, options, expected):
 
 def clip_shown_at(*frame_times):
     """Metadata of a clip whose frames are shown at these times, in seconds; the last time is that of its end."""
-    return DecodedVideoMetadata(len(frame_times) - 1, frame_times=np.array(frame_times, float))
+    frame_times = np.array(frame_times, float)
+    total = len(frame_times) - 1
+    fps = (total - 1) / frame_times[-2] if total > 1 else 1 / frame_times[-1]
+    return DecodedVideoMetadata(total, fps, frame_times=frame_times)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +95,31 @@ def test_sampling_by_time(metadata, expected):
     if metadata.total_num_frames == 24:
         assert processor.sample_frames(metadata, frame_stride=2).tolist() == [8, 10, 12, 14]
         assert processor.sample_frames(metadata, sampling_fps=None).tolist() == [8, 10, 12, 14]
+
+
+@pytest.mark.parametrize(
+    ("frame_times", "fps", "expected"),
+    [
+        # 1 s: after 0, 0.3, 0.6 and 0.9 s, the last frame's.
+        ([0, 0.1, 0.2, 0.32, 0.5, 0.62, 0.7, 0.9, 1], 4, [0, 3, 5, 7]),
+        ([0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.9, 1], 4, [0, 5, 6, 6]),  # nothing new between 0.05 and 0.9 s
+        ([0, 0.25, 0.5, 0.75, 1], 4, [0, 1, 2, 3]),
+        ([0, 0.333, 0.667, 0.999], 3, [0, 1, 2]),  # a second, in thousandths
+        ([0, 0.5, 8], 8, [0, 0, 0, 0, 1, 1, 1, 1]),
+    ],
+)
+def test_fps_goes_by_times(frame_times, fps, expected):
+    found = VideoMambaVideoProcessor().sample_frames(clip_shown_at(*frame_times), fps=fps)
+    assert found.tolist() == expected and found.dtype == np.int64
+
+
+@pytest.mark.parametrize("rate", [5, 23.976, 25, 50])
+@pytest.mark.parametrize("fps", [1, 2.5, 10])
+def test_fps_of_a_constant_rate_goes_by_index(rate, fps):
+    for total in (1, 2, 17, 100, 253):
+        by_index = VideoMambaVideoProcessor().sample_frames(VideoMetadata(total, fps=rate), fps=fps)
+        timed = clip_shown_at(*np.arange(total + 1) / rate)
+        assert VideoMambaVideoProcessor().sample_frames(timed, fps=fps).tolist() == by_index.tolist()
 
 
 def test_sampling_of_everything():

@@ -128,7 +128,8 @@ class ViewsTransform:
         if label == IGNORED:
             empty = torch.zeros(views, self.reader.num_frames, 3, *self.size, dtype=torch.uint8)
             return {"views": empty, "labels": label}
-        frames = v2.functional.resize(read_frames(self.reader, video, self.sample), self.shortest_edge, antialias=True)
+        frames = read_frames(self.reader, video, self.sample)
+        frames = v2.functional.resize(frames, self.shortest_edge, antialias=getattr(self.processor, "antialias", True))
         height, width = self.size
         spare = (max(0, frames.shape[-2] - height), max(0, frames.shape[-1] - width))
         crops = []

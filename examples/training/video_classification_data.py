@@ -337,7 +337,7 @@ def read_frames_once(reader, video, folder, shortest_edge):
     """As `read_frames`, but shrunk, and from a file in `folder` if they have been read before."""
     what = video["bytes"] or f"{video['path']} {os.path.getmtime(video['path'])}".encode()
     how = f"{reader.num_frames} {reader.sampling_fps or reader.frame_stride} {shortest_edge}".encode()
-    how += b" a second" if reader.sampling_fps else b""
+    how += b" a second" if reader.sampling_fps else b" in segments" if reader.spread_in_segments else b""
     file = f"{folder}/{hashlib.sha256(what + how).hexdigest()}.npy"
     if not os.path.exists(file):
         frames = read_frames(reader, video)

@@ -1,11 +1,14 @@
 // From frames to `pixel_values`, as VideoMambaVideoProcessor does it on a CPU.
 
+// To the nearest whole number, halves to even, as Python and PyTorch round.
+const roundHalfToEven = (x) => (x % 1 === 0.5 ? 2 * Math.round(x / 2) : Math.round(x));
+
 // Indices of the frames to take: `num_frames` at a distance of `frame_stride` from the middle, or spread over the clip.
 export function sampleIndices(total, { num_frames: count, frame_stride: stride }) {
   const span = (count - 1) * (stride ?? 0) + 1;
   const steps = [...Array(count).keys()];
   if (stride && span <= total) return steps.map((i) => Math.floor((total - span) / 2) + stride * i);
-  return steps.map((i) => Math.round(count > 1 ? (i * (total - 1)) / (count - 1) : 0));
+  return steps.map((i) => roundHalfToEven(count > 1 ? (i * (total - 1)) / (count - 1) : 0));
 }
 
 // For each output pixel of a bilinear resize with antialiasing: where its inputs begin, and their weights.
@@ -27,7 +30,7 @@ export function resizeAndCrop({ data, width, height }, { size, crop_size: crop }
   const edge = size.shortest_edge, short = Math.min(width, height);
   const newWidth = width === short ? edge : Math.trunc((edge * width) / short);
   const newHeight = height === short ? edge : Math.trunc((edge * height) / short);
-  const left = Math.round((newWidth - crop.width) / 2), top = Math.round((newHeight - crop.height) / 2);
+  const left = roundHalfToEven((newWidth - crop.width) / 2), top = roundHalfToEven((newHeight - crop.height) / 2);
   const columns = filterTaps(width, newWidth).slice(left, left + crop.width);
   const rows = filterTaps(height, newHeight).slice(top, top + crop.height);
   const firstRow = rows[0].first, lastRow = rows.at(-1).first + rows.at(-1).weights.length;
