@@ -15,16 +15,32 @@ import torch
 from PIL import Image
 from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
-import modeling_videomamba  # noqa: F401
 from browser import open_browser, wait_for
 from make_camera_motion_clips import draw_scenery
+from modeling_videomamba import (
+    VideoMambaConfig,
+    VideoMambaForVideoClassification,
+    VideoMambaForVideoFrameClassification,
+    VideoMambaVideoProcessor,
+)
 from modeling_videomamba.video_decoding import decode_video
 from video_files import numbered_frame, read_number, write_video
 
 
 pytest.importorskip("scenedetect", reason="needs PySceneDetect: pip install scenedetect")
 import tag_video  # noqa: E402
-from tag_video import CAMERA_MOTION, Journal, Point, Segment, Shot, Tagger, Window  # noqa: E402
+from tag_video import (  # noqa: E402
+    CAMERA_MOTION,
+    Journal,
+    Point,
+    Sampler,
+    Segment,
+    Shot,
+    StreamTagger,
+    Tagger,
+    Window,
+    make_tagger,
+)
 
 
 class NumberTagger:
@@ -173,6 +189,89 @@ def test_scores_are_those_of_the_frames_by_themselves(tmp_path):
             assert score == pytest.approx(scores[model.config.label2id[label]].item(), abs=1e-3)
 
 
+@pytest.fixture(scope="module")
+def streaming(tmp_path_factory):
+    """A checkpoint that can stream: random weights, eight frames a second, clips of eight frames, steps of two."""
+    torch.manual_seed(0)
+    config = VideoMambaConfig(
+        hidden_size=32, num_hidden_layers=2, num_frames=8, image_size=32, num_labels=4, backward_scan="spatial",
+        class_token_position="none", position_embedding_type="spatial",
+    )  # fmt: skip
+    model = VideoMambaForVideoClassification(config)
+    torch.nn.init.normal_(model.classifier.weight, std=0.5)
+    folder = tmp_path_factory.mktemp("streaming")
+    model.save_pretrained(folder)
+    VideoMambaVideoProcessor(
+        num_frames=8, sampling_fps=8, size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("times", "rate", "fps", "expected"),
+    [
+        ([i / 25 for i in range(13)], 25, 8, [1, 4, 7, 10]),
+        ([i / 4 for i in range(3)], 4, 8, [0, 0, 1, 1, 2, 2]),  # fewer frames than are sampled
+        ([0.0, 0.04, 0.5, 0.54], 25, 8, [1, 1, 1, 1, 3]),  # the second frame stays on screen
+        ([9.0, 9.1, 9.2], 10, 10, [0, 1, 2]),
+    ],
+)
+def test_frames_are_sampled_as_they_come(times, rate, fps, expected):
+    sampler = Sampler(rate, fps)
+    assert [frame for index, time in enumerate(times) for _, frame in sampler.add(time, index)] == expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_film_is_tagged_by_a_stream_in_one_pass(streaming, tmp_path, batch_size):
+    """Each step's scores are those of the shot's last four steps, its frames chosen by hand; no frame twice."""
+    film = shots_film(tmp_path / "film.mp4", [75, 22])
+    tagger = make_tagger(streaming, "cpu", 25)
+    assert tagger.streams and not make_tagger(str(CAMERA_MOTION), "cpu", 25).streams
+    seen, forward = [], tagger.model.forward
+    tagger.model.forward = lambda pixels, **kwargs: seen.append(pixels.shape[1]) or forward(pixels, **kwargs)
+    parts = tag_video.tag_parts(film, tagger, Point(), batch_size, lambda _: None)
+    windows = [window for found, _ in parts for window in found]
+    shots = [0] * 12 + [1] * 4
+    assert [window.shot for window in windows] == shots and sum(seen) == 2 * len(shots)
+    ends = [0.25 * step for step in range(1, 16)] + [3.88]  # the last frame takes the place of one that would follow
+    starts = [max(0, end - 1) for end in ends[:12]] + [3.0] * 4
+    assert [window.end for window in windows] == pytest.approx(ends)
+    assert [window.start for window in windows] == pytest.approx(starts)
+
+    model = VideoMambaForVideoFrameClassification.from_pretrained(streaming, pooling_window=4)
+    processor, found = AutoVideoProcessor.from_pretrained(streaming), iter(windows)
+    frames, _ = decode_video(film)
+    for first, count, steps in ((0, 75, 12), (75, 22, 4)):
+        chosen = [min(int((index + 0.5) / 8 * 25), count - 1) + first for index in range(2 * steps)]
+        pixels = processor(list(frames[chosen]), do_sample_frames=False, return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            expected = model(pixels, interpolate_pos_encoding=True).logits[0].softmax(-1)
+        for scores in expected:
+            for label, score in next(found).scores.items():
+                assert score == pytest.approx(scores[model.config.label2id[label]].item(), abs=1e-4)
+
+
+def test_a_film_shorter_than_a_step_has_a_label(streaming, tmp_path):
+    film = shots_film(tmp_path / "film.mp4", [2])
+    ((windows, _),) = tag_video.tag_parts(film, make_tagger(streaming, "cpu", 25), Point(), 8, lambda _: None)
+    assert [(window.start, window.end) for window in windows] == [(0, pytest.approx(0.08))]
+
+
+def test_a_stream_goes_on_to_the_bit(streaming, tmp_path, monkeypatch):
+    monkeypatch.setattr(tag_video, "PART", 1.5)
+    monkeypatch.setattr(tag_video, "LONGEST_PART", 3.0)
+    film = shots_film(tmp_path / "film.mp4", [45, 100, 20, 45])
+    tagger = make_tagger(streaming, "cpu", 25)
+    expected = tag_all(film, tagger, Journal(tmp_path / "whole.jsonl", {}))
+    for parts in (1, 2, None):
+        found = tag_all(film, make_tagger(streaming, "cpu", 25), Journal(tmp_path / "torn.jsonl", {}), parts)
+    assert found == expected
+
+
+def test_a_window_of_sampled_seconds_is_as_long_as_the_model_was_trained_for(streaming):
+    assert Tagger(streaming, "cpu", 25).length == 25
+
+
 WINDOWS = [
     Window(0, 0.0, 2.0, {"a": 0.5, "b": 0.1}),
     Window(0, 1.0, 3.0, {"a": 0.7}),
@@ -280,35 +379,40 @@ def test_what_is_no_film_gets_a_sentence(tmp_path, monkeypatch):
             tag_video.main()
 
 
-def test_live_source(tmp_path, monkeypatch, capsys):
-    """A camera that sends until it is asked to stop: after the first call, which warms up, and two lines."""
+@pytest.mark.parametrize("streams", [False, True])
+def test_live_source(streams, streaming, tmp_path, monkeypatch, capsys):
+    """A camera that sends until it is asked to stop: after the first call, which warms up, and some lines."""
     film = shots_film(tmp_path / "film.ts", [400], gop=25, b_frames=0)
-    data, classified, classify = open(film, "rb").read(), [], Tagger.classify
+    kind, calls = (StreamTagger, 9) if streams else (Tagger, 3)
+    data, classified, classify = open(film, "rb").read(), [], kind.classify
 
     class Camera(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(200)
             self.end_headers()
             for i in range(320):  # sixteen seconds of film in sixteen seconds
-                if len(classified) < 3:
+                if len(classified) < calls:
                     self.wfile.write(data[len(data) * i // 320 : len(data) * (i + 1) // 320])
                     time.sleep(0.05)
 
         def log_message(self, *args):
             pass
 
-    monkeypatch.setattr(Tagger, "classify", lambda self, clips: classified.append(clips) or classify(self, clips))
+    monkeypatch.setattr(kind, "classify", lambda self, clips: classified.append(clips) or classify(self, clips))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Camera)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}/"
-    monkeypatch.setattr("sys.argv", ["tag_video.py", "--live", address, "--step", "0.5"])
+    command = ["tag_video.py", "--live", address, "--step", "0.5", *(["--model", streaming] if streams else [])]
+    monkeypatch.setattr("sys.argv", command)
     tag_video.main()
     server.shutdown()
     *lines, summary = capsys.readouterr().out.splitlines()
     lines = [line for line in lines if "latency" in line and line.endswith(" frames dropped")]
     assert len(lines) == len(classified) - 1 >= 1
     assert summary.startswith(f"{len(lines)} lines, median latency")
-    assert classified[1][0].shape == (16, 3, 112, 112)
+    assert classified[1][0].shape == ((2, 3, 32, 32) if streams else (16, 3, 112, 112))
+    if streams:
+        assert all(" 0 frames dropped" in line for line in lines)
 
 
 def test_live_skips_while_it_is_late_and_forgives_a_pause(monkeypatch):

@@ -5,9 +5,10 @@
     python examples/tools/tag_video.py film.mp4 --overlay            # and a copy of the film with the labels in it
     python examples/tools/tag_video.py --live rtsp://camera/stream   # a line a second; --live 0 is the first camera
 
-Windows of as many frames as the model takes slide over the film. PySceneDetect finds the cuts, and no window crosses a
-cut. The film is decoded once and never held in memory. After a kill or Ctrl-C, the same command resumes, with the same
-result.
+Windows of as many frames as the model takes slide over the film. A model that can stream (docs/streaming.md) computes
+each frame once instead and gives a label after each step of two frames, also live. PySceneDetect finds the cuts, and
+nothing crosses a cut. The film is decoded once and never held in memory. After a kill or Ctrl-C, the same command
+resumes, with the same result.
 """
 
 import argparse
@@ -16,11 +17,13 @@ import csv
 import io
 import itertools
 import json
+import math
 import os
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 
@@ -34,8 +37,8 @@ def parse_arguments():
     parser.add_argument("--model", default=str(CAMERA_MOTION), help="a folder or a Hub repository")
     parser.add_argument("--output", type=Path, help="folder to write to (default: FILM-tags)")
     parser.add_argument("--window", type=float, help="seconds per window (default: as in training)")
-    parser.add_argument("--step", type=float, default=1.0, help="seconds from one window to the next")
-    parser.add_argument("--batch_size", type=int, default=8, help="windows per batch")
+    parser.add_argument("--step", type=float, default=1.0, help="seconds from one window to the next (not streaming)")
+    parser.add_argument("--batch_size", type=int, default=8, help="windows or steps per batch")
     parser.add_argument("--device", help="cuda or cpu (default: a GPU if there is one)")
     parser.add_argument("--overlay", action="store_true", help="also write a copy with the labels in the picture")
     parser.add_argument("--truth", type=Path, help="CSV file with start, end, label, to compare with")
@@ -55,10 +58,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
-from transformers import AutoModelForVideoClassification, AutoVideoProcessor
+from transformers import AutoConfig, AutoModelForVideoClassification, AutoVideoProcessor
 from transformers.video_utils import VideoMetadata
 
-import modeling_videomamba  # noqa: F401  registers VideoMamba in transformers' Auto classes
+from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoFrameClassification
+from modeling_videomamba.configuration_videomamba import unstreamable_reason
 from modeling_videomamba.video_decoding import decoded_frames, open_pyav, read_packets
 
 
@@ -68,6 +72,7 @@ PART, LONGEST_PART = 30, 120
 CHUNK = 8  # frames that are resized together
 CUT_WIDTH = 256  # pixels; cuts are looked for in a picture of this width
 TOP_K = 5
+LIVE_BUFFER = 2  # seconds of frames that wait for a streaming model, before the oldest are dropped
 
 
 class Frame(NamedTuple):
@@ -219,22 +224,80 @@ class Shot:
         return (self.number, times[0], times[-1] + 1 / self.tagger.rate), chosen
 
 
+class Sampler:
+    """Chooses, of frames that come in at `rate` a second, `fps` a second: those on screen in the middles of parts."""
+
+    def __init__(self, rate, fps):
+        self.rate, self.fps = rate, fps
+        self.count, self.start, self.until, self.last = 0, None, None, None
+
+    def add(self, seconds, frame):
+        """The frames that are chosen now that one comes in that is shown from `seconds` on."""
+        if self.start is None:
+            self.start, self.last = seconds, frame
+        chosen, self.until = [], seconds + 1 / self.rate
+        while (wanted := self.start + (self.count + 0.5) / self.fps) < self.until - 1e-6:
+            chosen.append((wanted, frame if wanted >= seconds else self.last))
+            self.count += 1
+        self.last = frame
+        return chosen
+
+
+class StreamShot:
+    """The steps in time of one shot: of each, the sampled frames."""
+
+    def __init__(self, tagger, number):
+        self.tagger, self.number = tagger, number
+        self.sampler, self.waiting, self.steps = Sampler(tagger.rate, tagger.fps), [], 0
+        tagger.begin()
+
+    def add(self, frame):
+        for _, chosen in self.sampler.add(frame.time, frame):
+            yield from self.take(chosen)
+
+    def take(self, frame, until=math.inf):
+        """The next sampled frame: yields where the steps that are classified together begin and end, and the last."""
+        self.waiting.append(self.tagger.prepare(frame.picture[None])[0])
+        if len(self.waiting) < self.tagger.tubelet:
+            return
+        tubelet, self.waiting, self.steps = torch.stack(self.waiting), [], self.steps + 1
+        seconds, first = self.tagger.tubelet / self.tagger.fps, self.sampler.start
+        start = first + max(0, self.steps - self.tagger.pooled) * seconds
+        yield (self.number, start, min(first + self.steps * seconds, until)), tubelet
+
+    def end(self):
+        """Of what is less than a step the last frame is repeated, so that a short shot has a label too."""
+        while self.sampler.last is not None and (self.waiting or not self.steps):
+            yield from self.take(self.sampler.last, self.sampler.until)
+
+
 class Tagger:
     """A classifier, its processor, and the window that slides: `length` and `step` in frames."""
 
+    shot, streams = Shot, False
+
     def __init__(self, model, device, rate, window=None, step=1.0):
-        self.model = AutoModelForVideoClassification.from_pretrained(model).to(device).eval()
+        self.model = self.load(model).to(device).eval()
         self.processor = AutoVideoProcessor.from_pretrained(model)
         self.device = device
         self.set_window(rate, window, step)
+
+    def load(self, model):
+        return AutoModelForVideoClassification.from_pretrained(model)
 
     def set_window(self, rate, window=None, step=1.0):
         """From frames a second, and window and step in seconds."""
         self.rate = float(rate)
         frames, stride = self.processor.num_frames, self.processor.frame_stride
+        if window is None and self.processor.sampling_fps is not None:
+            window = frames / self.processor.sampling_fps
         # A model that samples from whole clips has no length of its own: the clips of Kinetics have ten seconds.
         window = window or (10 if stride is None else ((frames - 1) * stride + 1) / self.rate)
         self.length, self.step = max(1, round(window * self.rate)), max(1, round(step * self.rate))
+
+    def settings(self):
+        """What the results depend on."""
+        return [self.length, self.step, self.sample(self.length)]
 
     def prepare(self, pictures):
         """(T, H, W, 3) uint8 to (T, C, height, width), normalised, on the model's device."""
@@ -249,17 +312,63 @@ class Tagger:
     @torch.inference_mode()
     def classify(self, clips):
         """Scores of the best labels for each clip, a list of (T, C, height, width)."""
-        scores, labels = (
-            self.model(torch.stack(clips)).logits.float().softmax(-1).topk(min(TOP_K, self.model.config.num_labels))
-        )
+        return self.best(self.model(torch.stack(clips)).logits)
+
+    def best(self, logits):
+        """The TOP_K labels with their scores, of logits (B, num_labels)."""
+        scores, labels = logits.float().softmax(-1).topk(min(TOP_K, self.model.config.num_labels))
         names = self.model.config.id2label
         pairs = [zip(*pair, strict=True) for pair in zip(labels.tolist(), scores.tolist(), strict=True)]
         return [{names[label]: round(score, 4) for label, score in pair} for pair in pairs]
 
 
+class StreamTagger(Tagger):
+    """
+    A classifier that can stream, and its cache: each frame is computed once. A label is of the last `pooled` steps of
+    `tubelet` frames, `fps` of which are sampled in a second; by default of as many as a clip in training has.
+    """
+
+    shot, streams = StreamShot, True
+
+    def load(self, model):
+        return VideoMambaForVideoFrameClassification.from_pretrained(model)
+
+    def set_window(self, rate, window=None, step=1.0):
+        super().set_window(rate, window, step)
+        config, processor = self.model.config, self.processor
+        self.tubelet = config.tubelet_size
+        self.fps = processor.sampling_fps or self.rate / (processor.frame_stride or self.length / processor.num_frames)
+        self.pooled = config.pooling_window or config.grid_size[0]
+        if window is not None:
+            self.pooled = max(1, round(window * self.fps / self.tubelet))
+        config.pooling_window = self.pooled
+        self.begin()
+
+    def settings(self):
+        return [self.tubelet, self.fps, self.pooled]
+
+    def begin(self):
+        """Lets a new stream begin."""
+        self.cache = None
+
+    @torch.inference_mode()
+    def classify(self, clips):
+        """Scores of the best labels after each of these next steps, a list of (tubelet, C, height, width)."""
+        output = self.model(torch.cat(clips)[None], cache=self.cache, use_cache=True)
+        self.cache = output.cache
+        return self.best(output.logits[0])
+
+
+def make_tagger(model, *arguments):
+    """A `StreamTagger` for a model that can stream, a `Tagger` for any other."""
+    config = AutoConfig.from_pretrained(model)
+    streams = isinstance(config, VideoMambaConfig) and unstreamable_reason(config) is None
+    return (StreamTagger if streams else Tagger)(model, *arguments)
+
+
 def tag_parts(film, tagger, point, batch_size, progress):
     """Yields, part by part, its `Window`s and the `Point` at which the next part begins, None at the film's end."""
-    shot, origin = Shot(tagger, point.shot), point.origin
+    shot, origin = tagger.shot(tagger, point.shot), point.origin
     windows, places, clips = [], [], []
 
     def take(made):
@@ -280,9 +389,10 @@ def tag_parts(film, tagger, point, batch_size, progress):
             origin = frame.pts
         if (is_cut or new_part) and frame.index != point.index:
             take(shot.end())
-            shot = Shot(tagger, shot.number + is_cut)
+            if tagger.streams or new_part:
+                classify()
+            shot = tagger.shot(tagger, shot.number + is_cut)
         if new_part:
-            classify()
             yield windows, Point(frame.index, frame.pts, frame.time, origin, shot.number)
             windows = []
         take(shot.add(frame))
@@ -588,9 +698,52 @@ def camera(number):
     return f"/dev/video{number}", "r", "v4l2"
 
 
+def slide_live(live, tagger, step):
+    """Yields, every `step` seconds, the scores of the last window, when its last frame came, and frames dropped."""
+    live.start(tagger.length)
+    taken, next_time = 0, time.monotonic()
+    while not live.ended:
+        next_time = max(next_time + step, time.monotonic())
+        time.sleep(max(0, next_time - time.monotonic()))
+        with live.lock:
+            frames, received = list(live.frames), live.received
+        if len(frames) < tagger.length or received == taken:
+            continue
+        missed = max(0, received - taken - tagger.length) if taken else 0
+        taken = received
+        chosen = np.stack([upright(frames[i][1]) for i in tagger.sample(len(frames))])
+        yield tagger.classify([tagger.prepare(chosen)])[0], frames[-1][0], missed
+
+
+def stream_live(live, tagger, _):
+    """The same as soon as the frames of a step are there. After a gap in the source a stream begins anew."""
+    live.start(int(LIVE_BUFFER * live.rate))
+    shot, taken, missed, before = None, 0, 0, None
+    while not live.ended or live.frames:
+        with live.lock:
+            frames, received = list(live.frames), live.received
+            live.frames.clear()
+        missed += max(0, received - taken - len(frames))
+        taken = received
+        steps, came = [], None
+        for arrived, frame in frames:
+            seconds = arrived if frame.time is None else frame.time
+            if before is None or not 0 <= seconds - before <= live.BEHIND:
+                shot, steps = StreamShot(tagger, 0), []
+            before = seconds
+            for _, chosen in shot.sampler.add(seconds, frame):
+                made = list(shot.take(SimpleNamespace(picture=upright(chosen))))
+                steps, came = steps + made, arrived if made else came
+        if steps:
+            yield tagger.classify([tubelet for _, tubelet in steps])[-1], came, missed
+            missed = 0
+        elif not frames:
+            time.sleep(0.005)
+
+
 def tag_live(args, device):
-    """Prints a line every `--step` seconds: time of day, label, score, latency, frames dropped."""
-    tagger = Tagger(args.model, device, 25)  # first, because a camera does not wait; and its kernels are compiled now
+    """Prints a line every `--step` seconds or after each step: time of day, label, score, latency, frames dropped."""
+    tagger = make_tagger(args.model, device, 25)  # first: a camera does not wait; and its kernels are compiled now
     some = np.zeros((tagger.processor.num_frames, 64, 64, 3), np.uint8)
     tagger.classify([tagger.prepare(some)])
     try:
@@ -598,22 +751,13 @@ def tag_live(args, device):
     except (OSError, IndexError) as error:
         sys.exit(f"{args.live} cannot be opened as a live source: {error}. Give the number of a camera or an address.")
     tagger.set_window(live.rate, args.window, args.step)
-    live.start(tagger.length)
-    taken, dropped, latencies = 0, 0, []
+    labels_of = stream_live if tagger.streams else slide_live
+    latencies, dropped = [], 0
     try:
-        next_time = time.monotonic()
-        while not live.ended:
-            next_time = max(next_time + args.step, time.monotonic())
-            time.sleep(max(0, next_time - time.monotonic()))
-            with live.lock:
-                frames, received = list(live.frames), live.received
-            if len(frames) < tagger.length or received == taken:
-                continue
-            missed = max(0, received - taken - tagger.length) if taken else 0
-            taken, dropped = received, dropped + missed
-            chosen = np.stack([upright(frames[i][1]) for i in tagger.sample(len(frames))])
-            label, score = next(iter(tagger.classify([tagger.prepare(chosen)])[0].items()))
-            latencies.append(time.monotonic() - frames[-1][0] + live.lag)
+        for scores, came, missed in labels_of(live, tagger, args.step):
+            dropped += missed
+            label, score = next(iter(scores.items()))
+            latencies.append(time.monotonic() - came + live.lag)
             now = time.strftime("%H:%M:%S")
             print(f"{now}  {label:24} {score:6.1%}  latency {latencies[-1] * 1000:4.0f} ms  {missed} frames dropped")
             sys.stdout.flush()
@@ -635,13 +779,13 @@ def tag_film(args, device):
             duration = (container.duration or 0) / av.time_base
     except av.FFmpegError as error:
         raise ValueError(f"{args.film} cannot be read as a video ({error.strerror}).") from error
-    tagger = Tagger(args.model, device, rate, args.window, args.step)
+    tagger = make_tagger(args.model, device, rate, args.window, args.step)
     folder = args.output or Path(f"{args.film.stem}-tags")
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
         "film": [str(args.film.resolve()), args.film.stat().st_size],
         "model": [str(args.model), tagger.model.config.to_dict()["id2label"]],
-        "window": [tagger.length, tagger.step, tagger.sample(tagger.length)],
+        "window": tagger.settings(),
     }
     journal = Journal(folder / "journal.jsonl", json.loads(json.dumps(settings)))
     started, before, interrupted = time.perf_counter(), None if journal.finished else journal.point.time, False
