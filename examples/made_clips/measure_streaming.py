@@ -1,0 +1,151 @@
+#!/usr/bin/env python
+"""Measures a model that can stream on clips whose label is known, joined without cuts.
+
+    python examples/made_clips/measure_streaming.py clips/validation --model my-streaming-checkpoint --minutes 60
+
+`clips/validation` has a folder for each label (`make_camera_motion_clips.py` makes such clips). Prints three tables in
+Markdown: the accuracy by the number of frames seen; the steps between a change of motion and the change of the label,
+for the running mean and for windows; and the accuracy in a stream that never begins anew, by its age.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoVideoProcessor
+
+from modeling_videomamba import ClipLoader, VideoMambaForVideoFrameClassification
+from modeling_videomamba.cache_videomamba import pool_steps
+
+
+WINDOWS = (None, 2, 4, 8)  # steps that are classified together; None: all since the beginning
+VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".mov", ".webm"}
+
+
+def find_clips(folder, label2id, count, seed):
+    """(path, number of its label) of `count` clips in random order."""
+    found = sorted(path for path in Path(folder).glob("*/*") if path.suffix.lower() in VIDEO_SUFFIXES)
+    if unknown := {path.parent.name for path in found} - set(label2id):
+        sys.exit(f"{folder} has folders of labels that the model does not know: {', '.join(sorted(unknown))}.")
+    if len(found) < 2:
+        sys.exit(f"{folder} has {len(found)} clips in folders of labels, but two are needed.")
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [(found[i], label2id[found[i].parent.name]) for i in order[:count]]
+
+
+def load(clips, processor, num_workers):
+    """The clips' frames (N, T, C, height, width) in half precision, and their labels (N,)."""
+    frames, labels = [], []
+    loader = ClipLoader([str(path) for path, _ in clips], processor, num_workers=num_workers)
+    for batch in tqdm(loader, desc="clips", unit="batch"):
+        if batch.errors:
+            sys.exit(f"A clip cannot be read: {next(iter(batch.errors.values()))}")
+        frames.append(batch.pixel_values.half())
+        labels += [clips[number][1] for number in batch.clips]
+    return torch.cat(frames), torch.tensor(labels)
+
+
+@torch.inference_mode()
+def step_features(model, frames, cache=None):
+    """The mean over the tokens of each step (B, n_t, D) of these next frames, and the cache after them."""
+    model.config.pooling_window = 1
+    output = model.videomamba(frames.to(model.device, model.dtype), True, cache=cache, use_cache=True)
+    return output.step_pooler_output, output.cache
+
+
+@torch.inference_mode()
+def predictions(model, features, window):
+    return model.classifier(pool_steps(features, window).to(model.dtype)).argmax(-1).cpu()
+
+
+def accuracy_by_frames(model, features, labels):
+    """Of clips from their beginning: {frames seen: accuracy}, with the running mean."""
+    right = (predictions(model, features, None) == labels[:, None]).double().mean(0)
+    return {model.config.tubelet_size * (step + 1): value for step, value in enumerate(right.tolist())}
+
+
+def steps_to_change(found, labels):
+    """Of each clip that follows another, (B, n_t) labels: the steps until the label is right and stays so, n_t + 1 if
+    the clip ends before."""
+    wrong = found != labels[:, None]
+    last_wrong = torch.where(wrong, torch.arange(1, wrong.shape[1] + 1), 0).amax(1)
+    return last_wrong + 1
+
+
+def measure_changes(model, frames, labels, batch_size):
+    """{window: steps until the label of a second clip stands, of each pair of clips with two labels}."""
+    pairs = [(i, i + 1) for i in range(0, len(labels) - 1, 2) if labels[i] != labels[i + 1]]
+    first, second = torch.tensor(pairs).T
+    features = []
+    for start in range(0, len(pairs), batch_size):
+        part = slice(start, start + batch_size)
+        features.append(step_features(model, torch.cat([frames[first[part]], frames[second[part]]], dim=1))[0])
+    features, count = torch.cat(features), model.config.grid_size[0]
+    return {
+        window: steps_to_change(predictions(model, features, window)[:, count:], labels[second]) for window in WINDOWS
+    }
+
+
+def measure_ages(model, frames, labels, streams, minutes, fps):
+    """Whether each clip's label stands at its end, (streams, clips), in streams that go on from clip to clip; the mean
+    is over the steps of a clip. No stream begins anew, and each takes the clips in another order."""
+    clips = max(2, round(minutes * 60 * fps / frames.shape[1]))
+    generator, cache, right = torch.Generator().manual_seed(0), None, []
+    for _ in tqdm(range(clips), desc="stream", unit="clip"):
+        chosen = torch.randint(len(labels), (streams,), generator=generator)
+        features, cache = step_features(model, frames[chosen], cache)
+        right.append(predictions(model, features, None)[:, -1] == labels[chosen])
+    return torch.stack(right, dim=1)
+
+
+def print_table(head, rows):
+    print("\n".join(["", "| " + " | ".join(map(str, head)) + " |", "| --- " * len(head) + "|"]))
+    for row in rows:
+        print("| " + " | ".join(map(str, row)) + " |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("clips", type=Path, help="Folder with a folder of clips for each label.")
+    parser.add_argument("--model", required=True, help="Folder or Hub repository of a model that can stream.")
+    parser.add_argument("--count", type=int, default=540, help="Clips to take. Default: %(default)s.")
+    parser.add_argument(
+        "--minutes", type=float, default=60.0, help="Length of the long streams. Default: %(default)s."
+    )
+    parser.add_argument("--streams", type=int, default=8, help="Long streams at once. Default: %(default)s.")
+    parser.add_argument("--batch_size", type=int, default=16, help="Default: %(default)s.")
+    parser.add_argument("--seed", type=int, default=0, help="Order of the clips. Default: %(default)s.")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="Processes that read clips.")
+    args = parser.parse_args()
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = VideoMambaForVideoFrameClassification.from_pretrained(args.model).to(device).eval()
+    processor = AutoVideoProcessor.from_pretrained(args.model)
+    fps = processor.sampling_fps or 24 / (processor.frame_stride or 1)
+    label2id = {label: number for number, label in model.config.id2label.items()}
+    clips = find_clips(args.clips, label2id, args.count, args.seed)
+    frames, labels = load(clips, processor, args.num_workers)
+
+    features = torch.cat([step_features(model, part)[0] for part in frames.split(args.batch_size)])
+    print(f"\n{args.model} on {len(labels)} clips of {args.clips}, {fps:g} frames a second, on {device}")
+    seen = accuracy_by_frames(model, features, labels)
+    print_table(["frames seen", *seen], [["accuracy", *(f"{value:.1%}" for value in seen.values())]])
+
+    rows, count = [], model.config.grid_size[0]
+    for window, steps in measure_changes(model, frames, labels, args.batch_size).items():
+        stands = steps <= count
+        name = "running mean" if window is None else f"window of {window}"
+        rows.append((name, f"{steps.double().median():g}", f"{stands.double().mean():.1%}", len(steps)))
+    print_table(["steps classified together", "median steps to the change", f"stands within {count}", "changes"], rows)
+
+    right = measure_ages(model, frames, labels, args.streams, args.minutes, fps).double()
+    minute = max(1, round(60 * fps / frames.shape[1]))
+    ages = [("first clips", right[:, :1]), ("first minute", right[:, :minute]), ("last minute", right[:, -minute:])]
+    print_table(["age of the stream", "accuracy", "clips"], [(name, f"{r.mean():.1%}", r.numel()) for name, r in ages])
+
+
+if __name__ == "__main__":
+    main()
