@@ -28,7 +28,7 @@ def continued_cache(model, cache, use_cache, batch_size):
         raise ValueError(f"`cache` must be a `VideoMambaCache`, got {type(cache).__name__}: take the model's own.")
     if len(cache.states) != len(model.layers):
         raise ValueError(f"The cache is of {len(cache.states)} layers, but the model has {len(model.layers)}.")
-    if len(cache.steps) != batch_size:
+    if cache.steps.shape[0] != batch_size:  # `len` would make the size of an exported batch a constant
         raise ValueError(f"The cache is of {len(cache.steps)} streams, but {batch_size} parts were given.")
     return cache
 

@@ -469,7 +469,7 @@ class VideoMambaModel(VideoMambaDeltaMapsMixin, VideoMambaPreTrainedModel):
         streams = bool(use_cache) or cache is not None
         pixel_values, grid = checked_clips(self.config, pixel_values, interpolate_pos_encoding, streams)
         if streams:
-            cache = continued_cache(self, cache, use_cache, len(pixel_values))
+            cache = continued_cache(self, cache, use_cache, pixel_values.shape[0])
         hidden_states = self.encode(pixel_values, grid, cache, **kwargs)
         last_hidden_state = self.norm(hidden_states)
         if self.embeddings.has_class_token:

@@ -118,6 +118,27 @@ def test_onnx_file_gives_the_logits_of_the_model(tmp_path, any_length, options):
         np.testing.assert_allclose(logits, expected.numpy(), atol=1e-4)
 
 
+STREAMS = {"backward_scan": "spatial", "class_token_position": "none", "position_embedding_type": "spatial"}
+
+
+@needs_pytorch_2_11
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [None, 2])
+def test_steps_in_onnx_are_those_of_the_model(tmp_path, window):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs ONNX Runtime")
+    pytest.importorskip("onnxscript", reason="needs onnxscript, which torch.onnx exports with")
+    from export_onnx import export_step, run_stream
+
+    model = small_model(pooling_window=window, **STREAMS)
+    export_step(model, tmp_path / "step.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "step.onnx")
+    for batch, steps in ((1, 1), (3, 5)):
+        clips = torch.randn(batch, 2 * steps, 3, 32, 32)
+        with torch.no_grad():
+            expected = model(clips, interpolate_pos_encoding=True).logits
+        np.testing.assert_allclose(run_stream(session, clips.numpy(), 2), expected.numpy(), atol=1e-4)
+
+
 @needs_pytorch_2_11
 @pytest.mark.slow
 def test_exporter_of_transformers(tmp_path):
