@@ -2,8 +2,8 @@
 Many clips from files to results: processes decode, and the device does not wait for the host.
 
 A worker of a `DataLoader` decodes a clip and leaves its frames, as bytes, in a slot of shared memory; only their place
-goes through the loader's pipe. A GPU copies the page-locked slot, resizes and normalises on a stream of its own, beside
-the model on the caller's. `predict_clips` fetches results while the next batches run.
+goes through its pipe. A GPU copies the page-locked slot, resizes and normalises on a stream of its own, beside the
+model on the caller's. `predict_clips` fetches results while the next batches run.
 """
 
 import contextlib
