@@ -1,10 +1,9 @@
 """
 Many clips from files to results: processes decode, and the device does not wait for the host.
 
-A worker of a `DataLoader` decodes a clip and leaves its frames, as bytes, in a slot of shared memory; through the
-loader's pipe goes only where they are. The memory is page-locked for a GPU, which copies the slot, resizes and
-normalises on a stream of its own, beside the model on the caller's. `predict_clips` fetches results while the next
-batches run.
+A worker of a `DataLoader` decodes a clip and leaves its frames, as bytes, in a slot of shared memory; only their place
+goes through its pipe. A GPU copies the page-locked slot, resizes and normalises on a stream of its own, beside the
+model on the caller's. `predict_clips` fetches results while the next batches run.
 """
 
 import contextlib
@@ -118,7 +117,7 @@ class ClipLoader:
                     batch.errors[numbers[place]] = found
                 else:
                     frames[place], copied = device.take(ring.read(slot, found), found.is_resized)
-                ring.give_back(slot, copied)
+                ring.free.append((slot, copied))
                 if len(frames) + len(batch.errors) == len(numbers):
                     del begun[index]
                     places = sorted(frames)
@@ -141,10 +140,9 @@ class _Frames(NamedTuple):
 
 class _Ring:
     """
-    Slots of shared memory, as bytes: (slots, size). Whoever gives one back says by which event it will be free.
+    Slots of shared memory, as bytes: (slots, size); and those that are free, once an event has happened.
 
-    (An array of `multiprocessing` can be handed to processes however they start, and lies in a temporary file where
-    /dev/shm, of 64 MB in many containers, is too small.)
+    (An array of `multiprocessing` is shared however processes start, and lies in a file where /dev/shm is too small.)
     """
 
     def __init__(self, count: int, size: int, context):
@@ -157,9 +155,6 @@ class _Ring:
         if copied is not None:
             copied.synchronize()
         return slot
-
-    def give_back(self, slot: int, copied) -> None:
-        self.free.append((slot, copied))
 
     def read(self, slot: int, found: _Frames) -> torch.Tensor:
         """(T, C, H, W), a view."""

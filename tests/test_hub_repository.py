@@ -22,9 +22,9 @@ from hub_server import HubServer
 CARD = "videomamba-tiny-camera-motion"
 FOLDER = Path(make_hub_repo.__file__).parent / CARD
 PACKAGE = Path(modeling_videomamba.__file__).parent
-# Everything but the registration with the Auto classes travels.
-MODULES = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
-MODEL_MODULES = {name for name in MODULES if not re.match("(image|video)_|frames_|clip_", name)}
+# Everything travels but the registration with the Auto classes and the loader of many files.
+MODULES = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py", "clip_loading.py"}
+MODEL_MODULES = {name for name in MODULES if not re.match("(image|video)_|frames_", name)}
 
 # What a user would have to explain away if it stood in the output.
 UNWANTED = re.compile("warn|deprecat|not supported|not available|falling back|error|backward compat", re.IGNORECASE)

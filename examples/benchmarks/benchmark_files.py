@@ -13,7 +13,8 @@ decoding alone takes `--seconds`, and its time includes the start of its process
 - `model`: the model on a batch that is there;
 - `workers resize`, `device resizes`: `ClipLoader` and `predict_clips`, with the two choices of `slot_bytes`;
 - with `--compare`, `pipeline(...)` with this model and with VideoMAE-S on the same list with as many workers, and the
-  loop that one would write: a `DataLoader` whose workers decode with decord or torchcodec, resize and normalise.
+  loop that one would write: a `DataLoader` whose workers decode with decord or torchcodec, resize and normalise;
+- with `--nvdec`, 8 threads decode with the GPU's video engine, through torchcodec, and nothing comes back.
 
 A road that cannot run here has no figure, and the reason is printed.
 """
@@ -23,6 +24,7 @@ import csv
 import os
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -32,7 +34,7 @@ from transformers import VideoClassificationPipeline, VideoMAEImageProcessor, Vi
 
 from benchmark import videomae, videomamba
 from benchmark_decoding import write_clip
-from modeling_videomamba import ClipLoader, VideoMambaVideoProcessor, predict_clips
+from modeling_videomamba import ClipLoader, VideoMambaImageProcessor, VideoMambaVideoProcessor, predict_clips
 
 
 FRAMES = 16
@@ -62,19 +64,20 @@ class Plain(Decoded):
             import decord
 
             reader = decord.VideoReader(self.files[number], num_threads=1)
-            frames = torch.from_numpy(reader.get_batch(self.indices(len(reader))).asnumpy()).permute(0, 3, 1, 2)
+            frames = torch.from_numpy(reader.get_batch(middle_frames(len(reader))).asnumpy()).permute(0, 3, 1, 2)
         else:
             from torchcodec.decoders import VideoDecoder
 
             reader = VideoDecoder(self.files[number], num_ffmpeg_threads=1)
-            frames = reader.get_frames_at(self.indices(len(reader)).tolist()).data
+            frames = reader.get_frames_at(middle_frames(len(reader)).tolist()).data
         frames = v2.functional.center_crop(v2.functional.resize(frames, 224, antialias=True), [224, 224])
         mean, std = self.processor.image_mean, self.processor.image_std
         return v2.functional.normalize(v2.functional.to_dtype(frames, torch.float32, scale=True), mean, std)
 
-    def indices(self, total):
-        start = max(0, (total - 2 * FRAMES + 1) // 2)
-        return torch.arange(start, start + 2 * FRAMES, 2)[:FRAMES].clamp(max=total - 1)
+
+def middle_frames(total):
+    start = max(0, (total - 2 * FRAMES + 1) // 2)
+    return torch.arange(start, start + 2 * FRAMES, 2).clamp(max=total - 1)
 
 
 def as_plain_as_possible(files, model, processor, arguments):
@@ -119,6 +122,19 @@ def decode_alone(files, processor, arguments):
         pass
 
 
+def decode_on_gpu(files, arguments):
+    """By the GPU's video engine, through torchcodec, which uses its decoders again."""
+    from torchcodec.decoders import VideoDecoder
+
+    def decode(file):
+        reader = VideoDecoder(file, device=str(arguments.device))
+        reader.get_frames_at(middle_frames(len(reader)).tolist())
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(decode, files))
+    torch.cuda.synchronize()
+
+
 def copy_alone(clip, processor, arguments):
     """Clips a second from page-locked memory to `pixel_values` on the GPU."""
     if arguments.device.type != "cuda":
@@ -147,14 +163,13 @@ def seconds_of(step, arguments, least=1.0):
         if arguments.device.type == "cuda":
             torch.cuda.synchronize()
 
-    for _ in range(3):
-        step()
+    step()
     finish()
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < least:
-        for _ in range(5):
+        for _ in range(1 + count):  # twice as many as before
             step()
-        count += 5
+        count += 1 + count
         finish()
     return (time.perf_counter() - start) / count
 
@@ -192,11 +207,13 @@ def measure(name, files, models, arguments):
         "device resizes": lambda: through_loader(files, model, processor, arguments, clip.nbytes),
     }
     if arguments.compare:
-        ours = VideoClassificationPipeline(model, video_processor=processor, device=arguments.device)
+        ours = VideoClassificationPipeline(
+            model, video_processor=processor, image_processor=VideoMambaImageProcessor(), device=arguments.device
+        )
         theirs = VideoClassificationPipeline(
             models["VideoMAE-S"],
-            image_processor=VideoMAEImageProcessor(),
             video_processor=VideoMAEVideoProcessor() if arguments.decoder == "torchcodec" else None,
+            image_processor=VideoMAEImageProcessor(),
             device=arguments.device,
         )
         options = {} if arguments.decoder == "torchcodec" else {"frame_sampling_rate": 2}
@@ -204,6 +221,8 @@ def measure(name, files, models, arguments):
         roads["pipeline, VideoMAE-S"] = lambda: through_pipeline(files, theirs, arguments, **options)
         Plain.decoder = arguments.decoder
         roads[f"plain loop, {arguments.decoder}"] = lambda: as_plain_as_possible(files, model, processor, arguments)
+    if arguments.nvdec:
+        roads["nvdec"] = lambda: decode_on_gpu(files, arguments)
     row = {"clips": name, "count": count, "frame": "x".join(map(str, clip.shape[2:0:-1]))}
     row["copy"] = copy_alone(clip, processor, arguments)
     row["model"] = model_alone(model, arguments)
@@ -226,6 +245,7 @@ def main():
     parser.add_argument("folder", nargs="?", type=Path, help="of clips, .mp4")
     parser.add_argument("--made", nargs="*", default=[], metavar="WIDTHxHEIGHT", help="sizes of clips to make")
     parser.add_argument("--compare", action="store_true", help="time the pipelines and the plain loop, too")
+    parser.add_argument("--nvdec", action="store_true", help="time decoding on the GPU through torchcodec, too")
     parser.add_argument("--decoder", default="decord", choices=["decord", "torchcodec"], help="of the plain loop")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count())
     parser.add_argument("--batch_size", type=int, default=8)

@@ -250,7 +250,7 @@ def report(args, folder, clips, spent):
         bound = decoders * done / sum(process["decoding"] for process in spent)
         print(
             f"{done} clips in {longest:.1f} s: {done / longest:.1f} clips a second, {done / longest / bound:.0%} of "
-            f"the {bound:.1f} that {decoders} processes decode."
+            f"the {bound:.1f} that {decoders} process{'es' * (decoders > 1)} can decode."
         )
     print(f"{folder}: {len(clips) - len(listing)} clips; {len(listing)} could not be read (unreadable.csv).")
 
