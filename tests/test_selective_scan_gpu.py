@@ -266,7 +266,7 @@ def test_the_operator_is_a_good_citizen(on_cpu):
     on_cpu(1)
     tensors, _ = make_inputs(1, 18, 24, torch.float32)
     for out_proj_weight in (None, torch.randn(12, 24, requires_grad=True)):
-        arguments = (*(t.requires_grad_() for t in tensors), out_proj_weight, None, [0, 1, -1])
+        arguments = (*(t.requires_grad_() for t in tensors), out_proj_weight, None, None, None, [0, 1, -1])
         for keep in (1, 2):
             torch.library.opcheck(torch.ops.videomamba.bidirectional_scan_cuda.default, (*arguments, keep))
 
@@ -300,7 +300,9 @@ def test_a_sequence_beyond_32_bit_offsets_takes_wider_ones():
 
     def is_wide(length):
         shape = torch.Size((1, length, 48))
-        made = plan.ScanPlan(torch.device("cpu"), 132, 32768, torch.float32, shape, True, False, False, parameters)
+        made = plan.ScanPlan(
+            torch.device("cpu"), 132, 32768, torch.float32, shape, True, False, False, False, parameters
+        )
         return made.options["WIDE"]
 
     most = 2**32 // (48 * 4) + 1  # rows of 24 channels and their gates
