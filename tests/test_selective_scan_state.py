@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from modeling_videomamba import selective_scan as seam
 from modeling_videomamba import selective_scan_cuda, selective_scan_numba, use_scan_backend
@@ -21,7 +22,7 @@ from scan_helpers import (
 pytest_plugins = "cuda_emulation"  # its fixtures
 
 without_numba = pytest.mark.skipif(selective_scan_numba.IMPORT_ERROR is not None, reason="needs Numba")
-ON_CPU = ["torch", "export", "sequential", pytest.param("numba", marks=without_numba)]
+ON_CPU = ["torch", "sequential", pytest.param("numba", marks=without_numba), "export"]
 backends = pytest.mark.parametrize("backend", ON_CPU)
 
 
@@ -161,7 +162,7 @@ def test_a_state_goes_with_the_projection_and_another_type(backend):
 @pytest.mark.parametrize("backend", ["torch", pytest.param("numba", marks=without_numba)])
 def test_a_compiled_step_is_compiled_once(backend):
     torch._dynamo.reset()
-    inputs, counter = random_inputs(2, 6, 4), torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    inputs, counter = random_inputs(2, 6, 4), CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=True, backend=counter)
     def step(xz, parameters, state):
