@@ -389,7 +389,7 @@ def test_the_simt_operator_is_a_good_citizen(on_cpu):
     shapes = [(2, 1, 18, 24), (2, 1, 18, 24), (2, 24, 16), (2, 1, 18, 16), (2, 1, 18, 16)]
     u, delta, A, B, C = (torch.randn(shape) for shape in shapes)
     arguments = [t.requires_grad_() for t in (u, delta.exp(), -A.exp(), B, C)]
-    torch.library.opcheck(torch.ops.videomamba.selective_scan_simt.default, (*arguments, True))
+    torch.library.opcheck(torch.ops.videomamba.selective_scan_simt.default, (*arguments, None, True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -300,3 +300,19 @@ def test_replay_of_a_step_as_a_cuda_graph():
             graph.replay()
             found.append(out.clone())
     assert relative_error(torch.cat(found, dim=1), expected) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("multiprocessors", "lengths", "dtype"),
+    [
+        (132, [70, 1], torch.float32),
+        pytest.param(1, [1, 37], torch.float32, marks=pytest.mark.slow),
+        pytest.param(132, [33, 2], torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
+def test_simt_kernels_on_the_cpu(on_cpu, multiprocessors, lengths, dtype):
+    on_cpu(multiprocessors)
+    inputs = [t.to(dtype) for t in random_inputs(1, sum(lengths), 24, step_bias=-1.0)]
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    scan = BACKENDS["cuda_simt"].bidirectional_selective_scan
+    assert_parts_match_reference(scan, inputs, lengths, "any", tolerance, 10 * tolerance)
