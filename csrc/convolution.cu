@@ -103,8 +103,12 @@ extern "C" __global__ void __launch_bounds__(CONV_THREADS, !IO ? 12 : ORDERED ? 
     // next.
     int token_ahead[K], token_after[K];
     auto load = [&](int i, int token, bool exists) {
+#if STATEFUL
         const io_t *at = ORDERED ? x + (long long)token * 2 * CHANNELS : x_now + i * 2 * CHANNELS;
-        return STATEFUL ? load_input(p, at, dir, b, channel, start + done + i) : load_few(at, exists);
+        return load_input(p, at, dir, b, channel, start + done + i);
+#else
+        return load_few(ORDERED ? x + (long long)token * 2 * CHANNELS : x_now + i * 2 * CHANNELS, exists);
+#endif
     };
 #pragma unroll
     for (int k = 0; k < HALO; k++)
@@ -136,7 +140,8 @@ extern "C" __global__ void __launch_bounds__(CONV_THREADS, !IO ? 12 : ORDERED ? 
         }
         x_now += K * 2 * CHANNELS, u_now += K * CHANNELS;
     }
-    if (STATEFUL && p.after && start + RUN >= p.L)  // the last run
+#if STATEFUL
+    if (p.after && start + RUN >= p.L)  // the last run
 #pragma unroll
         for (int d = 0; d < WALKED; d++)
             for (int back = 1; back <= HALO; back++) {
@@ -144,6 +149,7 @@ extern "C" __global__ void __launch_bounds__(CONV_THREADS, !IO ? 12 : ORDERED ? 
                 const io_t *at = x + (long long)(step < 0 ? 0 : token_at(p, dir, place)) * 2 * CHANNELS;
                 *(few_t *)earlier(p.after, p, dir + d, b, channel, back) = load_input(p, at, dir, b, channel, place);
             }
+#endif
 }
 #endif
 
@@ -313,13 +319,12 @@ struct Copies {
     }
     // Into a stage. Direction 1's gradients are at the oldest input. Those that only neighbouring runs need stay away.
     __device__ __forceinline__ void next(const Args &p, io_t *stage) {
-        const bool inside = place >= 0 && place < p.L;
-        if (STATEFUL && !inside) {
+        if (STATEFUL && !(place >= 0 && place < p.L)) {
             const int steps = steps_outside(p, place);
             const bool some = exists && steps <= HALO;
             const io_t *at = earlier(p.before, p, direction_outside(0, place), blockIdx.z, channel, steps);
             copy_async<16>(stage + to, some ? at : p.before, some);
-        } else copy_async<16>(stage + to, x, exists && inside);
+        } else copy_async<16>(stage + to, x, exists && place >= 0 && place < p.L);
         const long long tokens = (long long)p.B * p.L - HALO;
 #pragma unroll
         for (int d = 0; d < 2; d++) {
@@ -424,13 +429,17 @@ extern "C" __global__ void __launch_bounds__(CONV_BACKWARD_THREADS, CONV_BACKWAR
                 found.add(taps, j, du, own > j, done >= HALO - j);
                 float dx[CV] = {};
                 found.of_input(dx, taps, j);
+#if STATEFUL
                 const int place = start + done + j - HALO;
                 io_t *to = dx_now;
-                if (STATEFUL && (place < 0 || place >= p.L)) {
+                if (place < 0 || place >= p.L) {
                     const int steps = steps_outside(p, place);
                     to = earlier(p.after, p, direction_outside(0, place), blockIdx.z, channel, steps);
                 }
                 if (done >= first - j && own > j - HALO - more) store_few(to, dx);
+#else
+                if (done >= HALO - j && own > j - HALO) store_few(dx_now, dx);
+#endif
             }
         }
     }

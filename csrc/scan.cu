@@ -336,8 +336,9 @@ extern "C" __global__ void pass_states(const Args p) {
     int channel = i / (128 * NT) * 16 + lane / 4 * 2 + (e >> 1), n = nt * 8 + 2 * (lane % 4) + (e & 1);
     const bool exists = channel < CHANNELS && n < N;  // others become zero
     float a = exists ? -expf(parameter(p.a_log, ((size_t)dir * CHANNELS + channel) * N + n)) * LOG2E : 0.f, h = 0.f;
-    const bool adjoints = STATEFUL ? p.mode & ADJOINTS : p.mode, whole = STATEFUL && p.mode & WHOLE_PART;
-    bool down = (dir && !ORDERED) != adjoints;
+    const int adjoints = STATEFUL ? p.mode & ADJOINTS : p.mode;
+    const bool whole = STATEFUL && p.mode & WHOLE_PART;
+    bool down = (dir && !ORDERED) != (adjoints == 1);
     float *states = (adjoints ? p.adjoint : p.states) + (size_t)(dir * p.B + b) * p.chunks * per + i;
     const size_t row = (size_t)(dir * p.B + b) * CHANNELS + channel;
     float total = 0.f;
@@ -353,10 +354,9 @@ extern "C" __global__ void pass_states(const Args p) {
             const int k = first + i;
             const size_t chunk = chunk_at(k);
             const bool wanted = exists && k + !whole < p.chunks;
-            const float sum = wanted ? sums[chunk * CHANNELS] : 0.f;
             end[i] = wanted ? states[chunk * per] : 0.f;
-            factor[i] = wanted ? exp2f(a * sum) : whole;
-            total += sum;
+            factor[i] = wanted ? exp2f(a * sums[chunk * CHANNELS]) : whole ? 1.f : 0.f;
+            if (whole && wanted) total += sums[chunk * CHANNELS];
         }
 #pragma unroll
         for (int i = 0; i < FEW; i++) {

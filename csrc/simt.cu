@@ -24,6 +24,10 @@ struct SimtArgs {
     float *dA;                      // (G, B, S, E, N)
     float *dBC;                     // (G, B, ceil(E / SIMT_CHANNELS), L, 2 N)
     int groups, batch, length, channels, span, spans, adjoint;
+    // With a state, (G, B, E, N): what the walk starts with, or null for zero, and what it leaves. One span starts with
+    // what `ends` holds, if it is given. On the way back, gradients.
+    const float *start;
+    float *end;
 };
 
 #define MEMBER __device__ __forceinline__
@@ -106,7 +110,7 @@ extern "C" __global__ void simt_pass(const SimtArgs p) {
     if (state >= one) return;
     const size_t sequence = blockIdx.y;
     const float a = p.A[sequence / p.batch * one + state] * LOG2E;
-    float before = 0.f;
+    float before = STATEFUL && p.start ? p.start[sequence * one + state] : 0.f;
     for (int i = 0; i < p.spans; i++) {
         const size_t span = sequence * p.spans + (p.adjoint ? p.spans - 1 - i : i);
         float *end = p.ends + span * one + state;
@@ -122,7 +126,7 @@ extern "C" __global__ void simt_scan(const SimtArgs p) {
     const float *B = p.B + w.sequence * p.length * N, *C = p.C + w.sequence * p.length * N;
     const int chunks = (p.length + SIMT_CHUNK - 1) / SIMT_CHUNK;
     float state[Q];
-    w.load_states(state, p.ends + w.row(p, w.span, p.spans), p.spans > 1);
+    w.load_states(state, p.ends + w.row(p, w.span, p.spans), STATEFUL ? p.ends != nullptr : p.spans > 1);
     for (int tile = w.begin; tile < w.end; tile += 4) {
         if (p.kept && tile % SIMT_CHUNK == 0) w.store_states(p.kept + w.row(p, tile / SIMT_CHUNK, chunks), state);
 #pragma unroll
@@ -141,6 +145,7 @@ extern "C" __global__ void simt_scan(const SimtArgs p) {
             if (w.first == 0 && w.exists && token < w.end) p.y[w.at(p, token)] = y;
         }
     }
+    if (STATEFUL && w.span == p.spans - 1) w.store_states(p.end + w.row(p, 0, 1), state);
 }
 #endif
 
@@ -178,7 +183,7 @@ extern "C" __global__ void simt_backward(const SimtArgs p) {
     const int chunks = (p.length + SIMT_CHUNK - 1) / SIMT_CHUNK, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float *dBC = p.dBC + (w.sequence * gridDim.x + blockIdx.x) * p.length * 2 * N;
     float adjoint[Q], dA[Q] = {};
-    w.load_states(adjoint, p.ends + w.row(p, w.span, p.spans), p.spans > 1);
+    w.load_states(adjoint, p.ends + w.row(p, w.span, p.spans), STATEFUL ? p.ends != nullptr : p.spans > 1);
     for (int chunk = (w.end - 1) / SIMT_CHUNK; chunk * SIMT_CHUNK >= w.begin; chunk--) {
         const int begin = chunk * SIMT_CHUNK;
         float before[SIMT_CHUNK + 1][Q];  // [i]: the state before the chunk's token i
@@ -234,5 +239,6 @@ extern "C" __global__ void simt_backward(const SimtArgs p) {
         barrier(0, 4 * SIMT_CHANNELS);
     }
     w.store_states(p.dA + w.row(p, w.span, p.spans), dA);
+    if (STATEFUL && w.span == 0) w.store_states(p.end + w.row(p, 0, 1), adjoint);
 }
 #endif

@@ -105,7 +105,7 @@ class ScanBackend(NamedTuple):
 BACKENDS = {
     "cuda": ScanBackend(cuda_unusable_reason, cuda_scan, fuses_out_proj=True),
     "mamba_ssm": ScanBackend(mamba_ssm_unusable_reason, mamba_ssm_scan, takes_state=False),
-    "cuda_simt": ScanBackend(cuda_simt_unusable_reason, cuda_simt_scan, takes_state=False),
+    "cuda_simt": ScanBackend(cuda_simt_unusable_reason, cuda_simt_scan),
     "numba": ScanBackend(numba_unusable_reason, numba_scan),
     "torch": ScanBackend(torch_unusable_reason, torch_scan),
     "export": ScanBackend(export_unusable_reason, export_scan),

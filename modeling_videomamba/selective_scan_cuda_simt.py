@@ -56,6 +56,7 @@ class SimtArguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in "u delta grad A B C y du ddelta ends sums kept dA dBC".split()),
         *((name, ctypes.c_int) for name in "groups batch length channels span spans adjoint".split()),
+        *((name, ctypes.c_void_p) for name in "start end".split()),
     ]
 
 
@@ -75,15 +76,19 @@ def split_length(sequences, length, channels, multiprocessors):
 
 
 class _Walks:
-    """The kernels over one set of tensors: u, delta (G, B, L, E), A (G, E, N), B and C (G, B, L, N), in float32."""
+    """
+    The kernels over one set of tensors: u, delta (G, B, L, E), A (G, E, N), B and C (G, B, L, N), in float32; from
+    zero, or with a state, which then is what they start with and end with, or its gradients.
+    """
 
-    def __init__(self, u, delta, A, B, C):
+    def __init__(self, u, delta, A, B, C, stateful):
         self.groups, self.batch, self.length, self.channels = u.shape
         self.states = A.shape[2]
         self.device = u.device
         self.sequences = self.groups * self.batch
         self.span, self.spans = split_length(self.sequences, self.length, self.channels, multiprocessors_of(u.device))
         self.tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C}
+        self.stateful = stateful
 
     def new(self, *shape):
         return torch.empty(shape, dtype=torch.float32, device=self.device)
@@ -93,6 +98,8 @@ class _Walks:
         sizes = {name: getattr(self, name) for name in "groups batch length channels span spans".split()}
         pointers = {name: t.data_ptr() for name, t in self.tensors.items() if t.numel()}
         options = {"IO": DTYPES[torch.float32], "PT": DTYPES[torch.float32], "N": self.states}
+        if self.stateful:
+            options["STATEFUL"] = 1
         launch = Launch(name, options, grid, threads, shared, self.device, {})
         stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
         launch(SimtArguments(**pointers, **sizes, adjoint=adjoint), stream)
@@ -100,8 +107,13 @@ class _Walks:
     def grid(self):
         return -(-self.channels // CHANNELS), self.spans, self.sequences
 
-    def pass_between_spans(self, adjoint):
-        """What each span begins with, or, walking back, receives; unused where there is one."""
+    def pass_between_spans(self, adjoint, start=None):
+        """What each span begins with, or, walking back, receives; unused where there is one that begins with zero."""
+        if self.stateful:
+            self.tensors["end"] = self.new(self.groups, self.batch, self.channels, self.states)
+        if start is not None:
+            (start,) = _float32((start,))
+            self.tensors |= {"start": start, "ends": start}
         if self.spans == 1:
             return
         shape = self.sequences, self.spans, self.channels
@@ -116,14 +128,20 @@ def _float32(tensors):
 
 @torch.library.custom_op(f"{NAMESPACE}::selective_scan_simt", mutates_args=())
 def _scan_op(
-    u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, keep: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    start: torch.Tensor | None,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     with torch.cuda.device_of(u):
-        walks = _Walks(*_float32((u, delta, A, B, C)))
+        walks = _Walks(*_float32((u, delta, A, B, C)), stateful=start is not None)
         y, kept = walks.new(*u.shape), walks.new(*_kept_shape(u, A, keep))
-        walks.pass_between_spans(adjoint=0)
+        walks.pass_between_spans(adjoint=0, start=start)
         walks.run("simt_scan", walks.grid(), y=y, kept=kept)
-    return y.to(u.dtype), kept
+    return y.to(u.dtype), kept, walks.tensors.get("end", y.new_empty(0))
 
 
 def _kept_shape(u, A, keep):
@@ -132,25 +150,29 @@ def _kept_shape(u, A, keep):
 
 
 @_scan_op.register_fake
-def _(u, delta, A, B, C, keep):
+def _(u, delta, A, B, C, start, keep):
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
-    return y, u.new_empty(_kept_shape(u, A, keep), dtype=torch.float32)
+    shapes = _kept_shape(u, A, keep), 0 if start is None else start.shape
+    return y, *(u.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::selective_scan_simt_backward", mutates_args=())
 def _scan_backward_op(
     grad: torch.Tensor,
+    grad_end: torch.Tensor | None,
     u: torch.Tensor,
     delta: torch.Tensor,
     A: torch.Tensor,
     B: torch.Tensor,
     C: torch.Tensor,
     kept: torch.Tensor,
+    stateful: bool,
 ) -> list[torch.Tensor]:
+    """Gradients of u, delta, A, B, C and, if there is one, of the state before the first token."""
     with torch.cuda.device_of(u):
-        walks = _Walks(*_float32((u, delta, A, B, C)))
+        walks = _Walks(*_float32((u, delta, A, B, C)), stateful)
         (walks.tensors["grad"],) = _float32((grad,))
-        walks.pass_between_spans(adjoint=1)
+        walks.pass_between_spans(adjoint=1, start=grad_end)
         grid, states = walks.grid(), walks.states
         du, ddelta = walks.new(*u.shape), walks.new(*u.shape)
         dA = walks.new(walks.groups, walks.batch * walks.spans, *A.shape[1:])
@@ -159,7 +181,8 @@ def _scan_backward_op(
         walks.run("simt_backward", grid, shared=shared, du=du, ddelta=ddelta, dA=dA, dBC=dBC, kept=kept)
         dB, dC = dBC[..., :states].sum(2), dBC[..., states:].sum(2)
     gradients = zip((du, ddelta, dA.sum(1), dB, dC), (u, delta, A, B, C), strict=True)
-    return [found.to(t.dtype).contiguous() for found, t in gradients]
+    of_start = [walks.tensors["end"]] if stateful else []
+    return [*(found.to(t.dtype).contiguous() for found, t in gradients), *of_start]
 
 
 def shared_bytes(states):
@@ -169,16 +192,25 @@ def shared_bytes(states):
 
 
 @_scan_backward_op.register_fake
-def _(grad, u, delta, A, B, C, kept):
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (u, delta, A, B, C)]
+def _(grad, grad_end, u, delta, A, B, C, kept, stateful):
+    gradients = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (u, delta, A, B, C)]
+    if stateful:
+        gradients.append(kept.new_empty(*u.shape[:2], *A.shape[1:]))
+    return gradients
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:-1], output[1])
+    *tensors, start, _ = inputs
+    ctx.stateful = start is not None
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_y, grad_kept):
-    return *_scan_backward_op(grad_y, *ctx.saved_tensors), None
+def _backward(ctx, grad_y, grad_kept, grad_end):
+    u, *rest = ctx.saved_tensors
+    grad_y = torch.zeros_like(u) if grad_y is None else grad_y
+    gradients = _scan_backward_op(grad_y, grad_end if ctx.stateful else None, u, *rest, ctx.stateful)
+    return *gradients, *([] if ctx.stateful else [None]), None
 
 
 _scan_op.register_autograd(_backward, setup_context=_setup_context)
@@ -186,13 +218,19 @@ _scan_op.register_autograd(_backward, setup_context=_setup_context)
 
 def selective_scan(u, delta, A, B, C, start=None):
     """See `selective_scan_torch.selective_scan`, whose arguments these are."""
-    return _scan_op(u, delta, A, B, C, torch.is_grad_enabled())[0]
+    y, _, end = _scan_op(u, delta, A, B, C, start, torch.is_grad_enabled())
+    return y if start is None else (y, end)
 
 
-def bidirectional_selective_scan(xz, *parameters, order=None):
+def bidirectional_selective_scan(xz, *parameters, order=None, state=None):
     """See `selective_scan.bidirectional_selective_scan`."""
+    options = {"order": order, "scan": selective_scan}
     if xz.dtype != torch.bfloat16:
-        return plain_bidirectional_selective_scan(xz, *parameters, order=order, scan=selective_scan)
+        return plain_bidirectional_selective_scan(xz, *parameters, **options, state=state)
     with torch.autocast(xz.device.type, enabled=False):
         in_float32 = (t.float() for t in (xz, *parameters))
-        return plain_bidirectional_selective_scan(*in_float32, order=order, scan=selective_scan).to(xz.dtype)
+        if state is None:
+            return plain_bidirectional_selective_scan(*in_float32, **options).to(xz.dtype)
+        before, start = state
+        out, (after, end) = plain_bidirectional_selective_scan(*in_float32, **options, state=(before.float(), start))
+        return out.to(xz.dtype), (after.to(xz.dtype), end)

@@ -105,8 +105,12 @@ extern "C" __global__ void __launch_bounds__(CONV_THREADS, !IO ? 12 : ORDERED ? 
     // next.
     int token_ahead[K], token_after[K];
     auto load = [&](int i, int token, bool exists) {
+#if STATEFUL
         const io_t *at = ORDERED ? x + (long long)token * 2 * CHANNELS : x_now + i * 2 * CHANNELS;
-        return STATEFUL ? load_input(p, at, dir, b, channel, start + done + i) : load_few(at, exists);
+        return load_input(p, at, dir, b, channel, start + done + i);
+#else
+        return load_few(ORDERED ? x + (long long)token * 2 * CHANNELS : x_now + i * 2 * CHANNELS, exists);
+#endif
     };
 #pragma unroll
     for (int k = 0; k < HALO; k++)
@@ -138,7 +142,8 @@ extern "C" __global__ void __launch_bounds__(CONV_THREADS, !IO ? 12 : ORDERED ? 
         }
         x_now += K * 2 * CHANNELS, u_now += K * CHANNELS;
     }
-    if (STATEFUL && p.after && start + RUN >= p.L)  // the last run
+#if STATEFUL
+    if (p.after && start + RUN >= p.L)  // the last run
 #pragma unroll
         for (int d = 0; d < WALKED; d++)
             for (int back = 1; back <= HALO; back++) {
@@ -146,6 +151,7 @@ extern "C" __global__ void __launch_bounds__(CONV_THREADS, !IO ? 12 : ORDERED ? 
                 const io_t *at = x + (long long)(step < 0 ? 0 : token_at(p, dir, place)) * 2 * CHANNELS;
                 *(few_t *)earlier(p.after, p, dir + d, b, channel, back) = load_input(p, at, dir, b, channel, place);
             }
+#endif
 }
 #endif
 
@@ -315,13 +321,12 @@ struct Copies {
     }
     // Into a stage. Direction 1's gradients are at the oldest input. Those that only neighbouring runs need stay away.
     __device__ __forceinline__ void next(const Args &p, io_t *stage) {
-        const bool inside = place >= 0 && place < p.L;
-        if (STATEFUL && !inside) {
+        if (STATEFUL && !(place >= 0 && place < p.L)) {
             const int steps = steps_outside(p, place);
             const bool some = exists && steps <= HALO;
             const io_t *at = earlier(p.before, p, direction_outside(0, place), blockIdx.z, channel, steps);
             copy_async<16>(stage + to, some ? at : p.before, some);
-        } else copy_async<16>(stage + to, x, exists && inside);
+        } else copy_async<16>(stage + to, x, exists && place >= 0 && place < p.L);
         const long long tokens = (long long)p.B * p.L - HALO;
 #pragma unroll
         for (int d = 0; d < 2; d++) {
@@ -426,13 +431,17 @@ extern "C" __global__ void __launch_bounds__(CONV_BACKWARD_THREADS, CONV_BACKWAR
                 found.add(taps, j, du, own > j, done >= HALO - j);
                 float dx[CV] = {};
                 found.of_input(dx, taps, j);
+#if STATEFUL
                 const int place = start + done + j - HALO;
                 io_t *to = dx_now;
-                if (STATEFUL && (place < 0 || place >= p.L)) {
+                if (place < 0 || place >= p.L) {
                     const int steps = steps_outside(p, place);
                     to = earlier(p.after, p, direction_outside(0, place), blockIdx.z, channel, steps);
                 }
                 if (done >= first - j && own > j - HALO - more) store_few(to, dx);
+#else
+                if (done >= HALO - j && own > j - HALO) store_few(dx_now, dx);
+#endif
             }
         }
     }
@@ -1222,8 +1231,9 @@ extern "C" __global__ void pass_states(const Args p) {
     int channel = i / (128 * NT) * 16 + lane / 4 * 2 + (e >> 1), n = nt * 8 + 2 * (lane % 4) + (e & 1);
     const bool exists = channel < CHANNELS && n < N;  // others become zero
     float a = exists ? -expf(parameter(p.a_log, ((size_t)dir * CHANNELS + channel) * N + n)) * LOG2E : 0.f, h = 0.f;
-    const bool adjoints = STATEFUL ? p.mode & ADJOINTS : p.mode, whole = STATEFUL && p.mode & WHOLE_PART;
-    bool down = (dir && !ORDERED) != adjoints;
+    const int adjoints = STATEFUL ? p.mode & ADJOINTS : p.mode;
+    const bool whole = STATEFUL && p.mode & WHOLE_PART;
+    bool down = (dir && !ORDERED) != (adjoints == 1);
     float *states = (adjoints ? p.adjoint : p.states) + (size_t)(dir * p.B + b) * p.chunks * per + i;
     const size_t row = (size_t)(dir * p.B + b) * CHANNELS + channel;
     float total = 0.f;
@@ -1239,10 +1249,9 @@ extern "C" __global__ void pass_states(const Args p) {
             const int k = first + i;
             const size_t chunk = chunk_at(k);
             const bool wanted = exists && k + !whole < p.chunks;
-            const float sum = wanted ? sums[chunk * CHANNELS] : 0.f;
             end[i] = wanted ? states[chunk * per] : 0.f;
-            factor[i] = wanted ? exp2f(a * sum) : whole;
-            total += sum;
+            factor[i] = wanted ? exp2f(a * sums[chunk * CHANNELS]) : whole ? 1.f : 0.f;
+            if (whole && wanted) total += sums[chunk * CHANNELS];
         }
 #pragma unroll
         for (int i = 0; i < FEW; i++) {
@@ -1861,6 +1870,10 @@ struct SimtArgs {
     float *dA;                      // (G, B, S, E, N)
     float *dBC;                     // (G, B, ceil(E / SIMT_CHANNELS), L, 2 N)
     int groups, batch, length, channels, span, spans, adjoint;
+    // With a state, (G, B, E, N): what the walk starts with, or null for zero, and what it leaves. One span starts with
+    // what `ends` holds, if it is given. On the way back, gradients.
+    const float *start;
+    float *end;
 };
 
 #define MEMBER __device__ __forceinline__
@@ -1943,7 +1956,7 @@ extern "C" __global__ void simt_pass(const SimtArgs p) {
     if (state >= one) return;
     const size_t sequence = blockIdx.y;
     const float a = p.A[sequence / p.batch * one + state] * LOG2E;
-    float before = 0.f;
+    float before = STATEFUL && p.start ? p.start[sequence * one + state] : 0.f;
     for (int i = 0; i < p.spans; i++) {
         const size_t span = sequence * p.spans + (p.adjoint ? p.spans - 1 - i : i);
         float *end = p.ends + span * one + state;
@@ -1959,7 +1972,7 @@ extern "C" __global__ void simt_scan(const SimtArgs p) {
     const float *B = p.B + w.sequence * p.length * N, *C = p.C + w.sequence * p.length * N;
     const int chunks = (p.length + SIMT_CHUNK - 1) / SIMT_CHUNK;
     float state[Q];
-    w.load_states(state, p.ends + w.row(p, w.span, p.spans), p.spans > 1);
+    w.load_states(state, p.ends + w.row(p, w.span, p.spans), STATEFUL ? p.ends != nullptr : p.spans > 1);
     for (int tile = w.begin; tile < w.end; tile += 4) {
         if (p.kept && tile % SIMT_CHUNK == 0) w.store_states(p.kept + w.row(p, tile / SIMT_CHUNK, chunks), state);
 #pragma unroll
@@ -1978,6 +1991,7 @@ extern "C" __global__ void simt_scan(const SimtArgs p) {
             if (w.first == 0 && w.exists && token < w.end) p.y[w.at(p, token)] = y;
         }
     }
+    if (STATEFUL && w.span == p.spans - 1) w.store_states(p.end + w.row(p, 0, 1), state);
 }
 #endif
 
@@ -2015,7 +2029,7 @@ extern "C" __global__ void simt_backward(const SimtArgs p) {
     const int chunks = (p.length + SIMT_CHUNK - 1) / SIMT_CHUNK, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float *dBC = p.dBC + (w.sequence * gridDim.x + blockIdx.x) * p.length * 2 * N;
     float adjoint[Q], dA[Q] = {};
-    w.load_states(adjoint, p.ends + w.row(p, w.span, p.spans), p.spans > 1);
+    w.load_states(adjoint, p.ends + w.row(p, w.span, p.spans), STATEFUL ? p.ends != nullptr : p.spans > 1);
     for (int chunk = (w.end - 1) / SIMT_CHUNK; chunk * SIMT_CHUNK >= w.begin; chunk--) {
         const int begin = chunk * SIMT_CHUNK;
         float before[SIMT_CHUNK + 1][Q];  // [i]: the state before the chunk's token i
@@ -2071,6 +2085,7 @@ extern "C" __global__ void simt_backward(const SimtArgs p) {
         barrier(0, 4 * SIMT_CHANNELS);
     }
     w.store_states(p.dA + w.row(p, w.span, p.spans), dA);
+    if (STATEFUL && w.span == 0) w.store_states(p.end + w.row(p, 0, 1), adjoint);
 }
 #endif
 """,

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -36,8 +37,10 @@ def prepared_compiler():
     key = hashlib.sha256(repr((compiler, version, FLAGS, sources)).encode()).hexdigest()[:16]
     folder = CACHE / key
     if not folder.exists():
-        shutil.rmtree(CACHE, ignore_errors=True)  # of other sources
         CACHE.mkdir(parents=True, exist_ok=True)
+        for other in CACHE.iterdir():  # of other sources, but for those that another process may be using
+            if time.time() - other.stat().st_mtime > 24 * 3600:
+                shutil.rmtree(other, ignore_errors=True)
         made = Path(tempfile.mkdtemp(dir=CACHE))
         shim = shutil.copy(SHIM, made)
         # GCC takes what lies beside a header under this name.

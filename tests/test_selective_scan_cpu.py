@@ -50,6 +50,7 @@ def test_matches_reference(batch, length, channels, options, order):
     assert_matches_reference(backend.bidirectional_selective_scan, inputs, visits, 1e-5, 1e-4)
 
 
+@pytest.mark.slow
 def test_matches_reference_past_10_000_tokens():
     assert_matches_reference(
         backend.bidirectional_selective_scan, random_inputs(1, 10_241, 2, states=3, rank=1), None, 1e-5, 1e-4
@@ -187,6 +188,7 @@ def scan_in_forked_workers(own_threads):
     assert all(torch.equal(output, expected) for output in loader)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_works_in_forked_data_loader_workers(whose_threads):
     # In a process of its own: what other tests leave, threads and locks, must not decide whether a child hangs.
@@ -278,6 +280,7 @@ except ValueError as error:
     assert "numba: Numba cannot be imported" in run.stdout and "pip install numba" in run.stdout
 
 
+@pytest.mark.slow
 def test_compiled_code_is_kept_and_its_making_told_once(tmp_path):
     """Code of a checkpoint lies in a folder of its own; there, too, only the first process compiles."""
     package = tmp_path / "checkpoint"

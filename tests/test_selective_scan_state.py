@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from modeling_videomamba import selective_scan as seam
-from modeling_videomamba import selective_scan_numba, use_scan_backend
+from modeling_videomamba import selective_scan_cuda, selective_scan_numba, use_scan_backend
 from modeling_videomamba.selective_scan import BACKENDS, ScanState, bidirectional_selective_scan
 from modeling_videomamba.selective_scan_reference import bidirectional_selective_scan_reference
 from scan_helpers import (
@@ -18,8 +19,10 @@ from scan_helpers import (
 )
 
 
+pytest_plugins = "cuda_emulation"  # its fixtures
+
 without_numba = pytest.mark.skipif(selective_scan_numba.IMPORT_ERROR is not None, reason="needs Numba")
-ON_CPU = ["torch", "export", "sequential", pytest.param("numba", marks=without_numba)]
+ON_CPU = ["torch", "sequential", pytest.param("numba", marks=without_numba), "export"]
 backends = pytest.mark.parametrize("backend", ON_CPU)
 
 
@@ -159,7 +162,7 @@ def test_a_state_goes_with_the_projection_and_another_type(backend):
 @pytest.mark.parametrize("backend", ["torch", pytest.param("numba", marks=without_numba)])
 def test_a_compiled_step_is_compiled_once(backend):
     torch._dynamo.reset()
-    inputs, counter = random_inputs(2, 6, 4), torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    inputs, counter = random_inputs(2, 6, 4), CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=True, backend=counter)
     def step(xz, parameters, state):
@@ -216,3 +219,100 @@ def test_a_backend_that_cannot_begin_with_a_state_is_passed_by_or_refused(monkey
     bidirectional_selective_scan(*inputs, state=state)
     with pytest.raises(ValueError, match="mamba_ssm: its kernels cannot begin with a state"):
         bidirectional_selective_scan(*inputs, state=state, backend="mamba_ssm")
+
+
+# How the work is cut: see test_selective_scan_gpu.py. A part of one token, a part without and one with whole tiles.
+@pytest.mark.parametrize(
+    ("multiprocessors", "lengths", "channels", "kind", "dtype", "turn_tokens"),
+    [
+        (1, [1, 2, 20], 24, "reversal", torch.bfloat16, None),
+        (132, [1, 70], 24, "reversal", torch.bfloat16, None),
+        pytest.param(1, [1, 1, 2, 20], 24, "any", torch.float32, None, marks=pytest.mark.slow),
+        pytest.param(132, [50, 3, 70], 24, "any", torch.float32, None, marks=pytest.mark.slow),
+        pytest.param(132, [48, 3, 600], 24, "spatial", torch.bfloat16, None, marks=pytest.mark.slow),
+        pytest.param(1, [33, 4], 24, "any", torch.float16, None, marks=pytest.mark.slow),
+        pytest.param(0.1, [33, 20], 40, "reversal", torch.bfloat16, None, marks=pytest.mark.slow),
+        pytest.param(0.1, [36, 3], 40, "spatial", torch.bfloat16, None, marks=pytest.mark.slow),
+        pytest.param(0.1, [70, 1], 40, "reversal", torch.bfloat16, 75, marks=pytest.mark.slow),
+        pytest.param(1, [70, 35], 40, "any", torch.float32, 75, marks=pytest.mark.slow),
+        pytest.param(1, [15, 2], 15, "any", torch.bfloat16, None, marks=pytest.mark.slow),
+        pytest.param(0.1, [150, 1, 2], 72, "reversal", torch.bfloat16, None, marks=pytest.mark.slow),
+    ],
+)
+def test_cuda_kernels_on_the_cpu(on_cpu, monkeypatch, multiprocessors, lengths, channels, kind, dtype, turn_tokens):
+    on_cpu(multiprocessors)
+    if turn_tokens:
+        monkeypatch.setattr(selective_scan_cuda, "TURN_TOKENS", turn_tokens)
+    inputs = [t.to(dtype) for t in random_inputs(2, sum(lengths), channels, rank=6, step_bias=-1.0)]
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    scan = BACKENDS["cuda"].bidirectional_selective_scan
+    assert_parts_match_reference(scan, inputs, lengths, kind, tolerance, 10 * tolerance)
+
+
+@pytest.mark.parametrize("kept", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_cuda_operator_is_a_good_citizen(on_cpu, kept):
+    on_cpu(1)
+    inputs = random_inputs(1, 18, 24, rank=6)
+    arguments = [t.requires_grad_() for t in (*inputs, *random_state(inputs))]
+    arguments = (*arguments[:8], None, None, *arguments[8:], [0, 1, -1], 2 if kept else 1)
+    torch.library.opcheck(torch.ops.videomamba.bidirectional_scan_cuda.default, arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["reversal", "any", "spatial"])
+@pytest.mark.parametrize(("batch", "lengths"), [(1, [3, 1, 1569, 300]), (64, [198, 3, 33]), (300, [33, 18])])
+def test_parts_on_a_gpu(batch, lengths, kind, dtype):
+    inputs = [t.to("cuda", dtype) for t in random_inputs(batch, sum(lengths), 48, rank=6, step_bias=-1.0)]
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    scan = BACKENDS["cuda"].bidirectional_selective_scan
+    assert_parts_match_reference(scan, inputs, lengths, kind, tolerance, 10 * tolerance, device="cuda")
+
+
+@pytest.mark.gpu
+def test_replay_of_a_step_as_a_cuda_graph():
+    """The state lies where it lay: each replay goes on from the one before."""
+    inputs = [t.to("cuda", torch.bfloat16) for t in random_inputs(4, 4 * 198, 64, rank=6)]
+    xz, *parameters = inputs
+    start = random_state(inputs)
+    with torch.no_grad():
+        expected, _ = bidirectional_selective_scan(
+            xz, *parameters, order=scan_order(torch.arange(4 * 198, device="cuda")), state=ScanState(*start)
+        )
+        part, order = torch.empty_like(xz[:, :198]), scan_order(torch.arange(198, device="cuda"))
+        state = ScanState(*(t.clone() for t in start))
+
+        def step():
+            out, after = bidirectional_selective_scan(part, *parameters, order=order, state=state)
+            for tensor, new in zip(state, after, strict=True):
+                tensor.copy_(new)
+            return out
+
+        step()  # compiles
+        for tensor, first in zip(state, start, strict=True):
+            tensor.copy_(first)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = step()
+        found = []
+        for tokens in xz.split(198, dim=1):
+            part.copy_(tokens)
+            graph.replay()
+            found.append(out.clone())
+    assert relative_error(torch.cat(found, dim=1), expected) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("multiprocessors", "lengths", "dtype"),
+    [
+        (132, [70, 1], torch.float32),
+        pytest.param(1, [1, 37], torch.float32, marks=pytest.mark.slow),
+        pytest.param(132, [33, 2], torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
+def test_simt_kernels_on_the_cpu(on_cpu, multiprocessors, lengths, dtype):
+    on_cpu(multiprocessors)
+    inputs = [t.to(dtype) for t in random_inputs(1, sum(lengths), 24, step_bias=-1.0)]
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    scan = BACKENDS["cuda_simt"].bidirectional_selective_scan
+    assert_parts_match_reference(scan, inputs, lengths, "any", tolerance, 10 * tolerance)
