@@ -458,4 +458,12 @@ def _put_batches(clip, decode) -> None:
 DECODERS = {"pyav": _read_pyav, "torchcodec": _read_torchcodec, "decord": _read_decord}
 
 
-__all__ = ["DECODERS", "choose_decoder", "decode_video", "decoded_frames", "open_pyav", "read_packets"]
+__all__ = [
+    "DECODERS",
+    "DecodedVideoMetadata",
+    "choose_decoder",
+    "decode_video",
+    "decoded_frames",
+    "open_pyav",
+    "read_packets",
+]

@@ -56,10 +56,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 from transformers import AutoModelForVideoClassification, AutoVideoProcessor
-from transformers.video_utils import VideoMetadata
 
 import modeling_videomamba  # noqa: F401  registers VideoMamba in transformers' Auto classes
-from modeling_videomamba.video_decoding import decoded_frames, open_pyav, read_packets
+from modeling_videomamba.video_decoding import DecodedVideoMetadata, decoded_frames, open_pyav, read_packets
 
 
 # The film is worked through in parts, each of which ends at the first cut after PART seconds, at the latest after
@@ -215,7 +214,7 @@ class Shot:
 
     def window(self):
         times, pictures = zip(*self.frames, strict=True)
-        chosen = torch.stack([pictures[i] for i in self.tagger.sample(len(pictures))])
+        chosen = torch.stack([pictures[i] for i in self.tagger.sample(len(pictures), times)])
         return (self.number, times[0], times[-1] + 1 / self.tagger.rate), chosen
 
 
@@ -233,7 +232,10 @@ class Tagger:
         self.rate = float(rate)
         frames, stride = self.processor.num_frames, self.processor.frame_stride
         # A model that samples from whole clips has no length of its own: the clips of Kinetics have ten seconds.
-        window = window or (10 if stride is None else ((frames - 1) * stride + 1) / self.rate)
+        own = 10 if stride is None else ((frames - 1) * stride + 1) / self.rate
+        if self.processor.sampling_fps:
+            own = frames / self.processor.sampling_fps
+        window = window or own
         self.length, self.step = max(1, round(window * self.rate)), max(1, round(step * self.rate))
 
     def prepare(self, pictures):
@@ -242,9 +244,12 @@ class Tagger:
             "pixel_values"
         ][0]
 
-    def sample(self, count):
-        """The frames of a window that the model sees, by the processor's rule."""
-        return self.processor.sample_frames(VideoMetadata(total_num_frames=count, fps=self.rate)).tolist()
+    def sample(self, count, times=None):
+        """The frames of a window that the model sees, by the processor's rule; `times`: when they are shown."""
+        window = DecodedVideoMetadata(total_num_frames=count, fps=self.rate)
+        if times is not None:
+            window.frame_times = np.array([*times, times[-1] + 1 / self.rate]) - times[0]
+        return self.processor.sample_frames(window).tolist()
 
     @torch.inference_mode()
     def classify(self, clips):
