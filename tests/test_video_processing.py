@@ -155,6 +155,17 @@ def test_one_clip_stored_in_twelve_ways_gives_the_same_frames(tmp_path, name):
             assert metadata.timestamps == pytest.approx(np.arange(1.3, 2.8, 0.2) - 0.02, abs=0.05)
 
 
+@pytest.mark.parametrize("options", [{}, {"options": {"crf": "35"}}, {"codec": "mpeg4"}])
+def test_repeated_pictures_are_told(tmp_path, options):
+    """Of pictures that stand three times each, frames 14 to 25 show 4, three times 5, 6 and 7, and twice 8."""
+    path = write_video(tmp_path / "clip.mp4", [numbered_frame(i // 3) for i in range(40)], **options)
+    for transform in (None, VideoMambaVideoProcessor().frame_transform()):
+        _, metadata = decode_video(path, lambda metadata: range(14, 26), transform=transform)
+        assert metadata.num_repeated_frames == 7
+        _, metadata = decode_video(path, lambda metadata: [3, 3, 3, 6, 6, 9], transform=transform)
+        assert metadata.num_repeated_frames == 0  # asked for more than once, which the indices say
+
+
 def test_sampling_of_everything():
     processor = VideoMambaVideoProcessor(num_frames=None)
     assert processor.sample_frames(VideoMetadata(total_num_frames=5)).tolist() == [0, 1, 2, 3, 4]
