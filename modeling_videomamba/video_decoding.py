@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 
 import numpy as np
+import torch
 from transformers.video_utils import VideoMetadata
 
 from .forked_process import decoding_threads
@@ -43,10 +44,13 @@ class DecodedVideoMetadata(VideoMetadata):
         frame_times: (total_num_frames + 1,) float64 array: frame i is on screen from `frame_times[i]` to
             `frame_times[i + 1]`, in seconds from the first frame; `None` where the file does not say.
         num_damaged_frames: how many of the returned frames the decoder reported as damaged.
+        num_repeated_frames: how many of the returned frames show the picture of another frame, the one before them,
+            to what compression changes. Files whose pictures change less often than their frames have such frames.
     """
 
     frame_times: np.ndarray | None = None
     num_damaged_frames: int = 0
+    num_repeated_frames: int = 0
 
     @property
     def timestamps(self) -> list[float]:
@@ -201,6 +205,9 @@ class _Unreliable(Exception):
 # Decoders that, started at a frame that is no key frame, give an error or mark what comes as corrupt.
 _CHECKS_KEYS = {"h264", "hevc", "vvc", "vp8", "vp9", "av1", "libdav1d"}
 
+# Pixels of a repeated picture differ by at most so much of 255 after compression.
+_COMPRESSION = 4
+
 # A seek pays if it saves decoding at least so many frames.
 _WORTH_A_SEEK = 8
 
@@ -241,7 +248,18 @@ def _read_pyav(source, name, sample, transform):
 def _finish(clip, metadata):
     metadata.height, metadata.width = clip.shape
     metadata.num_damaged_frames = sum(len(clip.places[index]) for index in clip.damaged)
+    metadata.num_repeated_frames = _count_repeated(clip.frames, metadata.frames_indices)
     return clip.frames, metadata
+
+
+def _count_repeated(frames, indices) -> int:
+    """Of (T, C, H, W) frames, those that no pixel of a grid tells from the frame before, which has another index."""
+    if frames.dtype != torch.uint8 or frames.ndim != 4:
+        return 0
+    step = max(1, min(frames.shape[2:]) // 56)
+    grid = frames[..., ::step, ::step].short()
+    same = (grid[1:] - grid[:-1]).abs().flatten(1).amax(1) <= _COMPRESSION
+    return int((same.numpy() & (np.diff(indices) > 0)).sum())
 
 
 def _read_section(source, name, sample, transform, start, stop):
@@ -458,4 +476,12 @@ def _put_batches(clip, decode) -> None:
 DECODERS = {"pyav": _read_pyav, "torchcodec": _read_torchcodec, "decord": _read_decord}
 
 
-__all__ = ["DECODERS", "choose_decoder", "decode_video", "decoded_frames", "open_pyav", "read_packets"]
+__all__ = [
+    "DECODERS",
+    "DecodedVideoMetadata",
+    "choose_decoder",
+    "decode_video",
+    "decoded_frames",
+    "open_pyav",
+    "read_packets",
+]

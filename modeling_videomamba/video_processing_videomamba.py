@@ -277,7 +277,7 @@ def _sample_by_time(frame_times: np.ndarray, num_frames: int, sampling_fps: floa
     """The frames on screen at `num_frames` times around the middle of the clip."""
     distance = min(1 / sampling_fps, frame_times[-1] / num_frames)
     wanted = frame_times[-1] / 2 + distance * (np.arange(num_frames) - (num_frames - 1) / 2)
-    return np.searchsorted(frame_times[1:-1], wanted + ROUNDING, side="right")
+    return np.asarray(np.searchsorted(frame_times[1:-1], wanted + ROUNDING, side="right"))
 
 
 def _spread_by_time(frame_times: np.ndarray | None, total: int, num_frames: int) -> np.ndarray:

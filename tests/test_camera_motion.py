@@ -6,6 +6,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import Video, load_dataset
@@ -14,6 +15,7 @@ from transformers import TrainingArguments, pipeline
 
 import clip_generation
 import make_camera_motion_clips as clips
+import measure_camera_motion
 import modeling_videomamba  # noqa: F401  registers VideoMamba in transformers' Auto classes
 import video_classification_data as data
 from video_classification_arguments import DataArguments, ModelArguments, parse_arguments
@@ -286,3 +288,32 @@ def test_shipped_checkpoint_knows_all_nine_motions(tmp_path):
             clips.write_demo_clip(tmp_path / "clip.mp4", motion=label, seed=seed)
             right += classify(str(tmp_path / "clip.mp4"), top_k=1)[0]["label"] == label
     assert right == 18
+
+
+@pytest.mark.parametrize(
+    ("rates", "expected"),
+    [
+        ({"picture_rate": 10}, [(0, 0), (1, 100), (2, 200)]),
+        ({"picture_rate": 10, "file_rate": 30}, [(i // 3, round(1000 * i / 30)) for i in range(9)]),
+        # Pictures are taken after 0, 0.1 and 0.2 s, frames shown after 0, 0.04, 0.08, 0.12 ... s
+        ({"picture_rate": 10, "file_rate": 25}, list(zip([0, 0, 0, 1, 1, 2, 2, 2], range(0, 320, 40), strict=True))),
+    ],
+)
+def test_pictures_are_shown_until_the_next_by_hand(rates, expected):
+    assert list(clip_generation.frames_of_file(range(3), {"frame_rate": 24, **rates})) == expected
+
+
+def test_table_of_rates_by_hand():
+    rows = [
+        ("own rate", 5, "static", "static"),
+        ("own rate", 5, "pan left", "static"),
+        ("in 25", 5, "tilt up", "tilt up"),
+    ]
+    results = pd.DataFrame(rows, columns=["column", "pictures a second", "label", "prediction"])
+    for column in ("in 30", "in 60", "uneven times"):
+        results.loc[len(results)] = (column, 8, "static", "static")
+    assert measure_camera_motion.tabulate(results).splitlines()[2:4] == [
+        "| 5 | 50.0 | 100.0 |  |  |  |",
+        "| 8 |  |  | 100.0 | 100.0 | 100.0 |",
+    ]
+    assert "5 ways to store a clip: mean 90.0 %, worst 50.0 %" in measure_camera_motion.tabulate(results)

@@ -40,7 +40,7 @@ def run(script, *arguments, hidden=(), folder=None):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, "made_clips/measure_camera_motion.py"])
 def test_help_waits_for_nothing(script):
     quick = Path(script).stem not in SHOW_TRAINING_ARGUMENTS
     done = run(script, "--help", hidden=EXTRAS + SLOW + ["torch"] * quick)

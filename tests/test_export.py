@@ -187,15 +187,24 @@ def test_script_without_pytorch_prints_what_the_pipeline_says(python, tmp_path):
         assert float(score) / 100 == pytest.approx(answer["score"], abs=0.01)  # Pillow resizes, not torchvision
 
 
-@pytest.mark.parametrize("frame_stride", [3, None])
-def test_script_without_pytorch_reads_the_frames_of_the_processor(tmp_path, frame_stride):
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"frame_stride": 3},
+        {"frame_stride": None},
+        {"frame_stride": None, "spread_in_segments": True},
+        {"sampling_fps": 5},
+        {"sampling_fps": 1},
+    ],
+)
+def test_script_without_pytorch_reads_the_frames_of_the_processor(tmp_path, sampling):
     pytest.importorskip("onnxruntime", reason="needs ONNX Runtime")
     from classify_onnx import read_clip
 
     clip = str(tmp_path / "pan-right.mp4")
     write_demo_clip(clip, motion="pan right")
     processor = VideoMambaVideoProcessor(
-        num_frames=4, frame_stride=frame_stride, size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}
+        num_frames=4, **sampling, size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}
     )
     processor.save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "video_preprocessor_config.json").read_text())
@@ -216,7 +225,7 @@ def test_browser_preprocessing_is_that_of_the_processor(tmp_path):
     settings = json.loads((CAMERA_MOTION / "video_preprocessor_config.json").read_text())
     script = f"""
         import {{ readFileSync, writeFileSync }} from "node:fs";
-        import {{ framesToPixelValues, sampleIndices }} from "{module}";
+        import {{ framesToPixelValues, sampleIndices, sampleTimes }} from "{module}";
         const bytes = readFileSync("frames"), [height, width] = [90, 161], settings = {json.dumps(settings)};
         const frames = [0, 1].map((t) => {{
             const data = new Uint8Array(height * width * 4).fill(255);
@@ -225,7 +234,13 @@ def test_browser_preprocessing_is_that_of_the_processor(tmp_path):
             return {{ data, width, height }};
         }});
         writeFileSync("values", Buffer.from(framesToPixelValues(frames, settings).data.buffer));
-        console.log(JSON.stringify([120, 32, 31, 7, 1].map((total) => sampleIndices(total, settings))));
+        const inSegments = {{ num_frames: 8, frame_stride: null, spread_in_segments: true }};
+        console.log(JSON.stringify([
+            [120, 32, 31, 7, 1].map((total) => sampleIndices(total, settings)),
+            sampleIndices(280, inSegments),
+            sampleTimes(3, {{ num_frames: 4, sampling_fps: 2 }}),
+            sampleTimes(1, {{ num_frames: 4, sampling_fps: 2 }}),
+        ]));
     """
     (tmp_path / "run.mjs").write_text(script)
     run = subprocess.run(["node", "run.mjs"], cwd=tmp_path, check=True, capture_output=True, text=True)
@@ -237,10 +252,13 @@ def test_browser_preprocessing_is_that_of_the_processor(tmp_path):
         np.abs(found - expected).mean()
         <= (0.2 if TorchVersion(torchvision.__version__) < (0, 24) else 0.05) * one_step
     )
-    for total, indices in zip((120, 32, 31, 7, 1), json.loads(run.stdout), strict=True):
+    by_stride, in_segments, *times = json.loads(run.stdout)
+    for total, indices in zip((120, 32, 31, 7, 1), by_stride, strict=True):
         metadata = type("Metadata", (), {"total_num_frames": total, "fps": 25})
-        # JavaScript rounds halves up, NumPy to even: such a frame is as near.
-        assert np.abs(np.array(indices) - processor.sample_frames(metadata)).max() <= (0 if total >= 31 else 1)
+        assert indices == processor.sample_frames(metadata, frame_stride=2).tolist()
+    assert in_segments == [17, 52, 87, 122, 157, 191, 226, 261]
+    assert times[0] == pytest.approx([0.751, 1.251, 1.751, 2.251])
+    assert times[1] == pytest.approx([0.126, 0.376, 0.626, 0.876])
 
 
 @pytest.fixture

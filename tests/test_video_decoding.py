@@ -22,6 +22,7 @@ from PIL import Image
 
 from modeling_videomamba import video_decoding, video_demuxer, video_frames, video_sources
 from modeling_videomamba.video_decoding import choose_decoder, decode_video, decoded_frames, open_pyav
+from modeling_videomamba.video_mp4 import times_of_frames, whole_index
 from video_files import (
     FILES,
     claim_frames_in_avi,
@@ -598,3 +599,24 @@ def test_numbers_survive_compression():
     for number in (0, 1, 512, 1023, 365):
         assert read_number(numbered_frame(number)) == number
         assert read_number(numbered_frame(number, 97, 131)) == number
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [i / 25 for i in range(6)]),
+        ({"b_frames": 0}, [i / 25 for i in range(6)]),
+        ({"rate": 30, "codec": "mpeg4"}, [i / 30 for i in range(6)]),
+        ({"pts": [0, 40, 50, 200, 250]}, [0, 0.04, 0.05, 0.2, 0.25]),  # how long the last is shown, libav chooses
+        ({"pts": [3000, 3040, 3050, 3200, 3250]}, [0, 0.04, 0.05, 0.2, 0.25]),
+    ],
+)
+def test_times_of_frames_by_hand(tmp_path, options, expected):
+    """The times of packets, and for the other decoders those of the index of MP4; both are counted from the first."""
+    path = write_video(tmp_path / "clip.mp4", 5, **options)
+    _, metadata = fetch(path)
+    assert metadata.frame_times == pytest.approx(expected + [metadata.frame_times[-1]] * (6 - len(expected)), abs=1e-4)
+    assert metadata.frame_times[-1] > metadata.frame_times[-2]
+    times, last_duration, clock = times_of_frames(whole_index(path))
+    ends = np.array([*times, times[-1] + last_duration]) - times[0]
+    assert ends * clock == pytest.approx(metadata.frame_times, abs=1e-9)

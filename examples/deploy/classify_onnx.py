@@ -15,16 +15,40 @@ import onnxruntime
 import PIL.Image
 
 
-def read_clip(video, settings):
-    """The frames that the processor samples from the middle of a video, (1, T, 3, H, W) float32, normalised."""
-    with av.open(video) as container:
-        total = sum(1 for _ in container.decode(video=0))
-    count, stride = settings["num_frames"], settings["frame_stride"]
+def choose_frames(times, settings):
+    """
+    The frames that the processor samples. `times`: when each is shown and when the last one ends, in seconds from the
+    first.
+    """
+    total, count, stride = len(times) - 1, settings["num_frames"], settings["frame_stride"]
+    if settings.get("sampling_fps"):
+        distance = min(1 / settings["sampling_fps"], times[-1] / count)
+        wanted = times[-1] / 2 + distance * (np.arange(count) - (count - 1) / 2)
+        return np.searchsorted(times[1:-1], wanted + 0.001, side="right")  # containers round times to a thousandth
     span = (count - 1) * (stride or 0) + 1
     if stride and span <= total:
-        indices = (total - span) // 2 + stride * np.arange(count)
-    else:
-        indices = np.linspace(0, total - 1, count).round().astype(int)
+        return (total - span) // 2 + stride * np.arange(count)
+    if settings.get("spread_in_segments"):
+        segment = (total - 1) / count
+        return (segment * np.arange(count)).round().astype(int) + int(segment / 2)
+    return np.linspace(0, total - 1, count).round().astype(int)
+
+
+def frame_times(frames, rate):
+    """The times of `choose_frames`; of a file that does not say when its frames are shown, by their rate."""
+    shown = [(frame.pts, frame.duration or 0, frame.time_base) for frame in frames]
+    starts, unit = [pts for pts, _, _ in shown], float(shown[0][2] or 1)
+    if None in starts or len(set(starts)) < len(starts):
+        return np.arange(len(starts) + 1) / float(rate)
+    last = shown[-1][1] or (starts[-1] - starts[0]) / max(1, len(starts) - 1)
+    return (np.array([*starts, starts[-1] + last]) - starts[0]) * unit
+
+
+def read_clip(video, settings):
+    """The frames that the processor samples from a video, (1, T, 3, H, W) float32, normalised."""
+    with av.open(video) as container:
+        stream = container.streams.video[0]
+        indices = choose_frames(frame_times(container.decode(stream), stream.average_rate or 25), settings)
     wanted = set(indices.tolist())
     with av.open(video) as container:  # once more, so that a film's frames need not all be kept
         frames = {i: frame.to_image() for i, frame in enumerate(container.decode(video=0)) if i in wanted}

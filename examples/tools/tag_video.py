@@ -59,11 +59,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForVideoClassification, AutoVideoProcessor
-from transformers.video_utils import VideoMetadata
 
 from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoFrameClassification
 from modeling_videomamba.configuration_videomamba import unstreamable_reason
-from modeling_videomamba.video_decoding import decoded_frames, open_pyav, read_packets
+from modeling_videomamba.video_decoding import DecodedVideoMetadata, decoded_frames, open_pyav, read_packets
 
 
 # The film is worked through in parts, each of which ends at the first cut after PART seconds, at the latest after
@@ -220,7 +219,7 @@ class Shot:
 
     def window(self):
         times, pictures = zip(*self.frames, strict=True)
-        chosen = torch.stack([pictures[i] for i in self.tagger.sample(len(pictures))])
+        chosen = torch.stack([pictures[i] for i in self.tagger.sample(len(pictures), times)])
         return (self.number, times[0], times[-1] + 1 / self.tagger.rate), chosen
 
 
@@ -289,10 +288,11 @@ class Tagger:
         """From frames a second, and window and step in seconds."""
         self.rate = float(rate)
         frames, stride = self.processor.num_frames, self.processor.frame_stride
-        if window is None and self.processor.sampling_fps is not None:
-            window = frames / self.processor.sampling_fps
         # A model that samples from whole clips has no length of its own: the clips of Kinetics have ten seconds.
-        window = window or (10 if stride is None else ((frames - 1) * stride + 1) / self.rate)
+        own = 10 if stride is None else ((frames - 1) * stride + 1) / self.rate
+        if self.processor.sampling_fps:
+            own = frames / self.processor.sampling_fps
+        window = window or own
         self.length, self.step = max(1, round(window * self.rate)), max(1, round(step * self.rate))
 
     def settings(self):
@@ -305,9 +305,12 @@ class Tagger:
             "pixel_values"
         ][0]
 
-    def sample(self, count):
-        """The frames of a window that the model sees, by the processor's rule."""
-        return self.processor.sample_frames(VideoMetadata(total_num_frames=count, fps=self.rate)).tolist()
+    def sample(self, count, times=None):
+        """The frames of a window that the model sees, by the processor's rule; `times`: when they are shown."""
+        window = DecodedVideoMetadata(total_num_frames=count, fps=self.rate)
+        if times is not None:
+            window.frame_times = np.array([*times, times[-1] + 1 / self.rate]) - times[0]
+        return self.processor.sample_frames(window).tolist()
 
     @torch.inference_mode()
     def classify(self, clips):

@@ -14,6 +14,7 @@ is counted once. The output folder gets `results.json`, `predictions.csv`, `scor
 import os
 from dataclasses import dataclass, field
 
+from modeling_videomamba.video_decoding import DecodedVideoMetadata
 from video_classification_arguments import DataArguments, ModelArguments, check_command_line, parse_arguments
 
 
@@ -111,6 +112,8 @@ class ViewsTransform:
     def sample(self, metadata):
         """Frame indices (num_clips · T,). A video shorter than a part is spread over it, as the reader does."""
         total, (frames, stride) = metadata.total_num_frames, (self.reader.num_frames, self.reader.frame_stride)
+        if getattr(self.reader, "sampling_fps", None) and self.num_clips > 1:
+            return self.sample_by_time(metadata)
         span = (frames - 1) * stride + 1 if stride is not None else total
         if self.num_clips > 1 and stride is None:
             # Each clip spreads over the whole video and begins a little later: OpenGVLab's test of sparse sampling.
@@ -122,6 +125,18 @@ class ViewsTransform:
             return np.tile(self.reader.sample_frames(metadata), self.num_clips)
         starts = np.linspace(0, total - span, self.num_clips).round().astype(int)
         return (starts[:, None] + stride * np.arange(frames)).ravel()
+
+    def sample_by_time(self, metadata):
+        """Each clip is the middle of a section as long as what the model sees; the sections spread over the video."""
+        times = getattr(metadata, "frame_times", None)
+        if times is None:
+            times = np.arange(metadata.total_num_frames + 1) / metadata.fps
+        length, indices = self.reader.num_frames / self.reader.sampling_fps, []
+        for start in np.linspace(0, max(0, times[-1] - length), self.num_clips):
+            ends = np.clip(times - start, 0, min(length, times[-1]))  # those outside are shown for no time
+            section = DecodedVideoMetadata(metadata.total_num_frames, metadata.fps, frame_times=ends)
+            indices.append(self.reader.sample_frames(section))
+        return np.concatenate(indices)
 
     def __call__(self, video, label):
         views = self.num_clips * self.num_crops

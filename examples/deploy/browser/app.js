@@ -1,6 +1,6 @@
 // A VideoMamba classifier in the browser: frames of a file or the camera to labels, with ONNX Runtime's WebAssembly.
 // Frames are sampled, resized and normalised as VideoMambaVideoProcessor does it.
-import { framesToPixelValues, sampleIndices, softmax } from "./preprocessing.js";
+import { framesToPixelValues, sampleIndices, sampleTimes, softmax } from "./preprocessing.js";
 
 const element = (id) => document.getElementById(id);
 const [fileInput, cameraButton, video] = ["file", "camera", "video"].map(element);
@@ -80,6 +80,13 @@ async function frameInterval() {
   return steps.length ? steps[0] : 1 / 25; // the shortest: longer ones skipped a frame
 }
 
+async function timesToSample(settings) {
+  if (settings.sampling_fps) return sampleTimes(video.duration, settings);
+  const interval = await frameInterval();
+  const indices = sampleIndices(Math.max(1, Math.round(video.duration / interval)), settings);
+  return indices.map((index) => (index + 0.5) * interval);
+}
+
 async function classifyFile(file) {
   const mine = ++turn;
   stopCamera();
@@ -90,11 +97,9 @@ async function classifyFile(file) {
     video.srcObject = null;
     video.src = url;
     await event("loadeddata");
-    const interval = await frameInterval();
-    const indices = sampleIndices(Math.max(1, Math.round(video.duration / interval)), classifier.settings);
     const frames = [];
-    for (const index of indices) {
-      const time = Math.min((index + 0.5) * interval, video.duration);
+    for (const wanted of await timesToSample(classifier.settings)) {
+      const time = Math.min(wanted, video.duration);
       if (video.currentTime !== time) {
         const arrived = event("seeked");
         video.currentTime = time;
@@ -129,13 +134,13 @@ async function toggleCamera() {
   cameraButton.textContent = "Stop";
   video.srcObject = cameraStream;
   await video.play();
-  const { num_frames: count, frame_stride: stride } = classifier.settings;
+  const { num_frames: count, frame_stride: stride, sampling_fps: fps } = classifier.settings;
   const frames = [];
   let next = 0;
   while (cameraStream && mine === turn) {
     await new Promise((resolve) => video.requestVideoFrameCallback(resolve));
     if (performance.now() < next) continue;
-    next = performance.now() + 1000 * (stride ?? 1) / 30 - 5; // as far apart as frames of a file with 30 a second
+    next = performance.now() + 1000 * (fps ? 1 / fps : (stride ?? 1) / 30) - 5; // a stride as in a file of 30 a second
     frames.push(grab());
     if (frames.length < count) continue;
     const took = await classify(frames);

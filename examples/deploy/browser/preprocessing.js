@@ -3,17 +3,26 @@
 // To the nearest whole number, halves to even, as Python and PyTorch round.
 const roundHalfToEven = (x) => (x % 1 === 0.5 ? 2 * Math.round(x / 2) : Math.round(x));
 
+// The times, in seconds, at which frames are taken from a clip of so many seconds: `sampling_fps` a second around the
+// middle, or in the middles of equal parts of a clip that is too short. Containers round times to a thousandth.
+export function sampleTimes(duration, { num_frames: count, sampling_fps: fps }) {
+  const distance = Math.min(1 / fps, duration / count);
+  return [...Array(count).keys()].map((i) => duration / 2 + distance * (i - (count - 1) / 2) + 0.001);
+}
+
 // Indices of the frames to take: `num_frames` at a distance of `frame_stride` from the middle, or spread over the clip.
-export function sampleIndices(total, { num_frames: count, frame_stride: stride }) {
+export function sampleIndices(total, { num_frames: count, frame_stride: stride, spread_in_segments: segments }) {
   const span = (count - 1) * (stride ?? 0) + 1;
   const steps = [...Array(count).keys()];
   if (stride && span <= total) return steps.map((i) => Math.floor((total - span) / 2) + stride * i);
+  const segment = (total - 1) / count;
+  if (segments) return steps.map((i) => roundHalfToEven(i * segment) + Math.trunc(segment / 2));
   return steps.map((i) => roundHalfToEven(count > 1 ? (i * (total - 1)) / (count - 1) : 0));
 }
 
-// For each output pixel of a bilinear resize with antialiasing: where its inputs begin, and their weights.
-export function filterTaps(inputSize, outputSize) {
-  const scale = inputSize / outputSize, reach = Math.max(scale, 1);
+// For each output pixel of a bilinear resize: where its inputs begin, and their weights.
+export function filterTaps(inputSize, outputSize, antialias = true) {
+  const scale = inputSize / outputSize, reach = antialias ? Math.max(scale, 1) : 1;
   return Array.from({ length: outputSize }, (_, i) => {
     const center = (i + 0.5) * scale;
     const first = Math.max(0, Math.floor(center - reach + 0.5));
@@ -26,13 +35,13 @@ export function filterTaps(inputSize, outputSize) {
 }
 
 // One frame (ImageData) to uint8 RGB of `height` × `width`: the shorter edge resized, the centre cropped.
-export function resizeAndCrop({ data, width, height }, { size, crop_size: crop }) {
+export function resizeAndCrop({ data, width, height }, { size, crop_size: crop, antialias }) {
   const edge = size.shortest_edge, short = Math.min(width, height);
   const newWidth = width === short ? edge : Math.trunc((edge * width) / short);
   const newHeight = height === short ? edge : Math.trunc((edge * height) / short);
   const left = roundHalfToEven((newWidth - crop.width) / 2), top = roundHalfToEven((newHeight - crop.height) / 2);
-  const columns = filterTaps(width, newWidth).slice(left, left + crop.width);
-  const rows = filterTaps(height, newHeight).slice(top, top + crop.height);
+  const columns = filterTaps(width, newWidth, antialias).slice(left, left + crop.width);
+  const rows = filterTaps(height, newHeight, antialias).slice(top, top + crop.height);
   const firstRow = rows[0].first, lastRow = rows.at(-1).first + rows.at(-1).weights.length;
   const across = new Uint8ClampedArray((lastRow - firstRow) * crop.width * 3);
   for (let y = firstRow, out = 0; y < lastRow; y++) {
