@@ -22,8 +22,8 @@ from hub_server import HubServer
 CARD = "videomamba-tiny-camera-motion"
 FOLDER = Path(make_hub_repo.__file__).parent / CARD
 PACKAGE = Path(modeling_videomamba.__file__).parent
-# Everything but the registration with the Auto classes travels.
-MODULES = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
+# Everything travels but the registration with the Auto classes, and what no model or processor imports.
+MODULES = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py", "clip_loading.py"}
 MODEL_MODULES = {name for name in MODULES if not re.match("(image|video)_|frames_|clip_", name)}
 
 # What a user would have to explain away if it stood in the output.
