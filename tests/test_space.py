@@ -20,7 +20,7 @@ from video_files import write_video
 pytest.importorskip("gradio", reason="needs Gradio: pip install gradio")
 httpx = pytest.importorskip("httpx", reason="Gradio brings httpx")
 SPACE = Path(__file__).resolve().parent.parent / "examples" / "tools" / "space"
-CAMERA_MOTION = SPACE.parent.parent / "model_cards" / "videomamba-tiny-camera-motion"
+CAMERA_MOTION = SPACE.parents[2] / "model_cards" / "videomamba-tiny-camera-motion"
 EXAMPLE = SPACE / "examples" / "zoom-out.mp4"
 
 

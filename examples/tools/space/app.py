@@ -323,7 +323,7 @@ def launch(checkpoints, **options):
 def main():
     named = sys.argv[1:] or [name.strip() for name in os.environ.get("CHECKPOINTS", "").split(",") if name.strip()]
     if not named:
-        folders = [HERE / "checkpoint", HERE.parent.parent / "model_cards" / "videomamba-tiny-camera-motion"]
+        folders = [HERE / "checkpoint", HERE.parents[2] / "model_cards" / "videomamba-tiny-camera-motion"]
         named = [str(folder) for folder in folders if folder.is_dir()][:1]
     if not named:
         sys.exit("Name a checkpoint: a Hub repository or a folder.")
