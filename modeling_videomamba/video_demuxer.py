@@ -11,7 +11,7 @@ from fractions import Fraction
 from transformers.utils import logging
 
 from .forked_process import decoding_threads
-from .video_mp4 import composition_offsets, top_boxes, whole_index
+from .video_mp4 import offsets_and_durations, top_boxes, whole_index
 from .video_packets import frame_counter
 from .video_sources import as_file, first_line
 
@@ -286,20 +286,22 @@ def read_tables(source, container, stream) -> Index | None:
     if not container.format.name.startswith("mov,") or frame_counter(stream) is not None:
         return None
     moov = whole_index(source)
-    offsets = None if moov is None else composition_offsets(moov, stream.id)
-    if offsets is None or len(offsets) != len(stream.index_entries) or _side_data_that_comes_once(container, stream):
+    samples = None if moov is None else offsets_and_durations(moov, stream.id)
+    if samples is None or len(samples) != len(stream.index_entries) or _side_data_that_comes_once(container, stream):
         return None
-    index = Index(len(offsets))
-    for entry, offset in zip(stream.index_entries, offsets, strict=True):
+    index, durations = Index(len(samples)), {}
+    for entry, (offset, duration) in zip(stream.index_entries, samples, strict=True):
         if entry.is_discard or not entry.size:
             return None
         index.times.append(entry.timestamp + offset)
+        durations[index.times[-1]] = duration
         if entry.is_keyframe:
             index.keys.append((entry.timestamp + offset, entry.timestamp))
     if len(set(index.times)) < len(index.times):
         return None
     index.times.sort()
     index.keys.sort()
+    index.last_duration = durations[index.times[-1]]
     return index
 
 

@@ -143,10 +143,10 @@ def _video_tracks(index: bytes):
     return (track for track in _children(index, b"trak") if _first(track, b"mdia", b"hdlr")[8:12] == b"vide")
 
 
-def composition_offsets(index: bytes, number: int) -> list[int] | None:
+def offsets_and_durations(index: bytes, number: int) -> list[tuple[int, int]] | None:
     """
-    How much later than decoded each frame of a track is shown, in units of its clock; `None` where that alone does not
-    tell when it is shown.
+    How much later than decoded each frame of a track is shown, and how long the decoder has for it, in units of its
+    clock; `None` where that does not tell when it is shown.
     """
     for track in _children(index, b"trak"):
         header = _first(track, b"tkhd")
@@ -154,7 +154,8 @@ def composition_offsets(index: bytes, number: int) -> list[int] | None:
             table = _first(track, b"mdia", b"minf", b"stbl")
             if _odd_times(index, track):
                 return None
-            return _runs(_first(table, b"ctts")) or [0] * len(_runs(_first(table, b"stts")))
+            durations = _runs(_first(table, b"stts"))
+            return list(zip(_runs(_first(table, b"ctts")) or [0] * len(durations), durations, strict=True))
     return None
 
 
@@ -189,4 +190,4 @@ def _number(data: bytes, place: int, length: int = 4, signed: bool = False) -> i
     return int.from_bytes(data[place : place + length], "big", signed=signed)
 
 
-__all__ = ["composition_offsets", "times_of_frames", "top_boxes", "what_is_odd", "whole_index"]
+__all__ = ["offsets_and_durations", "times_of_frames", "top_boxes", "what_is_odd", "whole_index"]

@@ -6,6 +6,7 @@ import re
 import resource
 import time
 from collections import Counter
+from dataclasses import replace
 
 import av
 import numpy as np
@@ -184,7 +185,7 @@ def test_tables_say_what_packets_say(name, tmp_path):
     except (ValueError, av.FFmpegError):
         return
     # (Which frames are key frames libav tells from the packets of H.264, where tables say something else.)
-    assert tables is None or (tables.total, tables.times) == (packets.total, packets.times)
+    assert tables is None or replace(tables, keys=[]) == replace(packets, keys=[])
     assert tables is not None or name not in ("h264.mov", "av1.mp4", "full_range.mp4", "sixty_h264.mp4", "slow.mp4")
 
 
