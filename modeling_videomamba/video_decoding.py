@@ -21,6 +21,7 @@ from .video_demuxer import (
     read_index,
     read_index_of_section,
     read_packets,
+    read_tables,
     ticks,
 )
 from .video_frames import Clip, ToRGB, decoded_frames, needed_packets
@@ -216,7 +217,7 @@ def _read_pyav(source, name, sample, transform):
     to_rgb = ToRGB(name)
     try:
         with open_pyav(source, name) as (container, stream):
-            index = read_index(container, stream, name)
+            index = read_tables(source, container, stream) or read_index(container, stream, name)
             if index.total == 0:
                 raise no_video(source, name, "the file has no frame")
             fps = frame_rate(stream, index.times)

@@ -11,7 +11,7 @@ from fractions import Fraction
 from transformers.utils import logging
 
 from .forked_process import decoding_threads
-from .video_mp4 import top_boxes
+from .video_mp4 import offsets_and_durations, top_boxes, whole_index
 from .video_packets import frame_counter
 from .video_sources import as_file, first_line
 
@@ -261,7 +261,7 @@ def read_index(container, stream, name: str, end: int | None = None) -> Index:
         if end is not None and dts is not None and dts >= end:
             break  # what comes is shown later than it is decoded
         # Packets to be discarded are those before the start of an edit list: decoded, but not shown.
-        if not packet.size or packet.is_discard or not begins_frame(packet):
+        if not packet.size or packet.is_discard or (begins_frame is not None and not begins_frame(packet)):
             continue
         times.append(packet.pts)
         durations[packet.pts] = packet.duration
@@ -278,6 +278,30 @@ def read_index(container, stream, name: str, end: int | None = None) -> Index:
         times.sort()
         index.last_duration = durations[times[-1]] if times else None
         keys.sort(key=lambda key: key[0])
+    return index
+
+
+def read_tables(source, container, stream) -> Index | None:
+    """The same of a whole MP4 or MOV by its tables, without reading what they list; `None` where they do not do."""
+    if not container.format.name.startswith("mov,") or frame_counter(stream) is not None:
+        return None
+    moov = whole_index(source)
+    samples = None if moov is None else offsets_and_durations(moov, stream.id)
+    if samples is None or len(samples) != len(stream.index_entries) or _side_data_that_comes_once(container, stream):
+        return None
+    index, durations = Index(len(samples)), {}
+    for entry, (offset, duration) in zip(stream.index_entries, samples, strict=True):
+        if entry.is_discard or not entry.size:
+            return None
+        index.times.append(entry.timestamp + offset)
+        durations[index.times[-1]] = duration
+        if entry.is_keyframe:
+            index.keys.append((entry.timestamp + offset, entry.timestamp))
+    if len(set(index.times)) < len(index.times):
+        return None
+    index.times.sort()
+    index.keys.sort()
+    index.last_duration = durations[index.times[-1]]
     return index
 
 
@@ -338,5 +362,6 @@ __all__ = [
     "read_index",
     "read_index_of_section",
     "read_packets",
+    "read_tables",
     "ticks",
 ]

@@ -3,6 +3,7 @@
 import itertools
 import os
 from bisect import bisect_right
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -122,7 +123,11 @@ def _without_unnamed_side_data(frame):
     """The frame behind a chain of filters, each of which takes away side data of a number that PyAV does not name."""
     graph = av.filter.Graph()
     graph.threads = 1
-    nodes = [graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)]
+    nodes = [
+        graph.add_buffer(
+            width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1)
+        )
+    ]
     for number in set(range(64)) - {kind.value for kind in av.sidedata.sidedata.Type}:
         nodes.append(graph.add("sidedata", f"mode=delete:type={number}"))
     graph.link_nodes(*nodes, graph.add("buffersink")).configure()

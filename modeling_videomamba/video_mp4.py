@@ -101,7 +101,7 @@ def _odd_times(index: bytes, track: bytes) -> str | None:
     table = _first(track, b"mdia", b"minf", b"stbl")
     durations = _runs(_first(table, b"stts"))
     offsets = _runs(_first(table, b"ctts")) or [0] * len(durations)
-    if len(offsets) != len(durations) or max(offsets, default=0) >= 2**31:
+    if not offsets or len(offsets) != len(durations) or max(offsets) >= 2**31:
         return "negative composition offsets"
     edits = _first(track, b"edts", b"elst")
     if not edits:
@@ -143,6 +143,22 @@ def _video_tracks(index: bytes):
     return (track for track in _children(index, b"trak") if _first(track, b"mdia", b"hdlr")[8:12] == b"vide")
 
 
+def offsets_and_durations(index: bytes, number: int) -> list[tuple[int, int]] | None:
+    """
+    How much later than decoded each frame of a track is shown, and how long the decoder has for it, in units of its
+    clock; `None` where that does not tell when it is shown.
+    """
+    for track in _children(index, b"trak"):
+        header = _first(track, b"tkhd")
+        if _number(header, 20 if header[:1] == b"\1" else 12) == number:
+            table = _first(track, b"mdia", b"minf", b"stbl")
+            if _odd_times(index, track):
+                return None
+            durations = _runs(_first(table, b"stts"))
+            return list(zip(_runs(_first(table, b"ctts")) or [0] * len(durations), durations, strict=True))
+    return None
+
+
 def _runs(box: bytes) -> list[int]:
     """The values of a table of runs, (count, value) each, one for each frame."""
     values = []
@@ -174,4 +190,4 @@ def _number(data: bytes, place: int, length: int = 4, signed: bool = False) -> i
     return int.from_bytes(data[place : place + length], "big", signed=signed)
 
 
-__all__ = ["times_of_frames", "top_boxes", "what_is_odd", "whole_index"]
+__all__ = ["offsets_and_durations", "times_of_frames", "top_boxes", "what_is_odd", "whole_index"]

@@ -12,15 +12,17 @@ def frame_counter(stream):
         stream (`av.VideoStream`).
 
     Returns:
-        A function that says of each packet of the stream, in order, whether it begins a frame that is shown.
+        A function that says of each packet of the stream, in order, whether it begins a frame that is shown; `None`
+        where each does.
     """
     codec, extradata = stream.codec_context.name, stream.codec_context.extradata or b""
     if codec in ("vp8", "libvpx"):
         # A frame that is only referred to: its show_frame bit (RFC 6386, section 9.1) is 0.
         return lambda packet: bool(memoryview(packet)[0] & 0x10)
     if codec == "h264":
-        return H264FieldCounter(extradata)
-    return lambda packet: True
+        counter = H264FieldCounter(extradata)
+        return counter if counter.needed else None
+    return None
 
 
 def disposable_test(stream):
@@ -163,11 +165,13 @@ class H264FieldCounter:
         self.first_field, self.bits_of_frame_num, self.has_planes = None, None, False
         for unit in self._units_of_avcc(extradata) if self.prefix else _units(extradata, None):
             self.read_sequence(unit)
-        self.needed = self.bits_of_frame_num is not None
+
+    @property
+    def needed(self) -> bool:
+        """Whether a sequence parameter set so far allows fields."""
+        return self.bits_of_frame_num is not None
 
     def __call__(self, packet) -> bool:
-        if not self.needed:
-            return True
         for unit in _units(bytes(memoryview(packet)[:2048]), self.prefix):
             self.read_sequence(unit)
             if unit[0] & 31 in (1, 5):

@@ -6,12 +6,15 @@ import re
 import resource
 import time
 from collections import Counter
+from dataclasses import replace
 
+import av
 import numpy as np
 import pytest
 
 from modeling_videomamba import VideoMambaVideoProcessor
 from modeling_videomamba.video_decoding import decode_video
+from modeling_videomamba.video_demuxer import open_pyav, read_index, read_tables
 from odd_videos import ALL, KINDS, SLOW, WHOLE
 from video_files import read_numbers
 
@@ -169,9 +172,26 @@ def test_damaged_frames_keep_their_places(tmp_path):
     assert metadata.num_damaged_frames == 0
 
 
+MP4 = [name for name in KINDS if name.endswith((".mp4", ".mov", ".3gp"))]
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in MP4])
+def test_tables_say_what_packets_say(name, tmp_path):
+    path = tmp_path / name
+    KINDS[name][0](path)
+    try:
+        with open_pyav(str(path), name) as (container, stream):
+            tables, packets = read_tables(str(path), container, stream), read_index(container, stream, name)
+    except (ValueError, av.FFmpegError):
+        return
+    # (Which frames are key frames libav tells from the packets of H.264, where tables say something else.)
+    assert tables is None or replace(tables, keys=[]) == replace(packets, keys=[])
+    assert tables is not None or name not in ("h264.mov", "av1.mp4", "full_range.mp4", "sixty_h264.mp4", "slow.mp4")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("decoder", ["torchcodec", "decord"])
-@pytest.mark.parametrize("name", [name for name in KINDS if name.endswith((".mp4", ".mov"))])
+@pytest.mark.parametrize("name", MP4)
 def test_other_decoders_return_the_same_frames(name, tmp_path, decoder):
     pytest.importorskip(decoder)
     KINDS[name][0](tmp_path / name)

@@ -23,8 +23,11 @@ from PIL import Image
 from modeling_videomamba import video_decoding, video_demuxer, video_frames, video_sources
 from modeling_videomamba.video_decoding import choose_decoder, decode_video, decoded_frames, open_pyav
 from modeling_videomamba.video_mp4 import times_of_frames, whole_index
+from modeling_videomamba.video_packets import disposable_test
 from video_files import (
     FILES,
+    IRREGULAR,
+    X265,
     claim_frames_in_avi,
     numbered_frame,
     read_number,
@@ -150,6 +153,68 @@ def test_only_what_is_needed_is_decoded(tmp_path, monkeypatch):
     _, metadata = fetch(path, list(range(205, 237, 2)), decoder="pyav")
     assert metadata.total_num_frames == 400
     assert len(decoded) == 236 - 200  # from the key frame at 200 to the last wanted frame, 235
+
+
+SPARSE = {
+    "h264.mp4": {"gop": 20, "options": {"sc_threshold": "0", "bf": "3"}},
+    "h264.ts": {"gop": 20, "options": {"sc_threshold": "0", "bf": "3"}},
+    "open_gop.mkv": {"gop": 20, "b_frames": 3, "options": {"x264-params": "open-gop=1:scenecut=0"}},
+    "hevc.mp4": {**X265, "gop": 20},
+    "av1.mp4": {"codec": "libsvtav1", "gop": 20, "size": (96, 128), "options": {"preset": "11"}},
+    "vp9.webm": {**FILES["vp9.webm"], "gop": 20},
+    "mpeg4.mp4": {"codec": "mpeg4", "gop": 20, "options": {"bf": "2"}},
+    "mjpeg.avi": {"codec": "mjpeg", "pix_fmt": "yuvj420p"},
+}
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_sparse_frames_are_searched_one_by_one(tmp_path, monkeypatch, name):
+    path = write_video(tmp_path / name, 200, **SPARSE[name])
+    frames, _ = fetch(path, decoder="pyav")
+    decoded, original = [], video_decoding.decoded_frames
+
+    def counting(*args):
+        for frame in original(*args):
+            decoded.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(video_decoding, "decoded_frames", counting)
+    for indices in ([3, 71, 72, 150, 199], [0, 100], [199, 5], [40, 60, 80, 100], list(range(5, 200, 13))):
+        decoded.clear()
+        some, _ = fetch(path, indices, decoder="pyav")
+        np.testing.assert_array_equal(some, frames[indices])
+        # At most from a key frame to each; with a tail of an open group before it.
+        assert len(decoded) <= 30 * len(indices) and (len(indices) > 10 or len(decoded) < 120)
+
+
+@pytest.mark.parametrize("name", ["h264.mp4", "open_gop.mkv", "hevc.mp4", "av1.mp4"])
+def test_frames_that_no_other_needs(tmp_path, name):
+    """Without their packets, a plain decoder gives the same pictures for all others."""
+    path = write_video(tmp_path / name, 60, **SPARSE[name])
+    pictures = []
+    for dispose in (False, True):
+        with av.open(path) as container:
+            stream = container.streams.video[0]
+            is_disposable = disposable_test(stream)
+            packets = [packet for packet in container.demux(stream) if packet.size]
+            left_out = [packet.pts for packet in packets if is_disposable(packet)]
+            kept = [packet for packet in packets if not dispose or packet.pts not in left_out]
+            decoded = [frame for packet in [*kept, None] for frame in stream.decode(packet)]
+            pictures.append({frame.pts: frame.to_ndarray() for frame in decoded})
+    assert len(pictures[0]) == 60 and len(left_out) > 4
+    assert pictures[1].keys() == pictures[0].keys() - set(left_out)
+    for pts, picture in pictures[1].items():
+        np.testing.assert_array_equal(picture, pictures[0][pts])
+
+
+def test_times_of_frames(video):
+    _, metadata = decode_video(video("irregular.mp4"), lambda metadata: [0, 30, 59])
+    np.testing.assert_allclose(metadata.frame_times[:-1], (np.array(IRREGULAR) - IRREGULAR[0]) / 1000, atol=1e-3)
+    assert metadata.num_damaged_frames == 0
+    seen = []
+    decode_video(video("late.mkv"), lambda metadata: seen.append(metadata.frame_times) or [0], section=(1, 1.5))
+    np.testing.assert_allclose(seen[0], np.arange(len(seen[0])) / 25, atol=1e-3)
+    assert decode_video(video("raw.h264"), lambda metadata: [0])[1].frame_times is None
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system cannot fork")
@@ -403,9 +468,9 @@ def test_what_takes_long_is_said(video, monkeypatch):
     said, clock = [], itertools.count(step=3)
     monkeypatch.setattr(video_demuxer.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(video_demuxer.logger, "warning", said.append)
-    fetch(video("h264.mp4"), [0])
+    fetch(video("h264.mkv"), [0])
     assert 5 < len(said) < 60  # at most one in ten seconds, for 60 packets of three
-    assert "h264.mp4 is read through to count its frames: " in said[0] and "Ctrl-C" in said[0]
+    assert "h264.mkv is read through to count its frames: " in said[0] and "Ctrl-C" in said[0]
 
 
 def read_many(path, times):

@@ -80,29 +80,29 @@ def time_spread(pipe, library, path, count, repeats):
     times = []
     try:
         for _ in range(repeats):
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             frames = read_spread(library, path, count)
-            times.append(time.perf_counter() - start)
-        pipe.send((statistics.median(times), frames[:, ::64, ::64].astype(int)))
+            times.append((time.perf_counter() - start, time.process_time() - cpu_start))
+        pipe.send(([min(column) for column in zip(*times, strict=True)], frames[:, ::64, ::64].astype(int)))
     except Exception as error:  # one of a library that is not installed, or cannot read the film
         pipe.send((type(error).__name__, None))
 
 
 def compare_spread(context, films, counts, repeats):
-    """Seconds of wall-clock time, of this package and the others in turn, each in a process of its own."""
+    """Least seconds of wall-clock and of CPU time, of each library in a process of its own, in turn."""
     libraries = ("this package", "torchcodec", "decord")
-    print(f"{'film':<24} {'frames':>6} " + " ".join(f"{library:>14}" for library in libraries))
+    print(f"{'film':<24} {'frames':>6} " + " ".join(f"{library:>18}" for library in libraries))
     for film in films:
         for count in counts:
             results = [run(context, time_spread, library, film, count, repeats) for library in libraries]
             cells = []
             for seconds, frames in results:
-                cell = seconds if frames is None else f"{seconds:.2f} s"
+                cell = seconds if frames is None else "{:.2f} ({:.2f}) s".format(*seconds)
                 if frames is not None and (
                     frames.shape != results[0][1].shape or abs(frames - results[0][1]).max() > 8
                 ):
                     cell += " other"  # frames than this package gives
-                cells.append(f"{cell:>14}")
+                cells.append(f"{cell:>18}")
             print(f"{Path(film).name:<24} {count:>6} " + " ".join(cells), flush=True)
 
 
@@ -123,7 +123,9 @@ def main():
     parser.add_argument(
         "--decoder", choices=["pyav", "torchcodec", "decord"], help="the first that can be used if not given"
     )
-    parser.add_argument("--repeats", type=int, default=11, help="of which the median is printed")
+    parser.add_argument(
+        "--repeats", type=int, default=11, help="of which the median is printed; with --spread the least"
+    )
     parser.add_argument("--spread", type=int, nargs="+", help="compare the decoders by so many frames of each clip")
     args = parser.parse_args()
     context = multiprocessing.get_context()
