@@ -14,6 +14,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
+from script_runner import Python
+
 
 # The tensors of the tests are tiny: more threads make them slower on large machines.
 torch.set_num_threads(min(2, torch.get_num_threads()))
@@ -81,8 +83,6 @@ def hub():
 @pytest.fixture(scope="session")
 def python(hub, tmp_path_factory):
     """Runs Python in processes that need not import PyTorch and transformers: a `script_runner.Python`."""
-    from script_runner import Python
-
     return Python(tmp_path_factory.mktemp("python"), hub)
 
 

@@ -21,6 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ["datasets", "evaluate", "matplotlib.pyplot", "numba", "peft", "torch.utils.tensorboard"]
 PACKAGES += ["torchvision.transforms.v2", "transformers.pipelines", "transformers.trainer"]
 TIMEOUT = 240  # seconds
+# Without this checkout's folders, which pytest has put there, and as it is before a test adds to it: transformers adds
+# the folder of remote code.
+INSTALLED = [p for p in sys.path if Path(p).is_relative_to(sys.prefix) or not Path(p).resolve().is_relative_to(ROOT)]
 
 
 class Python:
@@ -57,7 +60,7 @@ class Python:
         self.count += 1
         log = self.folder / f"{self.count}.log"
         arguments = [str(word) for word in command], str(cwd or self.folder), [str(place) for place in path]
-        process = self.context.Process(target=_run, args=(*arguments, environment or {}, str(log)))
+        process = self.context.Process(target=_run, args=(*arguments, INSTALLED, environment or {}, str(log)))
         process.start()
         return process, log
 
@@ -83,7 +86,7 @@ class Python:
         assert all(process.exitcode == 0 for process, _ in started), logs
 
 
-def _run(command, cwd, path, environment, log):
+def _run(command, cwd, path, installed, environment, log):
     """In the new process: what `python COMMAND` does."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
@@ -91,9 +94,7 @@ def _run(command, cwd, path, environment, log):
     os.environ.update(environment, PYTHONPATH=os.pathsep.join(path))
     os.chdir(cwd)
     torch.set_num_threads(min(2, torch.get_num_threads()))
-    # Without this checkout's folders, which pytest has put there.
-    places = [p for p in map(Path, sys.path) if p.is_relative_to(sys.prefix) or not p.is_relative_to(ROOT)]
-    sys.path[:] = [cwd, *path, *map(str, places)]
+    sys.path[:] = [cwd, *path, *installed]
     if command[0] == "-c":
         sys.argv = ["-c", *command[2:]]
         exec(compile(command[1], "<string>", "exec"), {"__name__": "__main__"})
