@@ -26,7 +26,8 @@ def classification_loss(labels, logits, config, num_items_in_batch=None, **kwarg
         `torch.Tensor`: a scalar, differentiable in the logits.
 
     Raises:
-        ValueError: for labels of another type, shape or range (which is not looked at while a model is compiled).
+        ValueError: for labels of another type, shape or range. The range is looked at on a CPU alone, and not while a
+            model is compiled: on a GPU, each training step would wait for it.
     """
     if not isinstance(labels, torch.Tensor):
         raise ValueError(f"`labels` is a {type(labels).__name__}, but must be a tensor.")
@@ -105,6 +106,5 @@ def _checked_labels(labels, logits, kind):
 
 
 def _can_look_at(labels):
-    """Whether the values are there to be looked at: not while a model is traced, compiled or captured."""
-    capturing = labels.is_cuda and torch.cuda.is_current_stream_capturing()
-    return not (torch.compiler.is_compiling() or labels.is_meta or capturing)
+    """Whether the values can be had at once: on a CPU, unless a model is traced. On a GPU a look would wait."""
+    return labels.device.type == "cpu" and not torch.compiler.is_compiling()
