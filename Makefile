@@ -1,5 +1,5 @@
 # make demo [VIDEO=clip.mp4]   names what the camera does in a video (without VIDEO, in a short clip that ships here)
-# make test [ARGS="-k name"]   runs the tests; ARGS goes to pytest
+# make test [ARGS="-k name"]   runs the tests in two processes; with ARGS, which goes to pytest, in one
 # make hub-repo CARD=videomamba-tiny-camera-motion OUTPUT=folder [REPO=you/name]
 #                              assembles a checkpoint's complete Hub repository, and pushes it to REPO
 # make lint                    checks style, format, types and the pages' figures; needs no PyTorch
@@ -21,7 +21,7 @@ hub-repo: .venv/demo-installed
 	@$(venv) model_cards/make_hub_repo.py "$$CARD" "$$OUTPUT" $${REPO:+--push-to-hub "$$REPO"}
 
 test: .venv/test-installed
-	$(venv) -m pytest $(ARGS)
+	$(venv) -m pytest $(or $(ARGS),-n 2 --dist loadfile)
 
 lint: .venv/lint-installed
 	$(venv) -m ruff check .
