@@ -213,8 +213,8 @@ def _forward(
     The gated mean of both directions (B, L, E), the small projection; what is kept for the backward pass: nothing
     (`for_backward` 0), the states at the borders of chunks (1), or the state before every 8 tokens and the
     convolution's output, unless an order has put the scan's in its place (2); and the state that it ends with, if it
-    began with one. `exchange(end states from zero, sums of Δ)` gives `start` where another process has the part before;
-    no caller uses it yet.
+    began with one. `exchange(end states from zero, sums of Δ)` gives `start` where another process has the part
+    before; no caller uses it yet.
     """
     call = _Call(xz, conv_w, conv_b, dt_w, dt_b, A_log, D, visits, structure, before)
     plan, after = call.plan, None
