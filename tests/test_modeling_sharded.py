@@ -42,7 +42,7 @@ def test_sharded_gradients_are_those_of_one_process(python, tmp_path):
     torch.save((pixel_values, labels), tmp_path / "batch.pt")
     model(pixel_values, labels=labels).loss.backward()
 
-    python.run_together(2, ["-c", TRAIN, tmp_path, tmp_path / "gradients.pt"], tmp_path)
+    python.run_together(2, ["-c", TRAIN, tmp_path, tmp_path / "gradients.pt"])
     found = torch.load(tmp_path / "gradients.pt", weights_only=True)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, msg=name, atol=1e-6, rtol=1e-4)

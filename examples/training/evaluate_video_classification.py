@@ -14,7 +14,6 @@ is counted once. The output folder gets `results.json`, `predictions.csv`, `scor
 import os
 from dataclasses import dataclass, field
 
-from modeling_videomamba.video_decoding import DecodedVideoMetadata
 from video_classification_arguments import DataArguments, ModelArguments, check_command_line, parse_arguments
 
 
@@ -53,6 +52,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from modeling_videomamba.video_decoding import DecodedVideoMetadata
 from video_classification_data import (
     IGNORED,
     Clips,
