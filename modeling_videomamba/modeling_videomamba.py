@@ -495,9 +495,13 @@ class VideoMambaModel(VideoMambaDeltaMapsMixin, VideoMambaPreTrainedModel):
         cache: VideoMambaCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """The residual stream after all layers; in inference on a GPU, each sum is made with the norm after it."""
+        """The residual stream after all layers."""
         hidden_states = self.embeddings(pixel_values, grid).float()
         order = backward_order(self.config, grid, hidden_states.device)
+        return self.run_layers(hidden_states, order, cache, **kwargs)
+
+    def run_layers(self, hidden_states, order=None, cache=None, **kwargs):
+        """The residual stream (B, L, D) after all layers. In inference on a GPU, sums are made with the norm after."""
         layers = list(self.layers)
         if not (can_fuse_rms_norm(hidden_states, self.norm.weight) and all(layer.may_join() for layer in layers)):
             for layer in layers:
@@ -637,6 +641,9 @@ class VideoMambaForVideoFrameClassification(VideoMambaForVideoClassification):
         return VideoMambaClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, cache=outputs.cache
         )
+
+    def context_parallel(self, group=None):
+        raise ValueError("No logits of steps over several processes: take VideoMambaForVideoClassification.")
 
 
 class VideoMambaForImageClassification(VideoMambaForVideoClassification):

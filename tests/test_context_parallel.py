@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassification
+from modeling_videomamba import (
+    VideoMambaConfig,
+    VideoMambaForVideoClassification,
+    VideoMambaForVideoFrameClassification,
+)
 
 
 # Each process takes its part of the same clips; what each found is written.
@@ -21,19 +25,26 @@ for name in sys.argv[2:]:
     if name == "checkpointed":
         model.gradient_checkpointing_enable()
     clips, labels = torch.load(f"{folder}/{name}/batch.pt", weights_only=True)
-    parallel = DistributedDataParallel(model.context_parallel())
-    outputs = parallel(clips, labels=labels)
+    parallel, options = DistributedDataParallel(model.context_parallel()), {}
+    if name == "alone":  # each process has its own frames alone
+        options = {"num_frames": clips.shape[1]}
+        clips = clips[:, parallel.module.part(clips.shape[1])]
+    outputs = parallel(clips, labels=labels, **options)
     outputs.loss.backward()
     found = {parameter_name: parameter.grad for parameter_name, parameter in model.named_parameters()}
     torch.save({"logits": outputs.logits.detach(), **found}, f"{folder}/{name}/found-{dist.get_rank()}.pt")
 dist.destroy_process_group()
 """
 
-# The class token in the first or a later part, or none; parts of equal and of other lengths.
+# The class token in the first or a later part, or none; parts of equal and of other lengths; both orders.
+FRAME_CAUSAL = {"backward_scan": "spatial", "class_token_position": "none", "position_embedding_type": "spatial"}
 CASES = {
     "middle": {"class_token_position": "middle"},
     "first": {"class_token_position": "first", "num_frames": 10},
     "checkpointed": {"class_token_position": "none", "position_embedding_type": "sinusoidal", "num_frames": 14},
+    "torch": {"class_token_position": "middle", "num_frames": 10, "scan_backend": "torch"},
+    "alone": {**FRAME_CAUSAL, "num_frames": 10},
+    "window": {**FRAME_CAUSAL, "num_frames": 14, "pooling_window": 5, "scan_backend": "torch"},
 }
 
 
@@ -44,7 +55,8 @@ def tiny_model(**fields):
     return VideoMambaForVideoClassification(config).eval()
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
 def test_parts_give_the_logits_and_gradients_of_the_whole(python, tmp_path, processes):
     expected = {}
     for seed, (name, fields) in enumerate(CASES.items()):
@@ -82,8 +94,23 @@ def alone():
 
 
 def test_orders_whose_parts_do_not_follow_each_other_are_refused(alone):
-    with pytest.raises(ValueError, match="full reversal; this model has 'temporal'"):
-        tiny_model(backward_scan="temporal").context_parallel()
+    for order in ("temporal", "spatial"):
+        with pytest.raises(ValueError, match=f"parts in time follow .* model has '{order}' and 'first'"):
+            tiny_model(backward_scan=order).context_parallel()
+
+
+def test_frames_of_another_part_are_refused(alone):
+    split = tiny_model(num_frames=8).context_parallel()
+    split.processes = 3
+    assert split.part(8) == slice(0, 2)
+    with pytest.raises(ValueError, match=r"`num_frames=8`, process 0 of 3 takes the frames 0 to 1 alone"):
+        split(torch.zeros(1, 8, 3, 32, 32), num_frames=8)
+
+
+def test_logits_of_steps_are_refused(alone):
+    model = VideoMambaForVideoFrameClassification(tiny_model(**FRAME_CAUSAL).config)
+    with pytest.raises(ValueError, match="No logits of steps"):
+        model.context_parallel()
 
 
 def test_clips_with_fewer_steps_than_processes_are_refused(alone):
