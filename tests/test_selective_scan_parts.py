@@ -63,7 +63,7 @@ def scanned_in_parts(scan_of, inputs, sent_back, lengths, orders):
         leaves = [t.detach().clone().requires_grad_() for t in (parts[rank], *parameters)]
         try:
             scan = scan_of(PartOfThread(orders[rank], board, rank))
-            with torch.no_grad():
+            with torch.inference_mode():
                 inferred = scan(*leaves)
             output = scan(*leaves)
             gradients = torch.autograd.grad(output, leaves, sent_back[rank].to(output.dtype))
@@ -124,22 +124,19 @@ def test_parts_match_the_reference_of_the_whole(backend, lengths, kind, options)
 
 # How the work is cut: see test_selective_scan_gpu.py. One chunk, chunks side by side, chunks in turns.
 @pytest.mark.parametrize(
-    ("multiprocessors", "lengths", "channels", "kind", "dtype", "turn_tokens"),
+    ("multiprocessors", "lengths", "channels", "kind", "dtype", "turn_tokens", "keep"),
     [
-        (1, [3, 20], 24, "reversal", torch.bfloat16, None),
-        (132, [70, 48, 33], 24, "reversal", torch.float32, None),
-        (132, [48, 66], 24, "spatial", torch.bfloat16, None),
-        pytest.param(132, [400, 700], 24, "reversal", torch.bfloat16, None, marks=pytest.mark.slow),
-        pytest.param(1, [3, 4, 20], 24, "any", torch.float32, None, marks=pytest.mark.slow),
-        pytest.param(1, [33, 4], 24, "any", torch.float16, None, marks=pytest.mark.slow),
-        pytest.param(0.1, [33, 20, 5], 40, "reversal", torch.bfloat16, None, marks=pytest.mark.slow),
-        pytest.param(0.1, [36, 6], 40, "spatial", torch.bfloat16, None, marks=pytest.mark.slow),
-        pytest.param(0.1, [80, 70, 70], 40, "reversal", torch.bfloat16, 75, marks=pytest.mark.slow),
-        pytest.param(1, [70, 35], 40, "any", torch.float32, 75, marks=pytest.mark.slow),
-        pytest.param(1, [15, 8], 15, "any", torch.bfloat16, None, marks=pytest.mark.slow),
+        (1, [3, 20], 24, "reversal", torch.bfloat16, None, False),
+        (132, [70, 48, 33], 24, "reversal", torch.float32, None, False),
+        pytest.param(132, [48, 66], 24, "spatial", torch.bfloat16, None, True, marks=pytest.mark.slow),
+        pytest.param(132, [400, 700], 24, "reversal", torch.bfloat16, None, False, marks=pytest.mark.slow),
+        pytest.param(1, [3, 4, 20], 24, "any", torch.float16, None, False, marks=pytest.mark.slow),
+        pytest.param(0.1, [33, 20, 5], 40, "reversal", torch.bfloat16, None, True, marks=pytest.mark.slow),
+        pytest.param(0.1, [80, 70, 70], 40, "reversal", torch.bfloat16, 75, False, marks=pytest.mark.slow),
+        pytest.param(1, [70, 35], 40, "any", torch.float32, 75, False, marks=pytest.mark.slow),
+        pytest.param(1, [15, 8], 15, "any", torch.bfloat16, None, False, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("keep", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_cuda_kernels_on_the_cpu(
     on_cpu, monkeypatch, multiprocessors, lengths, channels, kind, dtype, turn_tokens, keep
 ):
