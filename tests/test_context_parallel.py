@@ -148,6 +148,19 @@ def test_clips_with_fewer_steps_than_processes_are_refused(alone):
         split(torch.zeros(1, 4, 3, 32, 32))
 
 
+@pytest.mark.slow
+def test_a_compiled_part(alone):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    split, clips = tiny_model().context_parallel(), torch.randn(1, 4, 3, 32, 32)
+    compiled, gradients = torch.compile(split, backend="aot_eager"), []
+    for module in (split, compiled):
+        module.zero_grad()
+        module(clips).logits.sum().backward()
+        gradients.append([p.grad for p in split.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bit_weights_and_autocast(alone, dtype):
     torch.manual_seed(0)
