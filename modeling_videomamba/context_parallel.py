@@ -1,5 +1,6 @@
 """Context parallelism: one long clip over several processes, each with its share of the length."""
 
+import functools
 import math
 
 import torch
@@ -80,18 +81,17 @@ class ContextParallel(nn.Module):
         """
         backbone, config = self.model.videomamba, self.model.config
         frames, grid = self._checked_part(pixel_values, interpolate_pos_encoding, num_frames)
-        tokens, class_token = self.embed(frames, grid)
-        first, after = self._steps(grid[0])
-        order = backward_order(config, (after - first, *grid[1:]), tokens.device)
-        hidden_states = backbone.run_layers(tokens, ScanPart(order, self.group))
+        first, after = (step * grid[1] * grid[2] for step in self._steps(grid[0]))
+        class_token = class_token_index(config, math.prod(grid)) - first if backbone.embeddings.has_class_token else -1
+        has_it = 0 <= class_token < after - first
+        hidden_states = backbone.encode(functools.partial(self.embed, frames, grid, class_token if has_it else None))
         if backbone.embeddings.has_class_token:
             # Of any token and nothing, where it is not: all processes must take part in the backward pass.
-            found = class_token is not None
-            share = backbone.norm(hidden_states[:, class_token if found else 0]) * found
+            share = backbone.norm(hidden_states[:, class_token if has_it else 0]) * has_it
         else:
-            pooled_steps = min(grid[0], config.pooling_window or grid[0])
-            before = max(0, grid[0] - pooled_steps - first) * grid[1] * grid[2]  # tokens before the window
-            share = backbone.norm(hidden_states)[:, before:].float().sum(dim=1) / (pooled_steps * grid[1] * grid[2])
+            pooled = min(math.prod(grid), (config.pooling_window or grid[0]) * grid[1] * grid[2])
+            before = max(0, math.prod(grid) - pooled - first)  # tokens before the window
+            share = backbone.norm(hidden_states)[:, before:].sum(dim=1, dtype=torch.float32) / pooled
         pooled = _Sum.apply(share, self.group).to(backbone.norm.weight.dtype)
         logits = self.model.classifier(pooled)
         loss = None
@@ -100,7 +100,7 @@ class ContextParallel(nn.Module):
         return ImageClassifierOutput(loss=loss, logits=logits)
 
     def _checked_part(self, pixel_values, interpolate_pos_encoding, num_frames):
-        """This process's frames, on its device, and the tubelets of whole clips along time, height and width."""
+        """This process's frames, and the tubelets of whole clips along time, height and width."""
         config, whole = self.model.config, pixel_values
         if num_frames is not None:
             wanted = self.part(num_frames)
@@ -117,25 +117,24 @@ class ContextParallel(nn.Module):
                 f"Clips of {grid[0]} steps in time, each of {grid[1] * grid[2]} tubelets, cannot be cut over "
                 f"{self.processes} processes: each process needs a step, and a step needs {halo} tubelets or more."
             )
-        frames = whole[:, self.part(whole.shape[1])] if num_frames is None else pixel_values
-        return frames.to(self.model.device, non_blocking=True), grid
+        return whole[:, self.part(whole.shape[1])] if num_frames is None else pixel_values, grid
 
-    def embed(self, frames, grid):
-        """This process's tokens (B, L of its part, D) in float32, and where the class token is among them, or None."""
+    def embed(self, frames, grid, class_token):
+        """As the model's, of this process's frames; the class token at an index among the tokens, if it is here."""
         embeddings, config = self.model.videomamba.embeddings, self.model.config
-        tokens = embeddings.patch_embeddings(frames)
-        first, after = (step * grid[1] * grid[2] for step in self._steps(grid[0]))
-        positions, class_token = embeddings.positions_for(grid, tokens)
+        tokens = embeddings.patch_embeddings(frames.to(self.model.device, non_blocking=True))
+        steps = self._steps(grid[0])
+        positions, token = embeddings.positions_for(grid, tokens)
         if positions is not None:
+            first, after = (step * grid[1] * grid[2] for step in steps)
             tokens = tokens + positions[:, first:after]
-        if class_token is None:
-            return tokens.float(), None
-        place = class_token_index(config, math.prod(grid)) - first
-        if not 0 <= place < after - first:
-            # So that it has a gradient in every process.
-            return (tokens + 0 * class_token).float(), None
-        class_token = class_token.expand(tokens.shape[0], -1, -1)
-        return torch.cat([tokens[:, :place], class_token, tokens[:, place:]], dim=1).float(), place
+        if class_token is not None:
+            token = token.expand(tokens.shape[0], -1, -1)
+            tokens = torch.cat([tokens[:, :class_token], token, tokens[:, class_token:]], dim=1)
+        elif token is not None:
+            tokens = tokens + 0 * token  # so that it has a gradient in every process
+        order = backward_order(config, (steps[1] - steps[0], *grid[1:]), tokens.device)
+        return tokens.float(), ScanPart(order, self.group)
 
 
 class _Sum(torch.autograd.Function):
