@@ -17,7 +17,6 @@ process; memory is PyTorch's peak allocation, weights and input included, of the
 """
 
 import argparse
-import contextlib
 import csv
 import gc
 import itertools
@@ -220,7 +219,11 @@ class Benchmark:
         if errors is not None:
             row |= dict(zip(COLUMNS[10:], (f"{e:.2g}" for e in errors), strict=True))
         self.rows.append(row)
-        print("".join(f"{row[c]!s:>14}" for c in COLUMNS), flush=True)
+        print("".join(f"{row[c]!s:>15}" for c in COLUMNS), flush=True)
+        with open(self.arguments.output / "parallel.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(self.rows)
 
     def collect_garbage(self):
         gc.collect()
@@ -265,19 +268,13 @@ def work(rank, arguments, port):
         torch.set_num_threads(1)
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
     if dist.get_rank() == 0:
-        print("".join(f"{column:>14}" for column in COLUMNS), flush=True)
-    with contextlib.suppress(AttributeError):
-        transformers.utils.logging.disable_progress_bar()
+        print("".join(f"{column:>15}" for column in COLUMNS), flush=True)
+    arguments.output.mkdir(parents=True, exist_ok=True)
     rows = Benchmark(arguments).run()
     dist.barrier()
     dist.destroy_process_group()
     if not rows:
         return
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    with open(arguments.output / "parallel.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
     name = torch.cuda.get_device_name() if gpu else "CPU"
     title = f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, {time.strftime('%Y-%m-%d')}"
     plot(rows, arguments.output / "parallel.png", title)
