@@ -21,6 +21,8 @@ from modeling_videomamba import VideoMambaForVideoClassification
 backend, folder = sys.argv[1:3]
 dist.init_process_group(backend)
 device = torch.device("cuda", dist.get_rank()) if backend == "nccl" else "cpu"
+if backend == "nccl":
+    torch.cuda.set_device(device)
 for name in sys.argv[3:]:
     model = VideoMambaForVideoClassification.from_pretrained(f"{folder}/{name}").to(device).train()
     if name == "checkpointed":

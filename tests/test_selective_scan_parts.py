@@ -9,10 +9,10 @@ import torch
 
 from modeling_videomamba import selective_scan_cuda, selective_scan_numba
 from modeling_videomamba import selective_scan_cuda_runtime as runtime
-from modeling_videomamba.selective_scan import BACKENDS, ScanPart
+from modeling_videomamba.selective_scan import BACKENDS, ScanPart, ScanState, bidirectional_selective_scan
 from modeling_videomamba.selective_scan_parts import scan_part
 from modeling_videomamba.selective_scan_reference import bidirectional_selective_scan_reference
-from scan_helpers import PARAMETER_NAMES, part_orders, random_inputs, relative_error, scan_order
+from scan_helpers import PARAMETER_NAMES, part_orders, random_inputs, random_state, relative_error, scan_order
 
 
 pytest_plugins = "cuda_emulation"  # its fixtures
@@ -154,3 +154,42 @@ def test_cuda_kernels_on_the_cpu(
     inputs = [t.to(dtype) for t in random_inputs(2, sum(lengths), channels, rank=6, step_bias=-1.0)]
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     assert_parts_match_the_whole(fused, inputs, lengths, kind, tolerance, 10 * tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+def test_the_fused_projection(on_cpu, dtype):
+    """Of the only part there is."""
+    on_cpu(1)
+    inputs = [t.to(dtype).requires_grad_() for t in random_inputs(2, 20, 24, rank=6, step_bias=-1.0)]
+    weight = torch.randn(5, 24).to(dtype).requires_grad_()
+    part, leaves = PartOfThread(None, Board(1), 0), [*inputs, weight]
+    found = BACKENDS["cuda"].bidirectional_selective_scan(*inputs, part=part, out_proj_weight=weight)
+    expected = bidirectional_selective_scan_reference(*inputs) @ weight.T.double()
+    sent_back = torch.randn_like(expected)
+    gradients = [torch.autograd.grad(out, leaves, sent_back.to(out.dtype)) for out in (found, expected)]
+    for value, wanted in zip([found, *gradients[0]], [expected, *gradients[1]], strict=True):
+        assert relative_error(value, wanted) < (1e-5 if dtype == torch.float32 else 3e-2)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("numba", marks=without_numba), None])
+def test_a_part_goes_through_the_seam_as_an_order_does(backend):
+    inputs, weight = random_inputs(1, 12, 6), torch.randn(4, 6)
+    order = part_orders("spatial", [12])[0]
+    part = PartOfThread(order, Board(1), 0)
+    found, expected = (
+        bidirectional_selective_scan(*inputs, order=o, backend=backend, out_proj_weight=weight) for o in (part, order)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_parts_that_cannot_be_scanned_are_refused():
+    inputs, part = random_inputs(1, 2, 6), PartOfThread(None, Board(1), 0)
+    with pytest.raises(ValueError, match="A part has 2 tokens, but the convolution looks back at 3"):
+        bidirectional_selective_scan(*inputs, order=part)
+    with pytest.raises(ValueError, match="gets its state from the other processes"):
+        bidirectional_selective_scan(*inputs, order=part, state=ScanState(*random_state(inputs)))
+    longer = PartOfThread(part_orders("spatial", [12])[0], Board(1), 0)
+    with pytest.raises(ValueError, match="must list the 9 tokens"):
+        bidirectional_selective_scan(*random_inputs(1, 9, 6), order=longer)
+    with pytest.raises(ValueError, match="mamba_ssm: its kernels cannot begin with a state"):
+        bidirectional_selective_scan(*random_inputs(1, 9, 6), order=part, backend="mamba_ssm")
