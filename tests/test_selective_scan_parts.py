@@ -157,17 +157,20 @@ def test_cuda_kernels_on_the_cpu(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
-def test_the_fused_projection(on_cpu, dtype):
-    """Of the only part there is."""
+def test_the_fused_projection(on_cpu, monkeypatch, dtype):
+    """Of the only part there is, through the seam."""
     on_cpu(1)
+    monkeypatch.setitem(BACKENDS, "cuda", BACKENDS["cuda"]._replace(unusable_reason=lambda *_: None))
     inputs = [t.to(dtype).requires_grad_() for t in random_inputs(2, 20, 24, rank=6, step_bias=-1.0)]
     weight = torch.randn(5, 24).to(dtype).requires_grad_()
     part, leaves = PartOfThread(None, Board(1), 0), [*inputs, weight]
-    found = BACKENDS["cuda"].bidirectional_selective_scan(*inputs, part=part, out_proj_weight=weight)
+    found = bidirectional_selective_scan(*inputs, order=part, backend="cuda", out_proj_weight=weight)
+    with torch.inference_mode():
+        inferred = bidirectional_selective_scan(*inputs, order=part, backend="cuda", out_proj_weight=weight)
     expected = bidirectional_selective_scan_reference(*inputs) @ weight.T.double()
     sent_back = torch.randn_like(expected)
     gradients = [torch.autograd.grad(out, leaves, sent_back.to(out.dtype)) for out in (found, expected)]
-    for value, wanted in zip([found, *gradients[0]], [expected, *gradients[1]], strict=True):
+    for value, wanted in zip([inferred, found, *gradients[0]], [expected, expected, *gradients[1]], strict=True):
         assert relative_error(value, wanted) < (1e-5 if dtype == torch.float32 else 3e-2)
 
 
