@@ -91,7 +91,8 @@ class VideoMambaPatchEmbeddings(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         if pixel_values.is_meta and not self.projection.weight.is_meta:
             raise ValueError(
-                "`pixel_values` is on the device meta, and so holds no frames, but the model has weights."
+                "`pixel_values` is on the device meta, and so holds no frames, but the model has weights. Make the "
+                f"clip on the model's device: `device={str(self.projection.weight.device)!r}`."
             )
         pixel_values = pixel_values.to(self.projection.weight.dtype)
         return self.projection(pixel_values.transpose(1, 2)).flatten(2).transpose(1, 2)

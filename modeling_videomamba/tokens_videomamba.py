@@ -30,6 +30,10 @@ def checked_clips(config, pixel_values, interpolate_pos_encoding=False, are_part
             f"`pixel_values` must be a `torch.Tensor`, got {type(pixel_values).__name__}. Pass the frames through the "
             'model\'s video or image processor with `return_tensors="pt"` first.'
         )
+    if pixel_values.is_nested:
+        raise ValueError("`pixel_values` must be one dense tensor, got a nested one. Stack clips of one size.")
+    if pixel_values.layout != torch.strided:
+        raise ValueError(f"`pixel_values` must be dense, got the layout {pixel_values.layout}: call `to_dense()`.")
     if pixel_values.ndim == 4 and config.num_frames == 1:
         pixel_values = pixel_values[:, None]
     if pixel_values.ndim != 5:
@@ -47,12 +51,13 @@ def checked_clips(config, pixel_values, interpolate_pos_encoding=False, are_part
             f"expects {config.num_channels}. The axes are (batch, frames, channels, height, width)."
         )
     if pixel_values.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        way = "Pass the frames through the model's video or image processor first."
+        if pixel_values.is_floating_point():
+            way = "Convert normalised frames: `pixel_values.to(torch.bfloat16)`."
         raise ValueError(
             "`pixel_values` must be normalised frames, floating point numbers of 16 bits or more, got "
-            f"{pixel_values.dtype}. Pass the frames through the model's video or image processor first."
+            f"{pixel_values.dtype}. {way}"
         )
-    if pixel_values.layout != torch.strided:
-        raise ValueError(f"`pixel_values` must be dense, got the layout {pixel_values.layout}: call `to_dense()`.")
     expected = (num_frames if are_parts else config.num_frames, *height_and_width(config.image_size))
     grid = tubelet_grid(config, num_frames, height, width)
     if are_parts and num_frames % config.tubelet_size:

@@ -447,7 +447,15 @@ def test_round_trip_through_a_folder(tmp_path):
         (torch.zeros(1, 3, 4, 32, 32), "4 channels.*expects 3"),
         (torch.zeros(1, 4, 3, 32, 32, dtype=torch.uint8), "floating point.*uint8"),
         (torch.zeros(1, 4, 3, 32, 32, dtype=torch.complex64), "floating point.*complex64"),
-        (torch.zeros(1, 4, 3, 32, 32, dtype=torch.bool), "floating point.*bool"),
+        (torch.zeros(1, 4, 3, 32, 32, dtype=torch.bool), "floating point.*bool.*processor"),
+        *(
+            (torch.zeros(1, 4, 3, 32, 32).to(kind), rf"16 bits or more, got {kind}\. Convert .*to\(torch.bfloat16\)")
+            for kind in (torch.float8_e4m3fn, torch.float8_e5m2)
+        ),
+        (torch.zeros(1, 4, 3, 32, 32).to_sparse(), r"dense, got the layout torch.sparse_coo: call `to_dense\(\)`"),
+        (torch.zeros(1, 96, 128).to_sparse_csr(), r"dense, got the layout torch.sparse_csr: call `to_dense\(\)`"),
+        (torch.nested.nested_tensor([torch.zeros(4, 3, 32, 32)]), "one dense tensor, got a nested one. Stack"),
+        (torch.zeros(1, 4, 3, 32, 32, device="meta"), "device meta.*holds no frames.* on the model's device.*'cpu'"),
         (torch.zeros(0, 4, 3, 32, 32), r"\(0, 4, 3, 32, 32\) holds no clip"),
         (None, "must be a `torch.Tensor`, got NoneType.*processor"),
         ([[0.0]], "must be a `torch.Tensor`, got list"),
