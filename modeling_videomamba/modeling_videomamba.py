@@ -241,11 +241,11 @@ def is_untouched(module, kind):
     It is not if anything was attached to it (a hook, another `forward`, as Accelerate's offloading gives it) or if
     something stands in its place (an adapter, a quantised layer, a sharded one).
     """
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return (
         type(module) is kind
         and "forward" not in module.__dict__  # PyTorch 2.7 cannot trace `vars`
-        and not any(getattr(module, name) for name in hooks)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
     )
 
 

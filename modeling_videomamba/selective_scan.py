@@ -159,22 +159,16 @@ def select_scan_backend(device, dtype, name=None, takes_state=False):
         ValueError: if a forced backend does not exist or cannot run here; it lists those that can, and why the
             others cannot.
     """
-
-    def unusable_reason(backend):
-        if takes_state and not backend.takes_state:
-            return "its kernels cannot begin with a state"
-        return backend.unusable_reason(device, dtype)
-
     forced = getattr(_forced, "name", None) or (_forced_somewhere[-1] if _forced_somewhere else None)
     name = forced or os.environ.get(ENVIRONMENT_VARIABLE) or name
     if name is None:
         # Dynamo of PyTorch 2.11 takes any compilation for an export.
         if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
             return "export"
-        return next(b for b in BACKENDS if unusable_reason(BACKENDS[b]) is None)
-    if name in BACKENDS and unusable_reason(BACKENDS[name]) is None:
+        return next(b for b in BACKENDS if _unusable_reason(b, device, dtype, takes_state) is None)
+    if name in BACKENDS and _unusable_reason(name, device, dtype, takes_state) is None:
         return name
-    reasons = {b: unusable_reason(backend) for b, backend in BACKENDS.items()}
+    reasons = {b: _unusable_reason(b, device, dtype, takes_state) for b in BACKENDS}
     usable = ", ".join(b for b, reason in reasons.items() if reason is None)
     unusable = "".join(f"\n  {b}: {reason}" for b, reason in reasons.items() if reason is not None)
     raise ValueError(
@@ -183,6 +177,13 @@ def select_scan_backend(device, dtype, name=None, takes_state=False):
         + f" on {device} with {dtype}. Usable here: {usable}."
         + (f" Not usable:{unusable}" if unusable else "")
     )
+
+
+def _unusable_reason(name, device, dtype, takes_state):
+    backend = BACKENDS[name]
+    if takes_state and not backend.takes_state:
+        return "its kernels cannot begin with a state"
+    return backend.unusable_reason(device, dtype)
 
 
 def bidirectional_selective_scan(
