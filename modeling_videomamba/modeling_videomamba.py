@@ -269,7 +269,7 @@ class VideoMambaResidual(nn.Module):
         self, hidden_states: torch.Tensor, update: torch.Tensor, norm: VideoMambaRMSNorm | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """The residual stream (B, L, D) with a layer's update; if the next layer's norm is given, its norm too."""
-        if self.training and self.drop_path_rate > 0:
+        if self.drop_path_rate > 0 and self.training:
             keep = 1 - self.drop_path_rate
             update = update * update.new_empty(update.shape[0], 1, 1).bernoulli_(keep).div_(keep)
         return hidden_states + update if norm is None else norm.of_sum(hidden_states, update)
@@ -439,6 +439,7 @@ class VideoMambaModel(VideoMambaDeltaMapsMixin, VideoMambaPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         cache: VideoMambaCache | None = None,
         use_cache: bool | None = None,
+        output_steps: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> VideoMambaModelOutput:
         r"""
@@ -454,6 +455,8 @@ class VideoMambaModel(VideoMambaDeltaMapsMixin, VideoMambaPreTrainedModel):
                 many as there are. The cache is changed.
             use_cache (`bool`, *optional*):
                 Return a cache: the one that is given, or a new one for streams that begin here.
+            output_steps (`bool`, *optional*, defaults to `True`):
+                Return `step_pooler_output`, if the model can stream.
 
         Returns:
             [`VideoMambaModelOutput`]: `last_hidden_state` `(B, L, D)`, all tokens in order, the class token among
@@ -477,12 +480,12 @@ class VideoMambaModel(VideoMambaDeltaMapsMixin, VideoMambaPreTrainedModel):
             pooled = self.norm(hidden_states[:, class_token_index(self.config, math.prod(grid))])
         else:
             pooled = last_hidden_state.mean(dim=1)
-        steps = None
-        if unstreamable_reason(self.config) is None:
+        steps, window = None, self.config.pooling_window is not None
+        if (output_steps or streams or window) and unstreamable_reason(self.config) is None:
             steps = last_hidden_state.unflatten(1, (grid[0], -1)).mean(2)
             steps = cache.pool(steps) if streams else pool_steps(steps, self.config.pooling_window)
             steps = steps.to(last_hidden_state.dtype)
-            if streams or self.config.pooling_window is not None:
+            if streams or window:
                 pooled = steps[:, -1]
         return VideoMambaModelOutput(
             last_hidden_state=last_hidden_state, pooler_output=pooled, step_pooler_output=steps, cache=cache
@@ -505,7 +508,10 @@ class VideoMambaModel(VideoMambaDeltaMapsMixin, VideoMambaPreTrainedModel):
             return hidden_states
         normed = layers[0].norm(hidden_states)
         for layer, after in itertools.pairwise(layers):
-            hidden_states, normed = layer.residual(hidden_states, layer.mixer(normed, order, cache), after.norm)
+            update = layer.mixer(normed, order, cache)
+            # Not called for nothing: a single clip's kernels wait for Python.
+            add = layer.residual.forward if is_untouched(layer.residual, VideoMambaResidual) else layer.residual
+            hidden_states, normed = add(hidden_states, update, after.norm)
         return layers[-1].residual(hidden_states, layers[-1].mixer(normed, order, cache))
 
 
@@ -571,7 +577,13 @@ class VideoMambaForVideoClassification(VideoMambaReadingMapsMixin, VideoMambaPre
         pan left
         ```"""
         outputs = self.videomamba(
-            pixel_values, interpolate_pos_encoding, cache=cache, use_cache=use_cache, return_dict=True, **kwargs
+            pixel_values,
+            interpolate_pos_encoding,
+            cache=cache,
+            use_cache=use_cache,
+            output_steps=False,
+            return_dict=True,
+            **kwargs,
         )
         logits = self.classifier(outputs.pooler_output)
         loss = None

@@ -258,7 +258,7 @@ def _forward(
 
 def _check_memory(plan):
     """Of long sequences: say before the first launch if there is not room for what this layer makes."""
-    size = plan.B * plan.L * (3 * plan.E + 2 * (plan.R + 2 * plan.N)) * plan.dtype.itemsize
+    size = plan.working_bytes
     if size < 2**30 or plan.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return
     free = torch.cuda.mem_get_info(plan.device)[0]
@@ -442,8 +442,8 @@ def _walk_back(call, dout, dproj, sub, exchange):
     for turn in range(turns):
         at = -1 if plan.side_by_side or kept else turn
         if not kept:
-            call.run(plan.states.at(turn=at))
-        call.run(backward.at(turn=at))
+            call.run(plan.states.at(turn=at) if at >= 0 else plan.states)
+        call.run(backward.at(turn=at) if at >= 0 else backward)
         for direction in (0, 1):
             first = places * (turn if direction and not plan.ordered else turns - 1 - turn)
             tokens = slice(first, min(first + places, L))
@@ -529,9 +529,11 @@ class _Scan(torch.autograd.Function):
 def _typed(xz, parameters, out_proj_weight):
     """`xz` without gaps, and the parameters, those that PyTorch multiplies by in its type."""
     conv_weight, conv_bias, x_proj_weight, *others = parameters
+    if x_proj_weight.dtype != xz.dtype:
+        x_proj_weight = x_proj_weight.to(xz.dtype)
     if out_proj_weight is not None:
         out_proj_weight = out_proj_weight.to(xz.dtype)
-    return xz.contiguous(), conv_weight, conv_bias, x_proj_weight.to(xz.dtype), *others, out_proj_weight
+    return xz.contiguous(), conv_weight, conv_bias, x_proj_weight, *others, out_proj_weight
 
 
 def bidirectional_selective_scan(
