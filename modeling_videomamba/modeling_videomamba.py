@@ -178,9 +178,9 @@ class VideoMambaRMSNorm(nn.Module):
 
     def of_sum(self, hidden_states: torch.Tensor, update: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream with a layer's update added, and the norm of it."""
-        same = update.dtype == self.weight.dtype and update.is_contiguous()
-        if same and can_fuse_rms_norm(hidden_states, self.weight):
-            return fused_add_rms_norm(hidden_states, update, self.weight, self.eps)
+        weight = self.weight  # looked up once: kernels wait for Python
+        if update.dtype == weight.dtype and update.is_contiguous() and can_fuse_rms_norm(hidden_states, weight):
+            return fused_add_rms_norm(hidden_states, update, weight, self.eps)
         hidden_states = hidden_states + update
         return hidden_states, self(hidden_states)
 
@@ -213,7 +213,8 @@ class VideoMambaMixer(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, order: ScanOrder | None = None, cache: VideoMambaCache | None = None
     ) -> torch.Tensor:
-        plain = is_plain_linear(self.out_proj)
+        out_proj = self.out_proj
+        plain = is_plain_linear(out_proj)
         mixed = bidirectional_selective_scan(
             self.in_proj(hidden_states),
             self.conv_weight,
@@ -225,13 +226,13 @@ class VideoMambaMixer(nn.Module):
             self.D,
             order=order,
             backend=self.scan_backend,
-            out_proj_weight=self.out_proj.weight if plain else None,
+            out_proj_weight=out_proj.weight if plain else None,
             state=None if cache is None else cache.states[self.layer_idx],
         )
         if cache is not None:
             mixed, state = mixed
             cache.update(self.layer_idx, state)
-        return mixed if plain else self.out_proj(mixed)
+        return mixed if plain else out_proj(mixed)
 
 
 def is_untouched(module, kind):
@@ -508,10 +509,7 @@ class VideoMambaModel(VideoMambaDeltaMapsMixin, VideoMambaPreTrainedModel):
             return hidden_states
         normed = layers[0].norm(hidden_states)
         for layer, after in itertools.pairwise(layers):
-            update = layer.mixer(normed, order, cache)
-            # Not called for nothing: a single clip's kernels wait for Python.
-            add = layer.residual.forward if is_untouched(layer.residual, VideoMambaResidual) else layer.residual
-            hidden_states, normed = add(hidden_states, update, after.norm)
+            hidden_states, normed = layer.residual(hidden_states, layer.mixer(normed, order, cache), after.norm)
         return layers[-1].residual(hidden_states, layers[-1].mixer(normed, order, cache))
 
 
@@ -577,13 +575,7 @@ class VideoMambaForVideoClassification(VideoMambaReadingMapsMixin, VideoMambaPre
         pan left
         ```"""
         outputs = self.videomamba(
-            pixel_values,
-            interpolate_pos_encoding,
-            cache=cache,
-            use_cache=use_cache,
-            output_steps=False,
-            return_dict=True,
-            **kwargs,
+            pixel_values, interpolate_pos_encoding, cache, use_cache, output_steps=False, return_dict=True, **kwargs
         )
         logits = self.classifier(outputs.pooler_output)
         loss = None

@@ -134,7 +134,8 @@ class _Call:
 
     def run(self, launch, **arguments):
         """Queue a kernel, with more tensors or numbers among its arguments, which stay for those after it."""
-        self.set(**arguments)
+        if arguments:
+            self.set(**arguments)
         launch(self.arguments, self.stream)
 
     def new(self, *shape, dtype=torch.float32):
@@ -549,7 +550,7 @@ def bidirectional_selective_scan(
     keep = (2 if KEEP_STATES else 1) if torch.is_grad_enabled() else 0
     rest = visits, before, start, structure
     tensors = (xz, *parameters, out_proj_weight, before, start)
-    if not nobody_traces(tensors):
+    if not nobody_traces(tensors):  # `torch.compile` and modes see an operator
         out, _, _, _, *after = _scan_op(*_typed(xz, parameters, out_proj_weight), *rest, keep)
     elif autograd_looks_on(tensors):
         out, *after = _Scan.apply(xz, *parameters, out_proj_weight, *rest, keep)
