@@ -574,9 +574,8 @@ class VideoMambaForVideoClassification(VideoMambaReadingMapsMixin, VideoMambaPre
         >>> print(model.config.id2label[label])
         pan left
         ```"""
-        outputs = self.videomamba(
-            pixel_values, interpolate_pos_encoding, cache, use_cache, output_steps=False, return_dict=True, **kwargs
-        )
+        options = {"cache": cache, "use_cache": use_cache, "output_steps": False, "return_dict": True}
+        outputs = self.videomamba(pixel_values, interpolate_pos_encoding, **options, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss = None
         if labels is not None:

@@ -259,7 +259,7 @@ def _forward(
 
 def _check_memory(plan):
     """Of long sequences: say before the first launch if there is not room for what this layer makes."""
-    size = plan.working_bytes
+    size = plan.B * plan.L * (3 * plan.E + 2 * (plan.R + 2 * plan.N)) * plan.dtype.itemsize
     if size < 2**30 or plan.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return
     free = torch.cuda.mem_get_info(plan.device)[0]

@@ -123,11 +123,6 @@ class ScanPlan:
         """How many states at the borders of chunks the forward pass keeps for the backward pass."""
         return kept_states(self.side_by_side, self.chunks, self.stateful)
 
-    @functools.cached_property
-    def working_bytes(self):
-        """About the memory that the forward pass makes."""
-        return self.B * self.L * (3 * self.E + 2 * (self.R + 2 * self.N)) * self.dtype.itemsize
-
     def state_shape(self, parts):
         return state_shape(self.B, parts, self.E, self.N)
 
