@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 from transformers import AutoModelForVideoClassification, BitsAndBytesConfig, TorchAoConfig
 from transformers.utils import is_accelerate_available
@@ -201,6 +202,22 @@ def test_backward_orders_by_hand(reversal, class_token, expected):
         return
     assert order.visits.tolist() == expected
     assert order.places[order.visits].tolist() == order.visits[order.places].tolist() == list(range(len(expected)))
+
+
+def test_backward_orders_are_kept_for_each_size_but_not_where_something_traces():
+    config, device = tiny_config(backward_scan="temporal", class_token_position="middle"), torch.device("cpu")
+    with torch.inference_mode():
+        order = backward_order(config, (5, 7, 9), device)
+    assert not order.visits.is_inference() and not order.places.is_inference()
+    assert backward_order(copy.deepcopy(config), [5, 7, 9], device) is order
+    assert backward_order(config, (7, 5, 9), device).visits.tolist() != order.visits.tolist()
+    for other in (tiny_config(backward_scan="temporal"), tiny_config(backward_scan="spatial")):
+        fresh = backward_order(other, (5, 7, 9))  # of no device, and so not kept
+        assert torch.equal(backward_order(other, (5, 7, 9), device).visits, fresh.visits)
+    with FakeTensorMode():
+        assert isinstance(backward_order(config, (5, 7, 9), device).visits, FakeTensor)
+    assert backward_order(config, (5, 7, 9), torch.device("meta")).visits.is_meta
+    assert backward_order(config, (5, 7, 9), device) is order
 
 
 @pytest.mark.parametrize("class_token", ["first", "middle", "none"])
