@@ -162,22 +162,18 @@ def select_scan_backend(device, dtype, name=None, takes_state=False):
         ValueError: if a forced backend does not exist or cannot run here; it lists those that can, and why the
             others cannot.
     """
-
-    def unusable_reason(backend):
-        if takes_state and not backend.takes_state:
-            return "its kernels cannot begin with a state"
-        return backend.unusable_reason(device, dtype)
-
     forced = getattr(_forced, "name", None) or (_forced_somewhere[-1] if _forced_somewhere else None)
     name = forced or os.environ.get(ENVIRONMENT_VARIABLE) or name
     if name is None:
         # Dynamo of PyTorch 2.11 takes any compilation for an export.
         if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
             return "export"
-        return next(b for b in BACKENDS if unusable_reason(BACKENDS[b]) is None)
-    if name in BACKENDS and unusable_reason(BACKENDS[name]) is None:
+        for name, backend in BACKENDS.items():
+            if _unusable_reason(backend, device, dtype, takes_state) is None:
+                return name
+    if name in BACKENDS and _unusable_reason(BACKENDS[name], device, dtype, takes_state) is None:
         return name
-    reasons = {b: unusable_reason(backend) for b, backend in BACKENDS.items()}
+    reasons = {b: _unusable_reason(backend, device, dtype, takes_state) for b, backend in BACKENDS.items()}
     usable = ", ".join(b for b, reason in reasons.items() if reason is None)
     unusable = "".join(f"\n  {b}: {reason}" for b, reason in reasons.items() if reason is not None)
     raise ValueError(
@@ -186,6 +182,12 @@ def select_scan_backend(device, dtype, name=None, takes_state=False):
         + f" on {device} with {dtype}. Usable here: {usable}."
         + (f" Not usable:{unusable}" if unusable else "")
     )
+
+
+def _unusable_reason(backend, device, dtype, takes_state):
+    if takes_state and not backend.takes_state:
+        return "its kernels cannot begin with a state"
+    return backend.unusable_reason(device, dtype)
 
 
 def bidirectional_selective_scan(
@@ -244,18 +246,21 @@ def bidirectional_selective_scan(
         )
     chosen = BACKENDS[select_scan_backend(xz.device, xz.dtype, backend, takes_state=(state or part) is not None)]
     parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
-    extra, scan = {"order": order}, chosen.bidirectional_selective_scan
-    if part is not None and chosen.takes_part:
-        extra["part"] = part
-    elif part is not None:
-        extra, scan = {}, functools.partial(scan_part, scan, part)
-    if state is not None:
-        extra["state"] = _checked_state(state, xz, conv_weight.shape[2], A_log.shape[2])
+    scan = chosen.bidirectional_selective_scan
     # Without gradients nothing is kept, and the product runs as fast outside.
     if out_proj_weight is not None and chosen.fuses_out_proj and torch.is_grad_enabled():
-        extra["out_proj_weight"], out_proj_weight = out_proj_weight, None
-    scanned = scan(xz, *parameters, **extra)
-    out, after = scanned if state is not None else (scanned, None)
+        scan, out_proj_weight = functools.partial(scan, out_proj_weight=out_proj_weight), None
+    if part is not None:
+        out = (
+            scan(xz, *parameters, order=order, part=part)
+            if chosen.takes_part
+            else scan_part(scan, part, xz, *parameters)
+        )
+    elif state is None:
+        out = scan(xz, *parameters, order=order)
+    else:
+        state = _checked_state(state, xz, conv_weight.shape[2], A_log.shape[2])
+        out, after = scan(xz, *parameters, order=order, state=state)
     if out_proj_weight is not None:
         out = F.linear(out, out_proj_weight)
     return out if state is None else (out, ScanState(*after))

@@ -16,6 +16,10 @@ import re
 import sys
 from dataclasses import dataclass, field
 
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    sys.modules["peft"] = None  # transformers would import it with the flags, for four seconds
+
 from transformers import HfArgumentParser, TrainingArguments
 
 

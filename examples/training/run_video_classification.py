@@ -14,6 +14,11 @@ over the file's. For the common case there is a short script, `finetune.py`.
 
 import os
 import shutil
+import sys
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    sys.modules["peft"] = None  # transformers would import it with the flags, for four seconds
 
 from transformers import TrainingArguments
 
