@@ -10,7 +10,6 @@ from pathlib import Path
 
 import datasets
 import evaluate
-import fsspec
 import numpy as np
 import torch
 from accelerate import PartialState
@@ -320,12 +319,8 @@ def clip_name(video):
 
 def read_frames(reader, video, sample=None):
     """Decodes the frames the model will see, and no others: uint8 (T, C, H, W). Raises `DecodeError`."""
-    source = video["path"] if video["bytes"] is None else video["bytes"]
     try:
-        if isinstance(source, str) and "://" in source:  # a file of a streamed data set
-            with fsspec.open(source, "rb") as file:
-                source = file.read()
-        frames, metadata = reader.fetch_videos(source, sample_indices_fn=sample or reader.sample_frames)
+        frames, metadata = reader.fetch_videos(video, sample_indices_fn=sample or reader.sample_frames)
     except (OSError, ValueError) as error:
         raise DecodeError(f"{error}") from error
     if sample is None and metadata.total_num_frames < len(frames):
