@@ -11,15 +11,17 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from torchvision.transforms import v2
-from transformers import AutoModelForVideoClassification, AutoVideoProcessor, TrainingArguments
+from transformers import AutoImageProcessor, AutoModelForVideoClassification, AutoVideoProcessor, TrainingArguments
 
 import finetune
 from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassification, VideoMambaVideoProcessor
 from training_clips import NAMES
-from video_classification_model import parameter_groups
+from video_classification_arguments import ModelArguments
+from video_classification_model import load_model, parameter_groups
 
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = "eval_results.json"
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,66 @@ def test_the_script_alone_trains_and_pushes(bars, start, hub, python, tmp_path):
     assert pixels.shape == (1, 4, 3, 32, 32) and model(pixels).logits.shape == (1, 2)
     results = json.loads((tmp_path / "my-classifier" / "eval_results.json").read_text())
     assert results["epoch"] == 2 and 0 <= results["eval_accuracy"] <= 1
+
+
+@pytest.mark.slow
+def test_the_other_scripts_take_what_it_writes(bars, start, python, tmp_path):
+    """Evaluated, trained further on longer clips, and given back to the script."""
+    scripts, out = ROOT / "examples" / "training", [tmp_path / name for name in ("first", "views", "longer", "last")]
+    command = [scripts / "finetune.py", "--dataset", bars, "--use_cpu", "--max_steps", 2]
+    python.run([*command, "--model_name_or_path", start, "--output_dir", out[0]])
+    look = ["--model_name_or_path", out[0], "--use_cpu", "--validation_dir", bars / "validation"]
+    python.run([scripts / "evaluate_video_classification.py", *look, "--output_dir", out[1]])
+    found, expected = (json.loads((out[i] / name).read_text()) for i, name in ((1, "results.json"), (0, RESULTS)))
+    assert found["accuracy"] == expected["eval_accuracy"]
+    more = ["--train_dir", bars / "train", "--do_train", "--max_steps", 1, "--num_frames", 8, "--report_to", "none"]
+    python.run([scripts / "run_video_classification.py", *look, *more, "--output_dir", out[2]])
+    python.run([*command, "--model_name_or_path", out[2], "--output_dir", out[3]])
+    assert AutoVideoProcessor.from_pretrained(out[3]).num_frames == 8
+
+
+def run(monkeypatch, *arguments):
+    """As a user runs the script, in this process."""
+    monkeypatch.setattr(sys, "argv", ["finetune.py", "--use_cpu", *map(str, arguments)])
+    finetune.main()
+
+
+def test_training_again_in_the_same_folder(bars, start, tmp_path, monkeypatch, capsys):
+    """Other settings and other clips are refused; the same go on, and are then already done."""
+    options = ["--model_name_or_path", start, "--num_train_epochs", 2, "--logging_steps", 1, "--disable_tqdm", True]
+    options += ["--num_frames", 6, "--sampling_fps", 4, "--image_size", 48, "--output_dir", tmp_path / "out"]
+    save = finetune.FineTuner._save_checkpoint
+
+    def interrupt(self, *args):
+        save(self, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(finetune.FineTuner, "_save_checkpoint", interrupt)
+        run(patch, *options, "--dataset", bars)
+    with pytest.raises(ValueError, match="learning_rate was 0.0001 and is now 0.01"):
+        run(monkeypatch, *options, "--dataset", bars, "--learning_rate", 0.01)
+    other = tmp_path / "other"
+    for split in ("train", "validation"):
+        shutil.copytree(bars / split, other / split)
+        (other / split / NAMES[0]).rename(other / split / "up")
+    with pytest.raises(ValueError, match=r"dataset was '.*' and is now '.*other'; labels was \['to the left.*'up'\]"):
+        run(monkeypatch, *options, "--dataset", other)
+    assert "Going on" not in capsys.readouterr().out
+    run(monkeypatch, *options, "--dataset", bars)
+    assert "checkpoint-1: 1 of 2 steps are done" in capsys.readouterr().out
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    run(monkeypatch, *options, "--dataset", bars, "--report_to", "none")
+    assert "Already done" in capsys.readouterr().out
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
+    processor = AutoVideoProcessor.from_pretrained(tmp_path / "out")
+    assert (processor.num_frames, processor.sampling_fps, processor.crop_size["width"]) == (6, 4, 48)
+    assert AutoImageProcessor.from_pretrained(tmp_path / "out").crop_size["width"] == 48
+    _, names, reader, *_ = load_model(ModelArguments(model_name_or_path=str(tmp_path / "out")), [], training=False)
+    assert names == NAMES and reader.num_frames == 6
+    inputs = processor(str(next(bars.rglob("*.mp4"))), return_tensors="pt")
+    model = AutoModelForVideoClassification.from_pretrained(tmp_path / "out")
+    assert inputs["pixel_values"].shape == (1, 6, 3, 48, 48) and model(**inputs).logits.shape == (1, 2)
 
 
 def test_a_part_is_held_out_if_there_is_no_validation_split(bars, tmp_path):

@@ -248,11 +248,17 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(bars, python
             damaged.write_bytes(content)
         if kill == 5:
             assert f"checkpoint-{before[-1]} is incomplete or damaged (optimizer.bin)" in log.read_text()
-            assert f"Resuming from {output}/checkpoint-{before[-2]}" in log.read_text()
+            assert f"Going on from {output}/checkpoint-{before[-2]}" in log.read_text()
     run(python, name, *training(bars, output, *settings))
     assert losses(output) == expected
     assert (output / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
     assert not list(output.glob("*.part"))
+    if name == "run_video_classification":  # tests/test_run_video_classification.py has the same of it
+        return
+    assert "Already done" in run(python, name, *training(bars, output, *settings))
+    text = run(python, name, *training(bars, output, *settings, "--learning_rate", 1), fails=True)
+    assert "other settings: learning_rate was 0.0003 and is now 1.0." in text
+    assert (output / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
 def test_a_damaged_checkpoint_of_the_trainer_is_passed_over(bars, python, tmp_path):

@@ -6,15 +6,18 @@
 `clips` is a folder with a sub-folder for each label (`clips/train/waving/*.mp4`, `clips/validation/waving/*.mp4`), or
 the name of a data set of the Hub with a video and a label column. Without a validation split, a part of the training
 clips is held out. `--push_to_hub` uploads the result. All flags of `transformers.TrainingArguments` work. The same
-command run again goes on from the last checkpoint in `--output_dir`.
+command run again goes on from the last checkpoint in `--output_dir`; other settings are refused there.
 
 This file needs nothing but the package with its extra `train`: copy it and change it.
 """
 
+import json
 import os
 import re
+import reprlib
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -32,6 +35,15 @@ DEFAULTS = {
     "report_to": "none",
 }
 
+SETTINGS = "_settings.json"  # of the run in a folder; the Hub gets no file whose name begins so
+# What does not change the weights, and may differ when a run goes on.
+MAY_DIFFER = re.compile(
+    r"accelerator_config|allow_missing_classes|dataloader_(num|p)|ddp|debug|disable_tqdm|do_|eval_accumulation"
+    r"|frame_cache|fsdp|full_determinism|gradient_checkpointing|hub|local_rank|log|max_decode|output_dir|parallelism"
+    r"|per_device_eval|project|push|report_to|resume|run_name|save|skip_memory|torch_compile|torch_empty|trackio|trust"
+    r"|use_cpu"
+)
+
 
 @dataclass
 class Arguments:
@@ -44,6 +56,17 @@ class Arguments:
     )
     min_crop_area: float = field(
         default=0.5, metadata={"help": "Training clips are random crops of at least this share of the frame."}
+    )
+    num_frames: int | None = field(default=None, metadata={"help": "Frames per clip (default: the model's)."})
+    frame_stride: int | None = field(
+        default=None,
+        metadata={"help": "Distance between sampled frames (default: the model's); 0: over the whole clip."},
+    )
+    sampling_fps: float | None = field(
+        default=None, metadata={"help": "Sampled frames a second, instead of a distance in frames."}
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Height and width of the frames in pixels (default: the model's)."}
     )
 
 
@@ -61,7 +84,7 @@ from torchvision.transforms import v2
 from transformers import AutoConfig, AutoModelForVideoClassification, AutoVideoProcessor, Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-import modeling_videomamba  # noqa: F401  registers VideoMamba with the Auto classes
+from modeling_videomamba import VideoMambaImageProcessor, VideoMambaVideoProcessor
 
 
 try:
@@ -91,10 +114,12 @@ def load_clips(name, validation_fraction, seed):
     return clips
 
 
-def load_model(name, labels):
+def load_model(name, labels, **size):
+    """The model with these labels; `size`: its `num_frames` and `image_size`, if they are to be others."""
     config = AutoConfig.from_pretrained(name)
     model = AutoModelForVideoClassification.from_pretrained(
         name,
+        **size,
         id2label=dict(enumerate(labels)),
         label2id={label: number for number, label in enumerate(labels)},
         problem_type="single_label_classification",
@@ -116,6 +141,81 @@ def fit_head(model, id2label, labels):
         head.reset_parameters()
 
 
+def fit_processor(processor, config, frame_stride=None, sampling_fps=None):
+    """
+    Makes a processor give what a model of this config takes: so many frames of this size.
+
+    Args:
+        frame_stride (`int`, *optional*): another distance between sampled frames; 0 spreads them over the whole clip.
+        sampling_fps (`float`, *optional*): so many sampled frames a second instead.
+    """
+    height, width = [config.image_size] * 2 if isinstance(config.image_size, int) else config.image_size
+    crop = processor.crop_size
+    if crop and (crop["height"], crop["width"]) != (height, width):
+        edge = (processor.size or {}).get("shortest_edge")  # it may be longer than the crop
+        ratio = edge / min(crop["height"], crop["width"]) if edge else 1
+        processor.size = {"shortest_edge": round(ratio * min(height, width))}
+        processor.crop_size = {"height": height, "width": width}
+    if not isinstance(processor, VideoMambaVideoProcessor):
+        return
+    if frame_stride is not None or sampling_fps is not None:
+        processor.frame_stride = processor.frame_stride if frame_stride is None else frame_stride or None
+        processor.sampling_fps, processor.fps = sampling_fps, None
+    if processor.fps is None and getattr(config, "num_frames", None):
+        processor.num_frames = config.num_frames
+
+
+def for_decoded_frames(processor):
+    """The image processor that belongs to a video processor of this package: the same, for frames."""
+    names = VideoMambaImageProcessor.valid_kwargs.__annotations__
+    return VideoMambaImageProcessor(**{key: value for key, value in processor.to_dict().items() if key in names})
+
+
+def keep_settings(folder, settings, writes=True):
+    """
+    Keeps the settings of the run in `folder`, so that no other goes on there.
+
+    Raises:
+        ValueError: a model was trained in the folder, or has begun to be, with other settings.
+    """
+    path = Path(folder, SETTINGS)
+    known = {name: value for name, value in settings.items() if not MAY_DIFFER.match(name)}
+    for name, value in known.items():
+        if isinstance(value, str) and os.path.exists(value):
+            known[name] = os.path.abspath(value)
+    known = json.loads(json.dumps(known, default=str))
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    other = [name for name in sorted(before.keys() & known) if before[name] != known[name]]
+    if other and (any(path.parent.glob("checkpoint-*")) or any(path.parent.glob("model*.safetensors"))):
+        short = reprlib.Repr()
+        short.maxstring = 80
+        old, new = ([short.repr(run[name]) for name in other] for run in (before, known))
+        found = "; ".join(f"{n} was {a} and is now {b}" for n, a, b in zip(other, old, new, strict=True))
+        raise ValueError(
+            f"{folder} was made with other settings: {found}. "
+            "To go on there, give the same. To start anew, name another --output_dir, or remove the folder. To train "
+            "its model further, name it as --model_name_or_path, with another --output_dir."
+        )
+    if writes:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(before | known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(part, path)
+
+
+def tell_place(checkpoint):
+    """Says where a run of the `Trainer` goes on, if it does. Returns whether it is at its end already."""
+    if not checkpoint:
+        return False
+    state = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
+    step, total = state["global_step"], state["max_steps"]
+    if step >= total:
+        print(f"Already done: {checkpoint} is the end of this training ({total} steps). Nothing is trained.")
+    else:
+        print(f"Going on from {checkpoint}: {step} of {total} steps are done.")
+    return step >= total
+
+
 class ClipTransform:
     """A batch of rows in, `pixel_values` and `labels` out. (A class: workers that are spawned can take no lambda.)"""
 
@@ -123,8 +223,7 @@ class ClipTransform:
         self.processor, self.augment = processor, augment
 
     def read(self, video):
-        source = video["path"] if video["bytes"] is None else video["bytes"]
-        frames, _ = self.processor.fetch_videos(source, sample_indices_fn=self.processor.sample_frames)
+        frames, _ = self.processor.fetch_videos(video, sample_indices_fn=self.processor.sample_frames)
         frames = frames.permute(0, 3, 1, 2)  # (T, C, H, W) uint8
         return frames if self.augment is None else self.augment(frames)
 
@@ -139,6 +238,11 @@ class FineTuner(Trainer):
         """Those of a `Trainer`, but for positions, the class token, and the state-space model's A and D."""
         other = re.compile(r"(A_log|\.D|position_embeddings|cls_token)$")
         return [name for name in super().get_decay_parameter_names(model) if not other.search(name)]
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if isinstance(self.processing_class, VideoMambaVideoProcessor):
+            for_decoded_frames(self.processing_class).save_pretrained(output_dir or self.args.output_dir)
 
 
 def logits_alone(outputs, labels):
@@ -159,8 +263,12 @@ def main():
 
     clips = load_clips(args.dataset, args.validation_fraction, training_args.seed)
     names = clips["train"].features["label"].names
-    model = load_model(args.model_name_or_path, names)
+    settings = {**vars(args), **training_args.to_dict(), "labels": names, "train_clips": len(clips["train"])}
+    keep_settings(training_args.output_dir, settings, training_args.process_index == 0)
+    sizes = {name: getattr(args, name) for name in ("num_frames", "image_size") if getattr(args, name) is not None}
+    model = load_model(args.model_name_or_path, names, **sizes)
     processor = AutoVideoProcessor.from_pretrained(args.model_name_or_path)
+    fit_processor(processor, model.config, args.frame_stride, args.sampling_fps)
     size = (processor.crop_size["height"], processor.crop_size["width"])
     augment = v2.RandomResizedCrop(size, scale=(args.min_crop_area, 1), antialias=True)  # all frames of a clip alike
     trainer = FineTuner(
@@ -173,7 +281,9 @@ def main():
         processing_class=processor,
     )
     checkpoint = get_last_checkpoint(training_args.output_dir) if os.path.isdir(training_args.output_dir) else None
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint or checkpoint)
+    checkpoint = training_args.resume_from_checkpoint or checkpoint
+    tell_place(checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()
     trainer.save_metrics("eval", metrics)
     trainer.log_metrics("eval", metrics)

@@ -23,13 +23,14 @@ from transformers import (
     PreTrainedModel,
 )
 
+from finetune import fit_processor, for_decoded_frames
 from modeling_videomamba import VideoMambaConfig, VideoMambaImageProcessor, VideoMambaVideoProcessor
 from video_classification_data import first_line
 
 
 logger = logging.getLogger(__name__)
 
-# Of a new model, if the flags do not say; a trained one has its own.
+# Of a new model, if the flags do not say; a trained one has its own, of which the first two cannot be changed.
 NEW_MODEL = {"hidden_size": 384, "num_hidden_layers": 24, "num_frames": 16, "frame_stride": 2, "image_size": 224}
 MANIFEST = "complete.json"  # of a checkpoint: the sizes and checksums of its files, written when all else is
 
@@ -39,7 +40,7 @@ def load_model(args, names, training):
     The model, the names of its labels, and what prepares clips for it.
 
     Args:
-        args (`ModelArguments`).
+        args (`ModelArguments`): of a trained model, length, size and sampling are changed in model and processors.
         names (`list[str]`): the labels of the clips. A trained model keeps its own, in its own order, if they are the
             same or if it is only evaluated.
         training (`bool`).
@@ -91,28 +92,35 @@ def load_model(args, names, training):
         )
     else:
         config.id2label, config.label2id, config.problem_type = labels["id2label"], labels["label2id"], None
-    if args.drop_path_rate is not None:
-        config.drop_path_rate = args.drop_path_rate
+    for name in ("drop_path_rate", "num_frames", "image_size"):
+        if getattr(args, name) is not None:
+            setattr(config, name, getattr(args, name))
     config = override_config(config, args.config_overrides)
     model = AutoModelForVideoClassification.from_pretrained(
         args.model_name_or_path, config=config, ignore_mismatched_sizes=args.ignore_mismatched_sizes, **trust
     )
     if len(names) == len(known) and names != known:  # the head of the other labels fits: nothing has replaced it
         model.classifier = AutoModelForVideoClassification.from_config(config, **trust).classifier
-    processor = AutoVideoProcessor.from_pretrained(args.model_name_or_path, **trust)
-    image_processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, **trust)
-    reader = processor
-    if not hasattr(processor, "frame_stride"):
-        reader = VideoMambaVideoProcessor(num_frames=config.num_frames, frame_stride=stride)
-    if args.sampling_fps is not None:
-        reader.sampling_fps = args.sampling_fps
-    own = config.to_dict() | {"frame_stride": reader.frame_stride or 0}
+    own = config.to_dict()
     for name, value in given.items():
-        if own.get(name, value) != value:
+        if name != "frame_stride" and own.get(name, value) != value:
             logger.warning(
                 "--%s %s is for new models: %s keeps its %s.", name, value, args.model_name_or_path, own[name]
             )
-    return model, names, reader, processor, image_processor
+    return model, names, *load_processors(args, config, stride)
+
+
+def load_processors(args, config, stride):
+    """What prepares clips for a trained model, changed to its config: a reader of files, and its two processors."""
+    source, trust = args.model_name_or_path, {"trust_remote_code": args.trust_remote_code}
+    processor = AutoVideoProcessor.from_pretrained(source, **trust)
+    fit_processor(processor, config, args.frame_stride, args.sampling_fps)
+    if isinstance(processor, VideoMambaVideoProcessor):
+        return processor, processor, for_decoded_frames(processor)
+    image_processor = AutoImageProcessor.from_pretrained(source, **trust)
+    fit_processor(image_processor, config)
+    options = {"frame_stride": stride, "sampling_fps": args.sampling_fps}
+    return VideoMambaVideoProcessor(num_frames=config.num_frames, **options), processor, image_processor
 
 
 def parse_overrides(text, config):
@@ -428,6 +436,6 @@ def finish_push(repo_id, token, folder):
         repo_id=repo_id,
         folder_path=folder,
         allow_patterns=["*.safetensors", "*.json", "*.py", "*.md", "*.png", "classes.csv"],
-        ignore_patterns=["checkpoint-*", "runs/*", "*.part/*"],
+        ignore_patterns=["checkpoint-*", "runs/*", "*.part/*", "_*"],
         commit_message="End of training",
     )
