@@ -32,6 +32,7 @@ def start(tmp_path_factory):
     VideoMambaForVideoClassification(config).save_pretrained(folder)
     sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     VideoMambaVideoProcessor(num_frames=4, frame_stride=2, **sizes).save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
     return folder
 
 
@@ -48,6 +49,7 @@ def test_the_script_alone_trains_and_pushes(bars, start, hub, python, tmp_path):
     assert not [name for name in files if name.startswith("checkpoint")]
     card = ModelCard(files["README.md"].decode())
     assert "video-classification" in card.data.tags and "- Accuracy: " in card.content
+    assert f"was fine-tuned from {start.name} on" in card.content and card.data.license == "mit"
     assert str(tmp_path.parent) not in card.content, "paths of this machine are nobody's business"
 
     pushed = tmp_path / "pushed"
@@ -127,6 +129,33 @@ def test_training_again_in_the_same_folder(bars, start, tmp_path, monkeypatch, c
     inputs = processor(str(next(bars.rglob("*.mp4"))), return_tensors="pt")
     model = AutoModelForVideoClassification.from_pretrained(tmp_path / "out")
     assert inputs["pixel_values"].shape == (1, 6, 3, 48, 48) and model(**inputs).logits.shape == (1, 2)
+
+
+def test_clips_that_cannot_be_read_are_skipped_and_listed(bars, start, tmp_path, monkeypatch):
+    """In training another clip takes the place; in evaluation the clip does not count, in accuracy nor loss."""
+    clips, out = tmp_path / "clips", tmp_path / "out"
+    shutil.copytree(bars, clips)
+    broken = [clips / split / NAMES[1] / "broken.mp4" for split in ("train", "validation")]
+    for path in broken:
+        path.write_bytes(b"no video")
+    options = ["--model_name_or_path", start, "--max_steps", 2, "--per_device_eval_batch_size", 1, "--seed", 1]
+    run(monkeypatch, *options, "--dataset", clips, "--output_dir", out)
+    listed = [json.loads(line) for line in (out / "_decode_failures.jsonl").read_text().splitlines()]
+    assert sorted(entry["clip"] for entry in listed) == sorted(map(str, broken)) and "no video" in listed[0]["error"]
+    model = AutoModelForVideoClassification.from_pretrained(out)
+    processor, right, losses = AutoVideoProcessor.from_pretrained(out), [], []
+    for number, name in enumerate(NAMES):
+        for path in sorted((bars / "validation" / name).iterdir()):
+            with torch.no_grad():
+                logits = model(**processor(str(path), return_tensors="pt")).logits
+            right.append(int(logits.argmax()) == number)
+            losses.append(float(torch.nn.functional.cross_entropy(logits, torch.tensor([number]))))
+    results = json.loads((out / RESULTS).read_text())
+    assert results["eval_accuracy"] == sum(right) / 4
+    assert results["eval_loss"] == pytest.approx(sum(losses) / 4, rel=1e-3)
+    more = ["--dataset", clips, "--output_dir", tmp_path / "none", "--max_decode_failures", 0]
+    with pytest.raises(RuntimeError, match="1 clips? cannot be read, more than --max_decode_failures 0"):
+        run(monkeypatch, *options, *more)
 
 
 def test_a_part_is_held_out_if_there_is_no_validation_split(bars, tmp_path):

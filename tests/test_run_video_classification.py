@@ -76,6 +76,12 @@ def test_learns_which_way_the_bar_goes(trained):
     assert results["eval_samples"] == 4
 
 
+def test_a_curve_of_a_single_point_is_not_drawn(bars, tmp_path):
+    run(bars, tmp_path, "--do_train", "--max_steps", 1)
+    assert not (tmp_path / "training_curve.png").exists()
+    assert "training_curve" not in (tmp_path / "README.md").read_text()
+
+
 def test_says_how_fast_clips_are_read(trained):
     entries = json.loads((trained / "trainer_state.json").read_text())["log_history"][:-1]
     assert all(entry["clips_per_second"] > 0 and 0 <= entry["waiting"] <= 1 for entry in entries)

@@ -5,8 +5,9 @@
 
 `clips` is a folder with a sub-folder for each label (`clips/train/waving/*.mp4`, `clips/validation/waving/*.mp4`), or
 the name of a data set of the Hub with a video and a label column. Without a validation split, a part of the training
-clips is held out. `--push_to_hub` uploads the result. All flags of `transformers.TrainingArguments` work. The same
-command run again goes on from the last checkpoint in `--output_dir`; other settings are refused there.
+clips is held out. Clips that cannot be read are skipped and listed. `--push_to_hub` uploads the result. All flags of
+`transformers.TrainingArguments` work. The same command run again goes on from the last checkpoint in `--output_dir`;
+other settings are refused there.
 
 This file needs nothing but the package with its extra `train`: copy it and change it.
 """
@@ -35,6 +36,7 @@ DEFAULTS = {
     "report_to": "none",
 }
 
+IGNORED = -100  # the label of a clip that could not be read; losses and metrics leave it out
 SETTINGS = "_settings.json"  # of the run in a folder; the Hub gets no file whose name begins so
 # What does not change the weights, and may differ when a run goes on.
 MAY_DIFFER = re.compile(
@@ -56,6 +58,10 @@ class Arguments:
     )
     min_crop_area: float = field(
         default=0.5, metadata={"help": "Training clips are random crops of at least this share of the frame."}
+    )
+    max_decode_failures: int = field(
+        default=10,
+        metadata={"help": "Skip and list up to this many clips that cannot be read; one more stops the run."},
     )
     num_frames: int | None = field(default=None, metadata={"help": "Frames per clip (default: the model's)."})
     frame_stride: int | None = field(
@@ -80,9 +86,11 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
     make_parser().parse_args()  # before the imports below, which take seconds
 
 import torch
+from huggingface_hub import ModelCard
 from torchvision.transforms import v2
 from transformers import AutoConfig, AutoModelForVideoClassification, AutoVideoProcessor, Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 from modeling_videomamba import VideoMambaImageProcessor, VideoMambaVideoProcessor
 
@@ -92,6 +100,9 @@ try:
     from datasets import ClassLabel, DatasetDict, Video, load_dataset
 except ModuleNotFoundError as error:
     sys.exit(f"{error}. Install the extra `train`: pip install '.[train]' in a clone of videomamba-transformers.")
+
+
+logger = logging.get_logger(__name__)
 
 
 def load_clips(name, validation_fraction, seed):
@@ -203,6 +214,18 @@ def keep_settings(folder, settings, writes=True):
         os.replace(part, path)
 
 
+def licence(name):
+    """The licence in the card of a folder or Hub repository; None if it has none."""
+    path = f"{name}/README.md" if name and os.path.isdir(name) else name
+    if not path or (path != name and not os.path.isfile(path)):
+        return None
+    try:
+        card = ModelCard.load(path)
+    except Exception:  # without a card or a network: those of the network's client are not of one family
+        return None
+    return card.data.get("license")
+
+
 def tell_place(checkpoint):
     """Says where a run of the `Trainer` goes on, if it does. Returns whether it is at its end already."""
     if not checkpoint:
@@ -233,11 +256,83 @@ class ClipTransform:
         return {"pixel_values": [clip["pixel_values"][0] for clip in clips], "labels": rows["label"]}
 
 
+class DecodeFailures:
+    """Keeps, in a file, the name of every clip that could not be read: for all workers, processes and restarts."""
+
+    def __init__(self, folder, limit, name="decode_failures.jsonl"):
+        self.path, self.limit = f"{folder}/{name}", limit
+
+    def forget(self):
+        """For a run that starts anew."""
+        Path(self.path).unlink(missing_ok=True)
+
+    def record(self, name, error):
+        if name not in self.names():
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"clip": name, "error": str(error)}) + "\n")
+            logger.warning("Skipped %s: %s", name, error)
+        count = len(self.names())
+        if count > self.limit:
+            number = f"{count} clip{'s' if count != 1 else ''}"
+            raise RuntimeError(
+                f"{number} cannot be read, more than --max_decode_failures {self.limit}. One is {name}: {error} "
+                f"All are named in {self.path}. Repair or remove these clips, or raise --max_decode_failures."
+            )
+
+    def names(self):
+        if not os.path.exists(self.path):
+            return set()
+        return {json.loads(line)["clip"] for line in Path(self.path).read_text(encoding="utf-8").splitlines()}
+
+
+def clip_name(video):
+    return video["path"] or f"a clip of {len(video['bytes'])} bytes"
+
+
+class Clips(torch.utils.data.Dataset):
+    """
+    Rows as the model takes them, when a worker asks for them. Of a clip that cannot be read, the next one takes the
+    place in training; in evaluation it becomes a black clip with the label -100.
+    """
+
+    def __init__(self, rows, transform, failures):
+        self.rows, self.transform, self.failures = rows, transform, failures
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        for place in range(index, index + len(self)):
+            row = self.rows[place % len(self)]
+            try:
+                clips = self.transform({name: [value] for name, value in row.items()})
+                return {name: values[0] for name, values in clips.items()}
+            except (OSError, ValueError) as error:
+                self.failures.record(clip_name(row["video"]), error)
+            if self.transform.augment is None:
+                processor = self.transform.processor
+                size = (processor.crop_size["height"], processor.crop_size["width"])
+                return {"pixel_values": torch.zeros(processor.num_frames, 3, *size), "labels": IGNORED}
+        raise RuntimeError(f"None of the {len(self)} clips can be read; they are named in {self.failures.path}.")
+
+
 class FineTuner(Trainer):
     def get_decay_parameter_names(self, model):
         """Those of a `Trainer`, but for positions, the class token, and the state-space model's A and D."""
         other = re.compile(r"(A_log|\.D|position_embeddings|cls_token)$")
         return [name for name in super().get_decay_parameter_names(model) if not other.search(name)]
+
+    def create_model_card(self, *args, **kwargs):
+        """That of the `Trainer`, which says of a model whose start is a folder that it was trained from scratch."""
+        start = self.model.config._name_or_path
+        if os.path.isdir(start):
+            kwargs["license"] = kwargs.get("license") or licence(start)
+        super().create_model_card(*args, **kwargs)
+        if os.path.isdir(start) and self.is_world_process_zero():
+            path = Path(self.args.output_dir, "README.md")
+            text, name = path.read_text(encoding="utf-8"), Path(start).absolute().name
+            path.write_text(text.replace("was trained from scratch on", f"was fine-tuned from {name} on"), "utf-8")
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
@@ -251,7 +346,8 @@ def logits_alone(outputs, labels):
 
 
 def accuracy(prediction):
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+    known = prediction.label_ids != IGNORED
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids)[known].mean())}
 
 
 def main():
@@ -271,17 +367,20 @@ def main():
     fit_processor(processor, model.config, args.frame_stride, args.sampling_fps)
     size = (processor.crop_size["height"], processor.crop_size["width"])
     augment = v2.RandomResizedCrop(size, scale=(args.min_crop_area, 1), antialias=True)  # all frames of a clip alike
+    failures = DecodeFailures(training_args.output_dir, args.max_decode_failures, "_decode_failures.jsonl")
     trainer = FineTuner(
         model=model,
         args=training_args,
-        train_dataset=clips["train"].with_transform(ClipTransform(processor, augment)),
-        eval_dataset=clips["validation"].with_transform(ClipTransform(processor)),
+        train_dataset=Clips(clips["train"], ClipTransform(processor, augment), failures),
+        eval_dataset=Clips(clips["validation"], ClipTransform(processor), failures),
         compute_metrics=accuracy,
         preprocess_logits_for_metrics=logits_alone,
         processing_class=processor,
     )
     checkpoint = get_last_checkpoint(training_args.output_dir) if os.path.isdir(training_args.output_dir) else None
     checkpoint = training_args.resume_from_checkpoint or checkpoint
+    if not checkpoint and training_args.process_index == 0:
+        failures.forget()
     tell_place(checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()

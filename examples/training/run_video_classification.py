@@ -29,9 +29,8 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, set_seed
 
-from finetune import keep_settings, tell_place
+from finetune import DecodeFailures, keep_settings, tell_place
 from video_classification_data import (
-    DecodeFailures,
     Normalize,
     Stopwatch,
     load_accuracy,

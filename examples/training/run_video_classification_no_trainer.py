@@ -66,9 +66,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from finetune import keep_settings
+from finetune import DecodeFailures, keep_settings
 from video_classification_data import (
-    DecodeFailures,
     Normalize,
     Stopwatch,
     load_accuracy,

@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from finetune import fit_processor, for_decoded_frames
+from finetune import fit_processor, for_decoded_frames, licence
 from modeling_videomamba import VideoMambaConfig, VideoMambaImageProcessor, VideoMambaVideoProcessor
 from video_classification_data import first_line
 
@@ -179,11 +179,24 @@ def save_for_users(model, processors, folder, state_dict=None):
     shutil.rmtree(part, ignore_errors=True)
     if hasattr(model, "peft_config"):
         model.save_pretrained(f"{part}/adapter")
+        describe_adapter(f"{part}/adapter")
         model, state_dict = copy.deepcopy(model).merge_and_unload(), None
     without_fsdp(model).save_pretrained(part, state_dict=state_dict)
     for processor in processors:
         processor.save_pretrained(part)
     move_files(part, folder)
+
+
+def describe_adapter(folder):
+    """A card for LoRA adapters, instead of PEFT's blank form, which names a folder of this machine as the start."""
+    base = read_json(f"{folder}/adapter_config.json")["base_model_name_or_path"] or ""
+    hub_base = base if base and not os.path.exists(base) else None
+    card = ModelCardData(library_name="peft", base_model=hub_base, license=licence(base))
+    Path(folder, "README.md").write_text(
+        f"---\n{card.to_yaml()}\n---\n\n# LoRA adapter\n\nThe adapter of the model in the folder above, which was "
+        f"fine-tuned from {hub_base or Path(base).name or 'a new model'}, and which has it merged.\n",
+        encoding="utf-8",
+    )
 
 
 def parameter_groups(model, learning_rate, weight_decay, layer_decay):
@@ -324,7 +337,11 @@ def write_predictions(folder, clip_names, labels, scores, names):
 
 
 def draw_curve(folder, history):
-    """`training_curve.png` from entries with `step` and `loss`, or `step` and `eval_accuracy`."""
+    """`training_curve.png` of entries with `step` and `loss` or `eval_accuracy`, if there are two points of either."""
+    path = Path(folder, "training_curve.png")
+    path.unlink(missing_ok=True)
+    if all(sum(key in entry for entry in history) < 2 for key in ("loss", "eval_accuracy")):
+        return
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.5), layout="tight")
@@ -332,11 +349,12 @@ def draw_curve(folder, history):
     right = left.twinx()
     for axes, key, colour in ((left, "loss", "tab:blue"), (right, "eval_accuracy", "tab:orange")):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        axes.plot(*zip(*points, strict=True), color=colour, marker="." if key == "eval_accuracy" else None)
+        few = key == "eval_accuracy" or len(points) < 10
+        axes.plot(*zip(*points, strict=True), color=colour, marker="." if few else None)
         axes.set_ylabel(key, color=colour)
     right.set_ylim(0, 1)
     left.set_xlabel("optimizer steps")
-    figure.savefig(f"{folder}/training_curve.png", dpi=80)
+    figure.savefig(path, dpi=80)
 
 
 def write_card(folder, repo_id, model_args, data_args, metrics, settings):
@@ -366,6 +384,7 @@ def write_card(folder, repo_id, model_args, data_args, metrics, settings):
     ]
     card = ModelCardData(
         model_name=title,
+        license=licence(base),
         library_name="transformers",
         pipeline_tag="video-classification",
         datasets=[hub_data] if hub_data else None,
@@ -379,6 +398,7 @@ def write_card(folder, repo_id, model_args, data_args, metrics, settings):
             f"| on the validation clips | |\n| --- | --- |\n{measured}\n"
             f"The 95 % interval (Wilson's) of the accuracy is {low:.4f} to {high:.4f}.\n\n"
         )
+    curve = "![training curve](training_curve.png)\n\n" if Path(folder, "training_curve.png").exists() else ""
     origin = f"fine-tuned from {hub_base or Path(base).name}" if base else "trained from scratch"
     if model_args.lora_rank:
         origin += f" (LoRA of rank {model_args.lora_rank}, merged; the adapter alone is in `adapter/`)"
@@ -386,7 +406,7 @@ def write_card(folder, repo_id, model_args, data_args, metrics, settings):
         f"---\n{card.to_yaml()}\n---\n\n# {title}\n\nA video classifier, {origin} on {clips}.\n\n```python\n"
         f'from transformers import pipeline\n\nclassifier = pipeline("video-classification", '
         f'model="{repo_id or "."}", trust_remote_code=True)\nclassifier("clip.mp4")\n```\n\n{measured}'
-        "![training curve](training_curve.png)\n\nThe arguments of the run are in `training_args.json`.\n",
+        f"{curve}The arguments of the run are in `training_args.json`.\n",
         encoding="utf-8",
     )
     write_json(f"{folder}/training_args.json", settings)
