@@ -332,7 +332,9 @@ class FineTuner(Trainer):
         if os.path.isdir(start) and self.is_world_process_zero():
             path = Path(self.args.output_dir, "README.md")
             text, name = path.read_text(encoding="utf-8"), Path(start).absolute().name
-            path.write_text(text.replace("was trained from scratch on", f"was fine-tuned from {name} on"), "utf-8")
+            path.write_text(
+                text.replace("was trained from scratch on", f"was fine-tuned from {name} on"), encoding="utf-8"
+            )
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
