@@ -3,20 +3,33 @@
 import importlib
 import sys
 
+from . import command_lines
+
 
 FAMILIES = {
-    "vim": ("convert_vim_to_videomamba", "Vision Mamba's image classifiers"),
-    "opengvlab": ("convert_opengvlab_to_videomamba", "OpenGVLab's VideoMamba classifiers and backbones"),
-    "published": ("published_checkpoints", "a published file of either, with its authors' figures in the card"),
-    "image": ("inflate_image_model", "an image VideoMamba, to be inflated to a video one"),
+    "vim": ("convert_vim_to_videomamba", command_lines.vim_parser, "Vision Mamba's image classifiers"),
+    "opengvlab": (
+        "convert_opengvlab_to_videomamba",
+        command_lines.opengvlab_parser,
+        "OpenGVLab's VideoMamba classifiers and backbones",
+    ),
+    "published": (
+        "published_checkpoints",
+        command_lines.published_parser,
+        "a published file of either, with its authors' figures in the card",
+    ),
+    "image": ("inflate_image_model", command_lines.image_parser, "an image VideoMamba, to be inflated to a video one"),
 }
 
 
 def main():
     family, *options = sys.argv[1:] or [""]
     if family in FAMILIES:
-        return importlib.import_module(f".{FAMILIES[family][0]}", __package__).main(options)
-    lines = [f"  {name:10} {what}" for name, (_, what) in FAMILIES.items()]
+        module, parser, _ = FAMILIES[family]
+        if {"-h", "--help"} & set(options):
+            parser().parse_args(options)  # before the import below, which takes seconds
+        return importlib.import_module(f".{module}", __package__).main(options)
+    lines = [f"  {name:10} {what}" for name, (_, _, what) in FAMILIES.items()]
     print("\n".join(["usage: videomamba-convert FAMILY [options]; FAMILY --help lists them", *lines]))
     if family in ("-h", "--help"):
         return

@@ -420,34 +420,12 @@ def label_fields(labels):
     return {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
 
 
-def positive(text):
-    """A positive whole number, for argparse."""
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
-
-
-def add_arguments(parser, source="a .pth, .pt, .bin or .safetensors file, or repo_id[:filename]"):
-    """The options that all converters have; `source` is the help text of --checkpoint."""
-    parser.add_argument("--checkpoint", required=True, metavar="SRC", help=source)
-    parser.add_argument("--output", metavar="DIR", help="the folder to write; needed unless --dry-run")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion in --output")
-    parser.add_argument(
-        "--labels",
-        metavar="FILE",
-        help="label names: a line each, or .json; repo_id:filename of a data set; or kinetics-400 or imagenet-1k",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print the table of tensors and write nothing")
-    parser.add_argument("--push-to-hub", metavar="REPO", help="also upload the folder to this Hub repository")
-    parser.add_argument("--private", action="store_true", help="make the Hub repository private if it is new")
-
-
 def run(parser, convert, argv=None):
     """
     Parse the command line, convert, print the table, write the folder, and push it if asked.
 
     Args:
-        parser (`argparse.ArgumentParser`): with `add_arguments` among its options.
+        parser (`argparse.ArgumentParser`): one of `command_lines`.
         convert: a function from the parsed options to (remap, model, sampling, card).
         argv (`list[str]`, *optional*): the command line's, by default.
     """

@@ -5,8 +5,14 @@ OpenGVLab's VideoMamba checkpoints become ours, with the same logits.
         --checkpoint OpenGVLab/VideoMamba:videomamba_s16_k400_f16_res224.pth --output videomamba-small-k400
 """
 
-import argparse
 import re
+import sys
+
+from .command_lines import opengvlab_parser
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    opengvlab_parser().parse_args()  # before the imports below, which take seconds
 
 import torch
 
@@ -16,12 +22,10 @@ from modeling_videomamba.tokens_videomamba import interpolate_positions
 from .checkpoints import (
     CheckpointError,
     Remap,
-    add_arguments,
     build_model,
     label_fields,
     load_checkpoint,
     model_card,
-    positive,
     read_labels,
     read_sizes,
     run,
@@ -146,18 +150,7 @@ def convert(options):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="videomamba-convert opengvlab",
-        description="Convert one of OpenGVLab's VideoMamba checkpoints, with the same logits. Sizes, frames, "
-        "resolution and labels are read from it; a file of masked pre-training becomes a backbone.",
-    )
-    add_arguments(parser)
-    parser.add_argument(
-        "--num-frames",
-        type=positive,
-        help="frames of a clip; another number than the checkpoint's interpolates in time",
-    )
-    run(parser, convert, argv)
+    run(opengvlab_parser(), convert, argv)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,19 @@ Vision Mamba's image classifiers (hustvl/Vim) become VideoMamba, to start video 
 With `--num-frames 1 --keep-head` it stays the image classifier that it is, with the same logits.
 """
 
-import argparse
+import sys
+
+from .command_lines import vim_parser
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    vim_parser().parse_args()  # before the imports below, which take seconds
 
 from modeling_videomamba import VideoMambaConfig
 
 from .checkpoints import (
     CheckpointError,
     Remap,
-    add_arguments,
     build_model,
     load_checkpoint,
     model_card,
@@ -23,7 +28,6 @@ from .checkpoints import (
 )
 from .inflate_image_model import (
     FRAME_STRIDE,
-    add_inflation_arguments,
     choose_head,
     inflate_embeddings,
     inflation_settings,
@@ -112,18 +116,7 @@ def convert(options):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="videomamba-convert vim",
-        description="Convert a Vision Mamba image classifier into a VideoMamba to start video training from. "
-        "Sizes are read from the checkpoint. Without --num-labels, --labels or --keep-head the result is a backbone.",
-    )
-    add_arguments(parser)
-    add_inflation_arguments(
-        parser,
-        "first as in VideoMamba, middle, or where the checkpoint has it: in the middle in all that Vision Mamba has "
-        "published (default: first; keep for one frame)",
-    )
-    run(parser, convert, argv)
+    run(vim_parser(), convert, argv)
 
 
 if __name__ == "__main__":

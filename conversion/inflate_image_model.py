@@ -7,8 +7,14 @@ An image VideoMamba, distilled, trained or converted, becomes a video one to sta
 Vision Mamba's own files go through the same functions: see `videomamba-convert vim`.
 """
 
-import argparse
+import sys
 from pathlib import Path
+
+from .command_lines import POSITION_INITS, image_parser
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    image_parser().parse_args()  # before the imports below, which take seconds
 
 import torch
 import torch.nn.functional as F
@@ -19,19 +25,16 @@ from modeling_videomamba.tokens_videomamba import interpolate_positions
 from .checkpoints import (
     CheckpointError,
     Remap,
-    add_arguments,
     build_model,
     label_fields,
     load_checkpoint,
     model_card,
-    positive,
     read_labels,
     run,
     wide,
 )
 
 
-POSITION_INITS = ("expand", "interpolate-spatial", "interpolate-embedding", "random", "sinusoidal", "none")
 FRAME_STRIDE = 2  # of the paper's clips (section 5.1)
 
 
@@ -181,26 +184,9 @@ def inflate_state_dict(state_dict, source_config, config, position_init="expand"
     return remap
 
 
-def add_inflation_arguments(parser, class_token_help):
-    """The options that this converter shares with Vision Mamba's."""
-    parser.add_argument("--num-frames", type=positive, default=16, help="frames of a clip (default: %(default)s)")
-    parser.add_argument("--tubelet-size", type=positive, help="frames of a tubelet (default: 2; 1 for one frame)")
-    parser.add_argument("--image-size", type=positive, help="side of a frame in pixels (default: the checkpoint's)")
-    parser.add_argument(
-        "--position-init",
-        choices=POSITION_INITS,
-        default="expand",
-        help="how the image's position embeddings become the clip's, see section 4.2 (default: %(default)s)",
-    )
-    parser.add_argument("--class-token-position", choices=("first", "middle", "keep"), help=class_token_help)
-    heads = parser.add_mutually_exclusive_group()
-    heads.add_argument("--num-labels", type=positive, help="make a fresh classifier of so many labels")
-    heads.add_argument("--keep-head", action="store_true", help="keep the image classifier")
-
-
 def choose_head(options, tensors, weight, origin, known_labels=None):
     """
-    What becomes of the classifier, from the options of `add_inflation_arguments`.
+    What becomes of the classifier, from the options of `command_lines.add_inflation_arguments`.
 
     Args:
         options (`argparse.Namespace`).
@@ -224,7 +210,7 @@ def choose_head(options, tensors, weight, origin, known_labels=None):
 
 
 def inflation_settings(options, config, source_size, head):
-    """Sentences for the model card, from the options of `add_inflation_arguments`."""
+    """Sentences for the model card, from the options of `command_lines.add_inflation_arguments`."""
     return [
         f"`--num-frames {config.num_frames} --tubelet-size {config.tubelet_size}`: the patch convolution was "
         f"repeated {config.tubelet_size} times over time and averaged.",
@@ -315,14 +301,7 @@ def convert(options):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="videomamba-convert image",
-        description="Make a VideoMamba for clips out of one for images. Without --num-labels, --labels or --keep-head "
-        "the result is a backbone.",
-    )
-    add_arguments(parser, "a folder of an image model, or repo_id")
-    add_inflation_arguments(parser, "first, middle, or where the checkpoint has it (default: keep)")
-    run(parser, convert, argv)
+    run(image_parser(), convert, argv)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,19 @@ The published files of OpenGVLab's VideoMamba and of Vision Mamba: what each is,
 import argparse
 import difflib
 import re
+import sys
 from dataclasses import dataclass
+
+from .command_lines import published_parser
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    published_parser().parse_args()  # before the imports below, which take seconds
 
 from huggingface_hub import EvalResult, ModelCard
 
 from . import convert_opengvlab_to_videomamba, convert_vim_to_videomamba
-from .checkpoints import CheckpointError, add_arguments, run
+from .checkpoints import CheckpointError, run
 
 
 OPENGVLAB = "https://github.com/OpenGVLab/VideoMamba/blob/f3427e42cb8453a523aec3a6f86d57b5bc1de5c3/videomamba"
@@ -222,20 +229,8 @@ def convert(options):
     return remap, model, sampling, with_published_accuracy(card, row)
 
 
-class _List(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
-        print(markdown_table())
-        parser.exit()
-
-
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="videomamba-convert published",
-        description="Convert a published file with its complete card: what it is, what its authors report, and how.",
-    )
-    add_arguments(parser)
-    parser.add_argument("--list", action=_List, nargs=0, help="print the table of the published files")
-    run(parser, convert, argv)
+    run(published_parser(), convert, argv)
 
 
 if __name__ == "__main__":

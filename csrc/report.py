@@ -10,8 +10,20 @@ import argparse
 import re
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architecture", default="sm_90")
+    parser.add_argument("--compiler", choices=["nvcc", "nvrtc"], default="nvcc" if shutil.which("nvcc") else "nvrtc")
+    return parser.parse_args()
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    parse_arguments()  # before the imports below, which take seconds
 
 import torch
 
@@ -56,10 +68,7 @@ def compiler_report(compiler, kernel, options, architecture):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--architecture", default="sm_90")
-    parser.add_argument("--compiler", choices=["nvcc", "nvrtc"], default="nvcc" if shutil.which("nvcc") else "nvrtc")
-    arguments = parser.parse_args()
+    arguments = parse_arguments()
     found = list(configurations())
     with ThreadPoolExecutor() as pool:
         reports = pool.map(lambda c: compiler_report(arguments.compiler, c[0], c[3], arguments.architecture), found)

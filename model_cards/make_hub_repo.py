@@ -12,6 +12,19 @@ import shutil
 import sys
 from pathlib import Path
 
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("card", help="a folder of model_cards/, by name")
+    parser.add_argument("output", help="the folder to write")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="also upload it to this Hub repository")
+    parser.add_argument("--private", action="store_true", help="make the Hub repository private if it is new")
+    return parser.parse_args()
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    parse_arguments()  # before the imports below, which take seconds
+
 from huggingface_hub import HfApi
 from transformers.dynamic_module_utils import get_relative_import_files
 
@@ -63,12 +76,7 @@ def assemble(card, output):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("card", help="a folder of model_cards/, by name")
-    parser.add_argument("output", help="the folder to write")
-    parser.add_argument("--push-to-hub", metavar="REPO", help="also upload it to this Hub repository")
-    parser.add_argument("--private", action="store_true", help="make the Hub repository private if it is new")
-    arguments = parser.parse_args()
+    arguments = parse_arguments()
     try:
         files = assemble(arguments.card, arguments.output)
     except (OSError, ValueError) as error:

@@ -26,11 +26,16 @@ def classification_loss(labels, logits, config, num_items_in_batch=None, **kwarg
         `torch.Tensor`: a scalar, differentiable in the logits.
 
     Raises:
-        ValueError: for labels of another type, shape or range. The range is looked at on a CPU alone, and not while a
-            model is compiled: on a GPU, each training step would wait for it.
+        ValueError: for labels of another type, shape or range. On a GPU, a wrong range ends the process's work there
+            with an assertion whose message says so: for a look at the labels, each training step would wait. While a
+            model is compiled, the range is not checked.
     """
     if not isinstance(labels, torch.Tensor):
         raise ValueError(f"`labels` is a {type(labels).__name__}, but must be a tensor.")
+    if labels.layout != torch.strided:
+        raise ValueError(f"`labels` must be dense, got the layout {labels.layout}: call `to_dense()`.")
+    if labels.is_meta and not logits.is_meta:
+        raise ValueError("`labels` is on the device meta, and so holds no labels. Make it on the model's device.")
     kind = config.problem_type
     if kind is None:
         whole = not labels.is_floating_point() and labels.dtype != torch.bool
@@ -84,11 +89,12 @@ def _checked_labels(labels, logits, kind):
                 f"{found}, but {batch} clips with a label each ({kind!r}) need integers of shape ({batch},). {hint}"
             )
         labels = labels.flatten().long()
-        if _can_look_at(labels) and ((labels != -100) & ((labels < 0) | (labels >= count))).any():
-            raise ValueError(
-                f"`labels` has {labels.tolist()}, but the model has {count} labels: they must be from 0 to "
-                f"{count - 1}, or -100 for a clip that does not count. Load the model with the right `num_labels`."
-            )
+        _require(
+            ((labels >= 0) & (labels < count)) | (labels == -100),
+            labels,
+            f"must be from 0 to {count - 1}, as the model has {count} labels, or -100 for a clip that does not count. "
+            "Load the model with the right `num_labels`.",
+        )
         return labels
     one = (batch,) if count == 1 and kind == "regression" else None
     if labels.is_complex() or labels.shape not in ((batch, count), one):
@@ -98,13 +104,17 @@ def _checked_labels(labels, logits, kind):
         )
     labels = labels.reshape(batch, count).to(logits.dtype)
     if kind == "multi_label_classification":
-        if _can_look_at(labels) and not ((labels >= 0) & (labels <= 1)).all():
-            raise ValueError(f"`labels` must be numbers from 0 to 1 for several labels a clip ({kind!r}). {hint}")
-    elif _can_look_at(labels) and not labels.isfinite().all():
-        raise ValueError("`labels` has NaN or infinite numbers.")
+        _require((labels >= 0) & (labels <= 1), labels, f"must be numbers from 0 to 1 ({kind!r}). {hint}")
+    else:
+        _require(labels.isfinite(), labels, f"must be finite numbers ({kind!r}). Leave such clips out.")
     return labels
 
 
-def _can_look_at(labels):
-    """Whether the values can be had at once: on a CPU, unless a model is traced. On a GPU a look would wait."""
-    return labels.device.type == "cpu" and not torch.compiler.is_compiling()
+def _require(right, labels, wanted):
+    """That `right` is true for each number of `labels`. A GPU finds out by itself: nobody waits for the answer."""
+    if torch.compiler.is_compiling():
+        return
+    if labels.device.type == "cuda":
+        torch._assert_async(right.all(), f"`labels` {wanted}")
+    elif labels.device.type == "cpu" and not right.all():
+        raise ValueError(f"`labels` has {labels[~right].tolist()[:8]}, but they {wanted}")

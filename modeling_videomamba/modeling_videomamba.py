@@ -1,6 +1,7 @@
 """PyTorch VideoMamba model."""
 
 import copy
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -91,7 +92,8 @@ class VideoMambaPatchEmbeddings(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         if pixel_values.is_meta and not self.projection.weight.is_meta:
             raise ValueError(
-                "`pixel_values` is on the device meta, and so holds no frames, but the model has weights."
+                "`pixel_values` is on the device meta, and so holds no frames, but the model has weights. Make the "
+                f"clip on the model's device: `device={str(self.projection.weight.device)!r}`."
             )
         pixel_values = pixel_values.to(self.projection.weight.dtype)
         return self.projection(pixel_values.transpose(1, 2)).flatten(2).transpose(1, 2)
@@ -178,9 +180,9 @@ class VideoMambaRMSNorm(nn.Module):
 
     def of_sum(self, hidden_states: torch.Tensor, update: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream with a layer's update added, and the norm of it."""
-        same = update.dtype == self.weight.dtype and update.is_contiguous()
-        if same and can_fuse_rms_norm(hidden_states, self.weight):
-            return fused_add_rms_norm(hidden_states, update, self.weight, self.eps)
+        weight = self.weight  # looked up once: kernels wait for Python
+        if update.dtype == weight.dtype and update.is_contiguous() and can_fuse_rms_norm(hidden_states, weight):
+            return fused_add_rms_norm(hidden_states, update, weight, self.eps)
         hidden_states = hidden_states + update
         return hidden_states, self(hidden_states)
 
@@ -213,7 +215,8 @@ class VideoMambaMixer(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, order: ScanOrder | None = None, cache: VideoMambaCache | None = None
     ) -> torch.Tensor:
-        plain = is_plain_linear(self.out_proj)
+        out_proj = self.out_proj
+        plain = is_plain_linear(out_proj)
         mixed = bidirectional_selective_scan(
             self.in_proj(hidden_states),
             self.conv_weight,
@@ -225,13 +228,13 @@ class VideoMambaMixer(nn.Module):
             self.D,
             order=order,
             backend=self.scan_backend,
-            out_proj_weight=self.out_proj.weight if plain else None,
+            out_proj_weight=out_proj.weight if plain else None,
             state=None if cache is None else cache.states[self.layer_idx],
         )
         if cache is not None:
             mixed, state = mixed
             cache.update(self.layer_idx, state)
-        return mixed if plain else self.out_proj(mixed)
+        return mixed if plain else out_proj(mixed)
 
 
 def is_untouched(module, kind):
@@ -241,11 +244,11 @@ def is_untouched(module, kind):
     It is not if anything was attached to it (a hook, another `forward`, as Accelerate's offloading gives it) or if
     something stands in its place (an adapter, a quantised layer, a sharded one).
     """
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return (
         type(module) is kind
         and "forward" not in module.__dict__  # PyTorch 2.7 cannot trace `vars`
-        and not any(getattr(module, name) for name in hooks)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
     )
 
 
@@ -269,7 +272,7 @@ class VideoMambaResidual(nn.Module):
         self, hidden_states: torch.Tensor, update: torch.Tensor, norm: VideoMambaRMSNorm | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """The residual stream (B, L, D) with a layer's update; if the next layer's norm is given, its norm too."""
-        if self.training and self.drop_path_rate > 0:
+        if self.drop_path_rate > 0 and self.training:
             keep = 1 - self.drop_path_rate
             update = update * update.new_empty(update.shape[0], 1, 1).bernoulli_(keep).div_(keep)
         return hidden_states + update if norm is None else norm.of_sum(hidden_states, update)
@@ -439,6 +442,7 @@ class VideoMambaModel(VideoMambaDeltaMapsMixin, VideoMambaPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         cache: VideoMambaCache | None = None,
         use_cache: bool | None = None,
+        output_steps: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> VideoMambaModelOutput:
         r"""
@@ -454,6 +458,8 @@ class VideoMambaModel(VideoMambaDeltaMapsMixin, VideoMambaPreTrainedModel):
                 many as there are. The cache is changed.
             use_cache (`bool`, *optional*):
                 Return a cache: the one that is given, or a new one for streams that begin here.
+            output_steps (`bool`, *optional*, defaults to `True`):
+                Return `step_pooler_output`, if the model can stream.
 
         Returns:
             [`VideoMambaModelOutput`]: `last_hidden_state` `(B, L, D)`, all tokens in order, the class token among
@@ -470,34 +476,35 @@ class VideoMambaModel(VideoMambaDeltaMapsMixin, VideoMambaPreTrainedModel):
         pixel_values, grid = checked_clips(self.config, pixel_values, interpolate_pos_encoding, streams)
         if streams:
             cache = continued_cache(self, cache, use_cache, pixel_values.shape[0])
-        hidden_states = self.encode(pixel_values, grid, cache, **kwargs)
+        hidden_states = self.encode(functools.partial(self.embed, pixel_values, grid), cache, **kwargs)
         last_hidden_state = self.norm(hidden_states)
         if self.embeddings.has_class_token:
             # Not of `last_hidden_state`: so `torch.compile` leaves that out of a classifier, which wants no more.
             pooled = self.norm(hidden_states[:, class_token_index(self.config, math.prod(grid))])
         else:
             pooled = last_hidden_state.mean(dim=1)
-        steps = None
-        if unstreamable_reason(self.config) is None:
+        steps, window = None, self.config.pooling_window is not None
+        if (output_steps or streams or window) and unstreamable_reason(self.config) is None:
             steps = last_hidden_state.unflatten(1, (grid[0], -1)).mean(2)
             steps = cache.pool(steps) if streams else pool_steps(steps, self.config.pooling_window)
             steps = steps.to(last_hidden_state.dtype)
-            if streams or self.config.pooling_window is not None:
+            if streams or window:
                 pooled = steps[:, -1]
         return VideoMambaModelOutput(
             last_hidden_state=last_hidden_state, pooler_output=pooled, step_pooler_output=steps, cache=cache
         )
 
-    def encode(
-        self,
-        pixel_values: torch.Tensor,
-        grid: tuple[int, int, int],
-        cache: VideoMambaCache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        """The residual stream after all layers; in inference on a GPU, each sum is made with the norm after it."""
+    def embed(self, pixel_values, grid):
+        """The residual stream before the first layer, (B, L, D) in float32, and the order of the backward scan."""
         hidden_states = self.embeddings(pixel_values, grid).float()
-        order = backward_order(self.config, grid, hidden_states.device)
+        return hidden_states, backward_order(self.config, grid, hidden_states.device)
+
+    def encode(self, embed, cache=None, **kwargs):
+        """
+        The residual stream after all layers, of what `embed()` gives, which nobody else shall hold on to. In inference
+        on a GPU, each sum is made with the norm after it.
+        """
+        hidden_states, order = embed()
         layers = list(self.layers)
         if not (can_fuse_rms_norm(hidden_states, self.norm.weight) and all(layer.may_join() for layer in layers)):
             for layer in layers:
@@ -570,9 +577,8 @@ class VideoMambaForVideoClassification(VideoMambaReadingMapsMixin, VideoMambaPre
         >>> print(model.config.id2label[label])
         pan left
         ```"""
-        outputs = self.videomamba(
-            pixel_values, interpolate_pos_encoding, cache=cache, use_cache=use_cache, return_dict=True, **kwargs
-        )
+        options = {"cache": cache, "use_cache": use_cache, "output_steps": False, "return_dict": True}
+        outputs = self.videomamba(pixel_values, interpolate_pos_encoding, **options, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss = None
         if labels is not None:
@@ -637,6 +643,9 @@ class VideoMambaForVideoFrameClassification(VideoMambaForVideoClassification):
         return VideoMambaClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, cache=outputs.cache
         )
+
+    def context_parallel(self, group=None):
+        raise ValueError("No logits of steps over several processes: take VideoMambaForVideoClassification.")
 
 
 class VideoMambaForImageClassification(VideoMambaForVideoClassification):

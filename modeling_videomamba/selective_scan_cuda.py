@@ -8,9 +8,9 @@ which a warp walks over the tiles of a sequence. Kept for the backward pass are 
 (2, B, L, R + 2N) and the states at the borders of a few chunks of the length. The rest is recomputed, the input of
 `out_proj` too, if its weight is given; the states chunk by chunk, from the last to the first.
 
-What shapes and types decide is worked out once and kept (`ScanPlan`); a call without gradients goes past PyTorch's
-dispatcher, so that one clip need not wait for Python. Work space comes from PyTorch's caching allocator, which makes
-it safe on several streams and in several threads.
+What shapes and types decide is worked out once and kept (`ScanPlan`). A call that nothing traces goes past PyTorch's
+dispatcher, so that the GPU need not wait for Python. Work space comes from PyTorch's caching allocator, which makes it
+safe on several streams and in several threads.
 
 The first call of a model compiles what it needs, in about 2 s, and keeps it in `~/.cache/videomamba`, or in
 the folder that the environment variable `VIDEOMAMBA_CACHE` names.
@@ -23,17 +23,20 @@ import functools
 import os
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from .selective_scan_cuda_plan import kept_states, scan_plan, split_length, state_shape
 from .selective_scan_cuda_runtime import (
     KernelArguments,
+    autograd_looks_on,
     driver,
     multiprocessors_of,
     no_gpu_reason,
-    nobody_looks_on,
+    nobody_traces,
     nvrtc,
 )
 from .selective_scan_operators import NAMESPACE
+from .selective_scan_parts import last_inputs
 from .selective_scan_torch import add_gradient_of_inputs_after
 
 
@@ -72,7 +75,7 @@ class _Call:
         parameters = (conv_weight, conv_bias, dt_weight, dt_bias, A_log, D)
         device, dtype, shape = xz.device, xz.dtype, xz.shape
         start = xz.data_ptr()
-        described = tuple((p.shape, p.dtype, p.device) for p in parameters)
+        described = tuple([(p.shape, p.dtype, p.device) for p in parameters])
         tf32 = dtype == torch.float32 and _tf32_is_allowed()
         self.plan = plan = scan_plan(
             device,
@@ -132,7 +135,8 @@ class _Call:
 
     def run(self, launch, **arguments):
         """Queue a kernel, with more tensors or numbers among its arguments, which stay for those after it."""
-        self.set(**arguments)
+        if arguments:
+            self.set(**arguments)
         launch(self.arguments, self.stream)
 
     def new(self, *shape, dtype=torch.float32):
@@ -176,9 +180,10 @@ class _Call:
             self.run(plan.adjoint)
         else:
             ends, whole = plan.part[1]
+            total = self.new(2, plan.B, plan.E)
             self.run(ends)
-            self.run(whole)
-            self.set_aligned(start=exchange(self.end))
+            self.run(whole, total=total)
+            self.set_aligned(start=exchange(self.end, total, adjoint=True))
         if plan.side_by_side:
             self.run(plan.pass_states[1])
         self.set(u=u, y=y)
@@ -192,9 +197,18 @@ def _tf32_is_allowed():
     return matmul.allow_tf32 if precision is None else precision == "tf32"
 
 
+def _on(xz):
+    """A context in which the GPU of `xz` is the current one, and autocast, if it is to another type, is off."""
+    device = xz.device
+    if device.type == "cuda" and torch.cuda.current_device() != device.index:
+        return _switched(xz)
+    if torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) != xz.dtype:
+        return _switched(xz)
+    return contextlib.nullcontext()  # the other takes the host as long as two launches
+
+
 @contextlib.contextmanager
-def _on(tensor):
-    """The GPU of a tensor is the current one, and autocast is off."""
+def _switched(tensor):
     with torch.cuda.device_of(tensor), torch.autocast(tensor.device.type, enabled=False):
         yield
 
@@ -213,8 +227,8 @@ def _forward(
     The gated mean of both directions (B, L, E), the small projection; what is kept for the backward pass: nothing
     (`for_backward` 0), the states at the borders of chunks (1), or the state before every 8 tokens and the
     convolution's output, unless an order has put the scan's in its place (2); and the state that it ends with, if it
-    began with one. `exchange(end states from zero, sums of Δ)` gives `start` where another process has the part
-    before; no caller uses it yet.
+    began with one. `exchange(states that it ends with from zero, sums of Δ)` gives `start` where other processes
+    have the parts before.
     """
     call = _Call(xz, conv_w, conv_b, dt_w, dt_b, A_log, D, visits, structure, before)
     plan, after = call.plan, None
@@ -260,6 +274,16 @@ def _check_memory(plan):
         )
 
 
+def _scan(xz, *arguments):
+    """`_forward` for the arguments of the operator, multiplied by the weight of `out_proj` if that is given."""
+    *parameters, out_proj_weight, visits, before, start, structure, for_backward = arguments
+    with _on(xz):
+        out, *others = _forward(xz, *parameters, visits, before, start, structure, for_backward)
+        if out_proj_weight is not None:
+            out = torch.nn.functional.linear(out, out_proj_weight)
+    return out, *others
+
+
 @torch.library.custom_op(f"{NAMESPACE}::bidirectional_scan_cuda", mutates_args=())
 def _scan_op(
     xz: torch.Tensor,
@@ -278,11 +302,7 @@ def _scan_op(
     for_backward: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
-    with _on(xz):
-        found = _forward(xz, *parameters, visits, before, start, structure, for_backward)
-        out, proj, *rest = found
-        if out_proj_weight is not None:
-            out = torch.nn.functional.linear(out, out_proj_weight)
+    out, proj, *rest = _scan(xz, *parameters, out_proj_weight, visits, before, start, structure, for_backward)
     types = torch.float32, xz.dtype, xz.dtype, torch.float32
     rest = [xz.new_empty(0, dtype=t) if r is None else r for r, t in zip(rest, types, strict=True)]
     return out, proj, *rest
@@ -340,7 +360,10 @@ def _gradients(
     dout, d_after, d_end, xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D,
     out_proj_weight, visits, before, proj, states, u, structure, kept, exchange=None,
 ):  # fmt: skip
-    """Of all floating-point arguments of the forward pass that are there, each of its argument's type."""
+    """
+    Of all floating-point arguments of the forward pass that are there, each of its argument's type. `exchange`
+    is called with `adjoint=True`, for adjoint states.
+    """
     dxz = torch.empty_like(xz)
     call = _Call(xz, conv_weight, conv_bias, dt_proj_weight, dt_proj_bias, A_log, D, visits, structure, before)
     plan = call.plan
@@ -425,8 +448,8 @@ def _walk_back(call, dout, dproj, sub, exchange):
     for turn in range(turns):
         at = -1 if plan.side_by_side or kept else turn
         if not kept:
-            call.run(plan.states.at(turn=at))
-        call.run(backward.at(turn=at))
+            call.run(plan.states.at(turn=at) if at >= 0 else plan.states)
+        call.run(backward.at(turn=at) if at >= 0 else backward)
         for direction in (0, 1):
             first = places * (turn if direction and not plan.ordered else turns - 1 - turn)
             tokens = slice(first, min(first + places, L))
@@ -472,7 +495,12 @@ def _backward(ctx, dout, _, __, ___, d_after, d_end):
     if before is None:  # without a state, their outputs are empty
         d_after = d_end = None
     rest = (out_proj_weight, visits, before, proj, states, u, ctx.structure, ctx.for_backward == 2)
-    gradients = _backward_op(dout, d_after, d_end, *inputs, *rest)
+    arguments = (dout, d_after, d_end, *inputs, *rest)
+    if torch.is_grad_enabled() or not nobody_traces(arguments[:-2]):
+        gradients = _backward_op(*arguments)
+    else:
+        with _on(xz):
+            gradients = _gradients(*arguments)
     of_inputs, others = gradients[:8], gradients[8:]
     of_projection = others.pop(0) if out_proj_weight is not None else None
     return *of_inputs, of_projection, None, *(others or (None, None)), None, None
@@ -481,36 +509,101 @@ def _backward(ctx, dout, _, __, ___, d_after, d_end):
 _scan_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def bidirectional_selective_scan(
-    xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, order=None,
-    out_proj_weight=None, state=None,
-):  # fmt: skip
-    """See `selective_scan.bidirectional_selective_scan`; the backward pass makes the input of `out_proj` again."""
-    if A_log.is_complex():
-        raise ValueError("The scan backend 'cuda' takes a real `A_log`, got a complex one")
+class _PartScan(torch.autograd.Function):
+    """The scan of a part, with the collectives of both passes between its kernels."""
+
+    @staticmethod
+    def forward(ctx, part, structure, keep, xz, *parameters_and_out):
+        *parameters, out_proj_weight = parameters_and_out
+        visits = None if part.order is None else part.order.visits
+        x, taps, A_log = xz[..., : xz.shape[2] // 2], parameters[0].shape[2], parameters[5]
+        with _on(xz):
+            before = part.from_neighbour(last_inputs(x, taps - 1, part.order))
+            exchange = functools.partial(part.start, A_log=A_log)
+            out, proj, states, u, _, _ = _forward(xz, *parameters, visits, before, None, structure, keep, exchange)
+            if out_proj_weight is not None:
+                out = torch.nn.functional.linear(out, out_proj_weight)
+        ctx.part, ctx.structure, ctx.kept = part, structure, keep == 2
+        ctx.save_for_backward(xz, *parameters, out_proj_weight, visits, before, proj, states, u)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        xz, *parameters, out_proj_weight, visits, before, proj, states, u = ctx.saved_tensors
+        with _on(xz):
+            exchange = functools.partial(ctx.part.start, A_log=parameters[5])
+            rest = (out_proj_weight, visits, before, proj, states, u, ctx.structure, ctx.kept)
+            gradients = _gradients(dout, None, None, xz, *parameters, *rest, exchange)
+            d_xz, d_before = gradients[0], gradients[-2]
+            # The last inputs here are those before the first one of the part after.
+            d_after = ctx.part.from_neighbour(d_before, adjoint=True)
+            add_gradient_of_inputs_after(d_after, visits, d_xz, d_before)
+        return None, None, None, *gradients[:8], gradients[8] if out_proj_weight is not None else None
+
+
+@torch.compiler.disable
+def _scan_part(*arguments):
+    return _PartScan.apply(*arguments)
+
+
+class _Scan(torch.autograd.Function):
+    """The operator for autograd alone: PyTorch's dispatcher takes the host as long as all launches."""
+
+    @staticmethod
+    def forward(ctx, xz, *arguments):
+        """As the operator, but for what is kept for the backward pass, which is no output; weights of any type."""
+        *parameters, out_proj_weight, visits, before, start, structure, for_backward = arguments
+        ctx.types = parameters[2].dtype, None if out_proj_weight is None else out_proj_weight.dtype
+        inputs = (*_typed(xz, parameters, out_proj_weight), visits, before, start, structure, for_backward)
+        output = _scan(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output[0], *output[4:]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, d_after, d_end):
+        gradients = list(_backward(ctx, dout, None, None, None, d_after, d_end))
+        for place, dtype in zip((3, 8), ctx.types, strict=True):
+            if gradients[place] is not None:
+                gradients[place] = gradients[place].to(dtype)
+        return tuple(gradients)
+
+
+def _typed(xz, parameters, out_proj_weight):
+    """`xz` without gaps, and the parameters, those that PyTorch multiplies by in its type."""
+    conv_weight, conv_bias, x_proj_weight, *others = parameters
     if x_proj_weight.dtype != xz.dtype:
         x_proj_weight = x_proj_weight.to(xz.dtype)
+    if out_proj_weight is not None:
+        out_proj_weight = out_proj_weight.to(xz.dtype)
+    return xz.contiguous(), conv_weight, conv_bias, x_proj_weight, *others, out_proj_weight
+
+
+def bidirectional_selective_scan(
+    xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, order=None,
+    out_proj_weight=None, state=None, part=None,
+):  # fmt: skip
+    """
+    See `selective_scan.bidirectional_selective_scan`; the backward pass makes the input of `out_proj` again. `part` is
+    the `ScanPart` whose order is given.
+    """
+    if A_log.is_complex():
+        raise ValueError("The scan backend 'cuda' takes a real `A_log`, got a complex one")
     parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
     visits, structure = (None, [0, 1, -1]) if order is None else (order.visits, _structure(order))
+    keep = (2 if KEEP_STATES else 1) if torch.is_grad_enabled() else 0
+    if part is not None:
+        return _scan_part(part, structure, keep, *_typed(xz, parameters, out_proj_weight))
     before, start = (None, None) if state is None else state
-    if out_proj_weight is None and nobody_looks_on((xz, *parameters, *(state or ()))):
-        with _on(xz) if _must_switch(xz) else contextlib.nullcontext():
-            out, _, _, _, *after = _forward(xz.contiguous(), *parameters, visits, before, start, structure, 0)
+    rest = visits, before, start, structure
+    tensors = (xz, *parameters, out_proj_weight, before, start)
+    if not nobody_traces(tensors):  # `torch.compile` and modes see an operator
+        out, _, _, _, *after = _scan_op(*_typed(xz, parameters, out_proj_weight), *rest, keep)
+    elif autograd_looks_on(tensors):
+        out, *after = _Scan.apply(xz, *parameters, out_proj_weight, *rest, keep)
     else:
-        if out_proj_weight is not None:
-            out_proj_weight = out_proj_weight.to(xz.dtype)
-        keep = (2 if KEEP_STATES else 1) if torch.is_grad_enabled() else 0
-        out, _, _, _, *after = _scan_op(
-            xz.contiguous(), *parameters, out_proj_weight, visits, before, start, structure, keep
-        )
+        out, _, _, _, *after = _scan(*_typed(xz, parameters, out_proj_weight), *rest, 0)
     return out if state is None else (out, tuple(after))
-
-
-def _must_switch(xz):
-    """Whether another GPU than that of `xz` is the current one, or autocast is on."""
-    if xz.device.type != "cuda":
-        return torch.is_autocast_enabled(xz.device.type)
-    return torch.is_autocast_enabled("cuda") or torch.cuda.current_device() != xz.device.index
 
 
 def _structure(order):

@@ -29,6 +29,7 @@ KERNEL_FILES = {
     "rms_norm": "norm.cu",
     **dict.fromkeys(("simt_ends", "simt_pass", "simt_scan", "simt_backward"), "simt.cu"),
 }
+PLAIN_TENSORS = {torch.Tensor, torch.nn.Parameter, type(None)}
 INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the option IO of csrc/primitives.cuh
 
@@ -278,11 +279,23 @@ def _enter_context(device_index):
 
 def nobody_looks_on(tensors):
     """Whether neither autograd nor a tracer need see an operator, so that its kernels may be launched at once."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(tensors[0]) is not torch.Tensor:
-        return False
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return False
-    return not is_in_torch_dispatch_mode()
+    return nobody_traces(tensors) and not autograd_looks_on(tensors)
+
+
+def nobody_traces(tensors):
+    """Whether no compiler, tracer, mode, transform or class of tensors need see an operator; autograd still may."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or is_in_torch_dispatch_mode()
+        or torch._C._are_functorch_transforms_active()
+        or not PLAIN_TENSORS.issuperset(map(type, tensors))
+    )
+
+
+def autograd_looks_on(tensors):
+    """Whether gradients of these tensors, or None, are wanted."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 @functools.cache

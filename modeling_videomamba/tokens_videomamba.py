@@ -3,6 +3,7 @@ Between a clip and its tokens: which clips the model takes, where their tokens s
 visited. Functions of a config and a size; nothing here has weights.
 """
 
+import functools
 import math
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 
 from .configuration_videomamba import height_and_width, tubelet_grid
 from .selective_scan import ScanOrder
+from .selective_scan_cuda_runtime import nobody_traces
 
 
 def checked_clips(config, pixel_values, interpolate_pos_encoding=False, are_parts=False):
@@ -30,6 +32,10 @@ def checked_clips(config, pixel_values, interpolate_pos_encoding=False, are_part
             f"`pixel_values` must be a `torch.Tensor`, got {type(pixel_values).__name__}. Pass the frames through the "
             'model\'s video or image processor with `return_tensors="pt"` first.'
         )
+    if pixel_values.is_nested:
+        raise ValueError("`pixel_values` must be one dense tensor, got a nested one. Stack clips of one size.")
+    if pixel_values.layout != torch.strided:
+        raise ValueError(f"`pixel_values` must be dense, got the layout {pixel_values.layout}: call `to_dense()`.")
     if pixel_values.ndim == 4 and config.num_frames == 1:
         pixel_values = pixel_values[:, None]
     if pixel_values.ndim != 5:
@@ -47,12 +53,13 @@ def checked_clips(config, pixel_values, interpolate_pos_encoding=False, are_part
             f"expects {config.num_channels}. The axes are (batch, frames, channels, height, width)."
         )
     if pixel_values.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        way = "Pass the frames through the model's video or image processor first."
+        if pixel_values.is_floating_point():
+            way = "Convert normalised frames: `pixel_values.to(torch.bfloat16)`."
         raise ValueError(
             "`pixel_values` must be normalised frames, floating point numbers of 16 bits or more, got "
-            f"{pixel_values.dtype}. Pass the frames through the model's video or image processor first."
+            f"{pixel_values.dtype}. {way}"
         )
-    if pixel_values.layout != torch.strided:
-        raise ValueError(f"`pixel_values` must be dense, got the layout {pixel_values.layout}: call `to_dense()`.")
     expected = (num_frames if are_parts else config.num_frames, *height_and_width(config.image_size))
     grid = tubelet_grid(config, num_frames, height, width)
     if are_parts and num_frames % config.tubelet_size:
@@ -124,16 +131,32 @@ def backward_order(config, grid, device=None):
     """
     if config.backward_scan == "spatiotemporal":
         return None
+    place = None if config.class_token_position == "none" else class_token_index(config, math.prod(grid))
+    kept = isinstance(device, torch.device) and device.type != "meta" and nobody_traces(())
+    if kept and device.type == "cuda":
+        kept = not torch.cuda.is_current_stream_capturing()  # a graph's tensors are the graph's own
+    return (_kept_order if kept else _order)(config.backward_scan, tuple(grid), place, device)
+
+
+def _order(reversal, grid, place, device):
+    """The order of a reversal, with a class token at `place` or without one (None)."""
     frames, *space = grid
     patches = torch.arange(math.prod(grid), device=device).view(frames, math.prod(space))
-    visits = patches.flip(1 if config.backward_scan == "spatial" else 0).flatten()
-    if config.class_token_position == "none":
-        return ScanOrder(visits, visits, config.backward_scan, frames)  # a reversal is its own inverse
-    place = class_token_index(config, visits.numel())
+    visits = patches.flip(1 if reversal == "spatial" else 0).flatten()
+    if place is None:
+        return ScanOrder(visits, visits, reversal, frames)  # a reversal is its own inverse
     step = visits.numel() - place
-    return ScanOrder(
-        _inserted(visits, step, place), _inserted(visits, place, step), config.backward_scan, frames, place
-    )
+    return ScanOrder(_inserted(visits, step, place), _inserted(visits, place, step), reversal, frames, place)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_order(reversal, grid, place, device):
+    """The same, made once for all models, threads and streams: no buffer, which others average, round and offload."""
+    with torch.inference_mode(False):  # autograd saves no tensor that was made in it
+        order = _order(reversal, grid, place, "cpu")
+        # The copy is waited for, so that any stream may read it.
+        visits = order.visits.to(device)
+        return order._replace(visits=visits, places=visits if place is None else order.places.to(device))
 
 
 def _inserted(permutation, index, number):

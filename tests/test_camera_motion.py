@@ -186,7 +186,7 @@ def make(*arguments):
     """Runs the script as a user does."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-        clip_generation.make_data_set(clips.__doc__, clips.LABELS, clips.make_clip)
+        clip_generation.make_data_set(clips.parse_arguments(), clips.LABELS, clips.make_clip)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from huggingface_hub import HfApi, ModelCard
 from transformers import AutoModelForVideoClassification, pipeline
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_imports
@@ -91,6 +92,20 @@ def videos(tmp_path_factory):
     for motion in ("pan left", "zoom in"):
         clips.write_demo_clip(folder / f"{motion}.mp4", motion=motion, seed=3)
     return [str(path) for path in sorted(folder.iterdir())]
+
+
+@pytest.mark.parametrize(
+    "labels, loss_of", [([[0.5]], F.mse_loss), ([[1.0, 0.0, 1.0]], F.binary_cross_entropy_with_logits)]
+)
+def test_the_shipped_model_can_be_trained_for_other_kinds_of_labels(labels, loss_of):
+    """A kind of problem is not shipped with it."""
+    assert "problem_type" not in json.loads((FOLDER / "config.json").read_text())
+    labels, sizes = torch.tensor(labels), {"num_frames": 2, "image_size": 32}
+    model = AutoModelForVideoClassification.from_pretrained(
+        FOLDER, num_labels=labels.shape[1], ignore_mismatched_sizes=True, **sizes
+    )
+    outputs = model(torch.zeros(1, 2, 3, 32, 32), labels=labels)
+    torch.testing.assert_close(outputs.loss, loss_of(outputs.logits, labels))
 
 
 def test_the_folder_in_git_has_no_code_and_no_links():

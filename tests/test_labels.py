@@ -1,16 +1,23 @@
 """Labels and losses of the classifiers: their kinds, their numbers, what is refused, and gradient accumulation."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForVideoClassification, Trainer, TrainingArguments
 
 from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassification
+from modeling_videomamba.loss_videomamba import classification_loss
 
+
+ROOT = Path(__file__).resolve().parent.parent
 
 KINDS = ["single_label_classification", "multi_label_classification", "regression"]
 
@@ -122,21 +129,78 @@ def test_the_kind_follows_from_the_labels(fields, labels, kind):
     "kind, labels, message",
     [
         (None, [0, 1], "`labels` is a list, but must be a tensor"),
-        (None, torch.tensor([0, 3]), r"`labels` has \[0, 3\], but the model has 3 labels.*from 0 to 2, or -100"),
-        (None, torch.tensor([0, -1]), r"`labels` has \[0, -1\]"),
+        (
+            None,
+            torch.tensor([0, 3]),
+            r"`labels` has \[3\], but they must be from 0 to 2, as the model has 3 labels, or -100",
+        ),
+        (None, torch.tensor([0, -1]), r"`labels` has \[-1\]"),
         (None, torch.tensor([0, 1, 2]), r"int64 of shape \(3,\), but 2 clips with a label each .* of shape \(2,\)"),
         (None, torch.tensor([0.0, 1.0]), r"float32 of shape \(2,\), but 2 clips with 3 outputs .*\(2, 3\)"),
         (KINDS[0], torch.zeros(2, 3), r"float32 of shape \(2, 3\), but 2 clips with a label each.*problem_type"),
         (KINDS[1], torch.tensor([0, 1]), r"int64 of shape \(2,\), but 2 clips with 3 outputs .*problem_type"),
-        (KINDS[1], torch.full((2, 3), 2.0), "must be numbers from 0 to 1 for several labels a clip"),
+        (KINDS[1], torch.full((2, 3), 2.0), r"`labels` has \[2.0, .*\], but they must be numbers from 0 to 1"),
         (KINDS[1], torch.full((2, 3), float("nan")), "must be numbers from 0 to 1"),
-        (KINDS[2], torch.full((2, 3), float("inf")), "`labels` has NaN or infinite numbers"),
+        (KINDS[2], torch.full((2, 3), float("inf")), r"`labels` has \[inf, .*\], but they must be finite numbers"),
         (KINDS[2], torch.zeros(2), r"float32 of shape \(2,\), but 2 clips with 3 outputs"),
+        (KINDS[0], torch.tensor([0, 1]).to_sparse(), r"`labels` must be dense, got the layout torch.sparse_coo: call"),
+        (KINDS[1], torch.ones(2, 3).to_sparse(), r"`labels` must be dense, got the layout torch.sparse_coo: call"),
+        (KINDS[0], torch.tensor([0, 1], device="meta"), "`labels` is on the device meta.* on the model's device"),
     ],
 )
 def test_labels_that_cannot_be_are_named(kind, labels, message):
     with pytest.raises(ValueError, match=message):
         tiny_model(problem_type=kind)(torch.randn(2, 4, 3, 32, 32), labels=labels)
+
+
+class Assertions(TorchDispatchMode):
+    """What is left for a GPU to find out. A fake tensor of a GPU cannot be looked at: each try is an error."""
+
+    def __init__(self):
+        super().__init__()
+        self.messages = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._assert_async.msg:
+            self.messages.append(args[1])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "kind, labels, message",
+    [
+        (KINDS[0], torch.tensor([0, 1]), "`labels` must be from 0 to 2, as the model has 3 labels, or -100"),
+        (KINDS[1], torch.zeros(2, 3), "`labels` must be numbers from 0 to 1"),
+        (KINDS[2], torch.zeros(2, 3), "`labels` must be finite numbers"),
+    ],
+)
+def test_labels_on_a_gpu_are_checked_without_waiting(kind, labels, message):
+    """Of a GPU that is not there: shapes, types and devices, no numbers."""
+    config = VideoMambaConfig(problem_type=kind, num_labels=3)
+    with FakeTensorMode() as fake, Assertions() as found:
+        labels = fake.from_tensor(labels).to("cuda")
+        with pytest.raises(DataDependentOutputException):
+            bool((labels == 0).all())
+        loss = classification_loss(labels, torch.empty(2, 3, device="cuda"), config)
+    assert loss.shape == () and len(found.messages) == 1 and found.messages[0].startswith(message)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind, labels", [(KINDS[0], "[0, 3]"), (KINDS[1], "[[0.0, 0.5, 2.0]] * 2")])
+def test_labels_on_a_gpu_out_of_range_are_named(kind, labels):
+    """In a process of its own: the assertion ends the process's work on the GPU."""
+    code = f"""
+import torch
+from modeling_videomamba import VideoMambaConfig
+from modeling_videomamba.loss_videomamba import classification_loss
+logits = torch.zeros(2, 3, device="cuda", requires_grad=True)
+classification_loss(torch.tensor({labels}, device="cuda"), logits, VideoMambaConfig(problem_type={kind!r}))
+print("the loss is asked for", flush=True)
+torch.cuda.synchronize()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "the loss is asked for" in done.stdout
+    assert "`labels` must be " in done.stderr
 
 
 def test_the_kind_of_problem_is_forgotten_with_the_number_of_labels(tmp_path):

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 from transformers import AutoModelForVideoClassification, BitsAndBytesConfig, TorchAoConfig
+from transformers.utils import is_accelerate_available
 
 from modeling_videomamba import (
     VideoMambaConfig,
@@ -200,6 +202,22 @@ def test_backward_orders_by_hand(reversal, class_token, expected):
         return
     assert order.visits.tolist() == expected
     assert order.places[order.visits].tolist() == order.visits[order.places].tolist() == list(range(len(expected)))
+
+
+def test_backward_orders_are_kept_for_each_size_but_not_where_something_traces():
+    config, device = tiny_config(backward_scan="temporal", class_token_position="middle"), torch.device("cpu")
+    with torch.inference_mode():
+        order = backward_order(config, (5, 7, 9), device)
+    assert not order.visits.is_inference() and not order.places.is_inference()
+    assert backward_order(copy.deepcopy(config), [5, 7, 9], device) is order
+    assert backward_order(config, (7, 5, 9), device).visits.tolist() != order.visits.tolist()
+    for other in (tiny_config(backward_scan="temporal"), tiny_config(backward_scan="spatial")):
+        fresh = backward_order(other, (5, 7, 9))  # of no device, and so not kept
+        assert torch.equal(backward_order(other, (5, 7, 9), device).visits, fresh.visits)
+    with FakeTensorMode():
+        assert isinstance(backward_order(config, (5, 7, 9), device).visits, FakeTensor)
+    assert backward_order(config, (5, 7, 9), torch.device("meta")).visits.is_meta
+    assert backward_order(config, (5, 7, 9), device) is order
 
 
 @pytest.mark.parametrize("class_token", ["first", "middle", "none"])
@@ -446,7 +464,15 @@ def test_round_trip_through_a_folder(tmp_path):
         (torch.zeros(1, 3, 4, 32, 32), "4 channels.*expects 3"),
         (torch.zeros(1, 4, 3, 32, 32, dtype=torch.uint8), "floating point.*uint8"),
         (torch.zeros(1, 4, 3, 32, 32, dtype=torch.complex64), "floating point.*complex64"),
-        (torch.zeros(1, 4, 3, 32, 32, dtype=torch.bool), "floating point.*bool"),
+        (torch.zeros(1, 4, 3, 32, 32, dtype=torch.bool), "floating point.*bool.*processor"),
+        *(
+            (torch.zeros(1, 4, 3, 32, 32).to(kind), rf"16 bits or more, got {kind}\. Convert .*to\(torch.bfloat16\)")
+            for kind in (torch.float8_e4m3fn, torch.float8_e5m2)
+        ),
+        (torch.zeros(1, 4, 3, 32, 32).to_sparse(), r"dense, got the layout torch.sparse_coo: call `to_dense\(\)`"),
+        (torch.zeros(1, 96, 128).to_sparse_csr(), r"dense, got the layout torch.sparse_csr: call `to_dense\(\)`"),
+        (torch.nested.nested_tensor([torch.zeros(4, 3, 32, 32)]), "one dense tensor, got a nested one. Stack"),
+        (torch.zeros(1, 4, 3, 32, 32, device="meta"), "device meta.*holds no frames.* on the model's device.*'cpu'"),
         (torch.zeros(0, 4, 3, 32, 32), r"\(0, 4, 3, 32, 32\) holds no clip"),
         (None, "must be a `torch.Tensor`, got NoneType.*processor"),
         ([[0.0]], "must be a `torch.Tensor`, got list"),
@@ -603,11 +629,16 @@ def test_floating_point_operations_of_a_batch():
     assert model.floating_point_ops({"pixel_values": clip(batch=1, frames=8)}) == 6 * longer["macs"]
 
 
+whole_model_on_disk = pytest.mark.skipif(
+    not is_accelerate_available("1.15.0"), reason="Accelerate before 1.15 refuses a device_map of the disk alone"
+)
+
+
 @pytest.mark.parametrize("options", [{}, {"backward_scan": "spatial", "position_embedding_type": "sinusoidal"}])
 @pytest.mark.parametrize(
     "device_map",
     [
-        {"": "disk"},
+        pytest.param({"": "disk"}, marks=whole_model_on_disk),
         {"videomamba": "disk", "classifier": "cpu"},
         {"videomamba.embeddings": "disk", "videomamba.norm": "cpu", "classifier": "disk"}
         | {"videomamba.layers.0": "cpu", "videomamba.layers.1": "disk"},

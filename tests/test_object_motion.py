@@ -214,7 +214,7 @@ def make(*arguments):
     """Runs the script as a user does."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["make_object_motion_clips.py", *map(str, arguments)])
-        clip_generation.make_data_set(clips.__doc__, clips.LABELS, clips.make_clip, clips.PICTURES_PER_CLIP, 0.2)
+        clip_generation.make_data_set(clips.parse_arguments(), clips.LABELS, clips.make_clip, clips.PICTURES_PER_CLIP)
 
 
 def shown(folder):

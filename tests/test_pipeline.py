@@ -173,6 +173,16 @@ def test_bad_video_configuration_stops_the_pipeline(repository, tmp_path, change
     assert len(said) == 1 and (next(iter(change)) if change else "not a valid JSON") in said[0]
 
 
+def test_a_saved_fps_stops_the_pipeline(repository, clips, tmp_path):
+    """A pipeline names the config's `num_frames` in every call: frames that are not those of processor and model."""
+    folder = tmp_path / "by rate"
+    shutil.copytree(repository, folder)
+    file = folder / "video_preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_frames": None, "fps": 5}))
+    with pytest.raises(ValueError, match="saved to sample 5 frames a second, and `num_frames`=4 was asked for"):
+        pipeline("video-classification", model=str(folder))(clips[0])
+
+
 class Malicious:
     def __reduce__(self):
         return os.mkdir, (self.folder,)

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_videomamba import (
     VideoMambaConfig,
@@ -288,6 +289,61 @@ def test_whoever_looks_on_sees_an_operator(on_cpu):
     assert not runtime.nobody_looks_on(tensors)
     with torch.no_grad():
         assert runtime.nobody_looks_on(tensors)
+
+
+class SeenOperators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("order", ["reversal", "spatial"])
+def test_autograd_alone_gets_the_gradients_of_the_operator(on_cpu, order):
+    """Bit for bit, also where weights are of another type than the activations, and where something is unused."""
+    on_cpu(1)
+    tensors, _ = make_inputs(1, 21, 24, torch.float32)
+    weight = torch.randn(12, 24, generator=torch.Generator().manual_seed(1))
+    tensors = [tensors[0].to(torch.bfloat16), *tensors[1:], weight]
+    grad = torch.randn(1, 21, 12, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+
+    def gradients():
+        leaves = [t.detach().clone().requires_grad_(index != 5) for index, t in enumerate(tensors)]
+        *inputs, out_proj_weight = leaves
+        out = selective_scan_cuda.bidirectional_selective_scan(
+            *inputs, order=make_order(order, 21), out_proj_weight=out_proj_weight
+        )
+        out.backward(grad)
+        return out, leaves
+
+    out, leaves = gradients()
+    assert "videomamba" not in out.grad_fn.name()
+    with SeenOperators() as seen:
+        expected_out, expected = gradients()
+    assert {n.split("::")[1] for n in seen.names if n.startswith("videomamba::")} == {
+        "bidirectional_scan_cuda",
+        "bidirectional_scan_cuda_backward",
+    }
+    assert torch.equal(out, expected_out)
+    for index, (found, wanted) in enumerate(zip(leaves, expected, strict=True)):
+        if index == 5:
+            assert found.grad is wanted.grad is None
+        else:
+            assert found.grad.dtype == found.dtype and found.grad.abs().max() > 0
+            assert torch.equal(found.grad, wanted.grad), index
+
+
+def test_second_derivatives_are_refused(on_cpu):
+    on_cpu(1)
+    (xz, *parameters), _ = make_inputs(1, 18, 24, torch.float32)
+    xz.requires_grad_()
+    out = selective_scan_cuda.bidirectional_selective_scan(xz, *parameters)
+    (gradient,) = torch.autograd.grad(out.square().sum(), xz, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 def test_a_parameter_of_another_shape_is_refused(on_cpu):

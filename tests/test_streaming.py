@@ -257,6 +257,17 @@ def test_models_that_cannot_stream(options, message):
     assert model.videomamba(clip()).step_pooler_output is None
 
 
+@pytest.mark.parametrize("window", [None, 2])
+def test_means_of_steps_are_left_out_where_nobody_reads_them(window):
+    """By the classifier of whole clips, whose logits stay the same."""
+    model, outputs = streaming_model(VideoMambaForVideoClassification, pooling_window=window), []
+    model.videomamba.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    logits, steps = model(clip()).logits, model.videomamba(clip()).step_pooler_output
+    assert (outputs[0].step_pooler_output is None) == (window is None)
+    assert steps.shape == (2, clip().shape[1] // model.config.tubelet_size, model.config.hidden_size)
+    torch.testing.assert_close(model.classifier(steps[:, -1]), logits)
+
+
 # ---- training
 
 

@@ -1,4 +1,7 @@
-"""Scripts whose workers are spawned, as on Windows and macOS: what reads clips travels to them as a pickle."""
+"""
+Scripts whose workers are spawned, as on Windows and macOS, or come from a fork server, as with Python 3.14 on Linux:
+what reads clips travels to them as a pickle.
+"""
 
 import os
 import subprocess
@@ -9,17 +12,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassification, VideoMambaImageProcessor
+from modeling_videomamba import (
+    VideoMambaConfig,
+    VideoMambaForVideoClassification,
+    VideoMambaForVideoFrameClassification,
+    VideoMambaImageProcessor,
+)
 from training_clips import NAMES, tiny_processor
 
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+CAMERA_MOTION = ROOT / "model_cards" / "videomamba-tiny-camera-motion"
 
 # As Python runs a script, whose file the workers import anew.
 RUN = """
 import multiprocessing, runpy, sys
-multiprocessing.set_start_method("spawn")
 del sys.argv[0]
+multiprocessing.set_start_method(sys.argv.pop(0))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -29,10 +39,13 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """A tiny model of the two labels of the clips, with random weights."""
-    folder = tmp_path_factory.mktemp("a start")
+    return save_model(VideoMambaForVideoClassification, tmp_path_factory.mktemp("a start"))
+
+
+def save_model(kind, folder, **fields):
     config = {"hidden_size": 16, "num_hidden_layers": 1, "image_size": 32, "num_frames": 4}
     config |= {"id2label": dict(enumerate(NAMES)), "label2id": {name: number for number, name in enumerate(NAMES)}}
-    VideoMambaForVideoClassification(VideoMambaConfig(**config)).save_pretrained(folder)
+    kind(VideoMambaConfig(**config | fields)).save_pretrained(folder)
     processor = tiny_processor()
     processor.save_pretrained(folder)
     VideoMambaImageProcessor(size=processor.size, crop_size=processor.crop_size).save_pretrained(folder)
@@ -40,12 +53,16 @@ def start(tmp_path_factory):
 
 
 def command(script, bars, start, output):
-    """Its flags, for as little work as there can be."""
+    """Its flags, for two workers and as little work as there can be."""
     model, folders = ["--model_name_or_path", start], ["--validation_dir", bars / "validation"]
-    trainer = ["--use_cpu", "--max_steps", 1, "--report_to", "none", "--dataloader_num_workers", 1]
-    whole = ["--train_dir", bars / "train", *folders, "--output_dir", output, "--dataloader_num_workers", 1]
+    trainer = ["--use_cpu", "--max_steps", 1, "--report_to", "none", "--dataloader_num_workers", 2]
+    whole = ["--train_dir", bars / "train", *folders, "--output_dir", output, "--dataloader_num_workers", 2]
     whole += ["--use_cpu", "--max_steps", 1]
-    pictures = bars.parent / "pictures"
+    pictures, streams = bars.parent / "pictures", start.parent / "a stream"
+    if script == "made_clips/measure_streaming.py":
+        stream = {"backward_scan": "spatial", "position_embedding_type": "none", "class_token_position": "none"}
+        save_model(VideoMambaForVideoFrameClassification, streams, **stream)
+    make = [pictures, output, "--clips_per_label", 1, "--num_workers", 2]
     return {
         "training/finetune.py": [*model, "--dataset", bars, "--output_dir", output, *trainer, "--eval_strategy", "no"]
         + ["--save_strategy", "no", "--load_best_model_at_end", "False"],
@@ -56,8 +73,14 @@ def command(script, bars, start, output):
         "training/run_image_classification.py": ["--dataset", pictures, "--output_dir", output, *trainer]
         + ["--config_overrides", "hidden_size=16,num_hidden_layers=1,image_size=32", "--eval_strategy", "no"],
         "training/distill_video_classification.py": ["--data", bars / "train", "--teacher", start, "--student", start]
-        + ["--output_dir", output, "--epochs", 1, "--num_workers", 1],
+        + ["--output_dir", output, "--epochs", 1, "--num_workers", 2],
         "tools/classify_clips.py": [bars / "validation", "--model", start, "--output", output, "--num_workers", 2],
+        "made_clips/make_camera_motion_clips.py": make,
+        "made_clips/make_object_motion_clips.py": [*make, "--held_out", 0],
+        "made_clips/measure_camera_motion.py": [pictures, "--model", CAMERA_MOTION, "--output", output]
+        + ["--clips_per_label", 1, "--num_workers", 2],
+        "made_clips/measure_streaming.py": [bars / "train", "--model", streams, "--minutes", 0.1, "--streams", 2]
+        + ["--num_workers", 2],
     }[script]
 
 
@@ -71,6 +94,7 @@ def pictures(bars):
                 Image.fromarray(np.full((40, 40, 3), 100 * number + count, np.uint8)).save(folder / f"{count}.png")
 
 
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
 @pytest.mark.parametrize(
     "script",
     [
@@ -81,16 +105,23 @@ def pictures(bars):
         "training/run_image_classification.py",
         "training/distill_video_classification.py",
         "tools/classify_clips.py",
+        "made_clips/make_camera_motion_clips.py",
+        "made_clips/make_object_motion_clips.py",
+        "made_clips/measure_camera_motion.py",
+        "made_clips/measure_streaming.py",
     ],
 )
-def test_workers_that_are_spawned(script, bars, pictures, start, tmp_path):
+def test_two_workers_that_are_not_forked(script, method, bars, pictures, start, tmp_path):
     paths = [str((EXAMPLES / script).parent), str(EXAMPLES.parent)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     environment["VIDEOMAMBA_SCAN_BACKEND"] = "torch"
     arguments = command(script, bars, start, tmp_path / "out two")
     done = subprocess.run(
-        [sys.executable, "-c", RUN, str(EXAMPLES / script), *map(str, arguments)],
+        [sys.executable, "-c", RUN, method, str(EXAMPLES / script), *map(str, arguments)],
         **{"env": environment, "capture_output": True, "text": True, "timeout": 280, "cwd": tmp_path},
     )
     assert done.returncode == 0, done.stderr
-    assert any((tmp_path / "out two").iterdir())
+    if script == "made_clips/measure_streaming.py":
+        assert "on 8 clips" in done.stdout and "| last minute |" in done.stdout
+    else:
+        assert any((tmp_path / "out two").iterdir())

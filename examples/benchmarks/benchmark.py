@@ -28,8 +28,45 @@ import math
 import os
 import platform
 import statistics
+import sys
 import time
 from pathlib import Path
+
+
+PRECISIONS = ["bfloat16", "float32"]
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", help="default: a GPU if there is one")
+    parser.add_argument("--frames", type=int, nargs="+", help="default: 8 to 2048 on a GPU, 16 64 on a CPU")
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=PRECISIONS,
+        default=PRECISIONS,
+        help="for inference on a GPU",
+    )
+    parser.add_argument(
+        "--compiled",
+        nargs="*",
+        default=["VideoMamba-S", "VideoMAE-S"],
+        metavar="MODEL",
+        help="models to time with torch.compile too, on a GPU",
+    )
+    parser.add_argument("--compiled-frames", type=int, nargs="*", default=[16, 64, 256, 1024], help="for --compiled")
+    parser.add_argument(
+        "--compiled-training-frames", type=int, nargs="*", default=[16, 64], help="of these, for training"
+    )
+    parser.add_argument("--no-training", action="store_true")
+    parser.add_argument("--warmup", type=int, help="default: 2 steps on a GPU, 1 on a CPU")
+    parser.add_argument("--repeats", type=int, help="default: 10 steps on a GPU, 4 on a CPU")
+    parser.add_argument("--output", type=Path, default=Path("results"), metavar="FOLDER")
+    return parser.parse_args()
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    parse_arguments()  # before the imports below, which take seconds
 
 import torch
 import transformers
@@ -47,7 +84,6 @@ TINY = Path(__file__).resolve().parents[2] / "model_cards" / "videomamba-tiny-ca
 LENGTHS = [8, 16, 32, 64, 128, 256, 512, 1024, 2048]
 FRAMES_OF_A_BATCH, MOST_CLIPS, MOST_TRAINED = 1024, 64, 16
 MOST_FRAMES_IN_FLOAT32 = 512  # beyond, one step of VideoMAE takes seconds
-PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 COLUMNS = ["task", "model", "precision", "mode", "frames", "batch"]
 COLUMNS += ["median_ms", "min_ms", "max_ms", "clips_per_s", "peak_gib"]
 STYLE = {"VideoMamba-S": "C0", "VideoMamba-S (mamba_ssm)": "C3", "VideoMAE-S": "C1", "Swin3D-T": "C2"}
@@ -124,7 +160,7 @@ def run_case(task, name, precision, mode, frames, batch, arguments):
     torch.manual_seed(0)
     torch._dynamo.reset()
     training = task == "training"
-    dtype = torch.float32 if training else PRECISIONS[precision]
+    dtype = torch.float32 if training else getattr(torch, precision)
     model, forward = MODELS[name.split(" (")[0]](frames)
     model.to(device, dtype).train(training)
     clips = torch.randn(batch, frames, 3, SIZE, SIZE, device=device, dtype=dtype)
@@ -392,32 +428,8 @@ def print_ratios(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--frames", type=int, nargs="+", help="default: 8 to 2048 on a GPU, 16 64 on a CPU")
-    parser.add_argument(
-        "--precisions",
-        nargs="+",
-        choices=list(PRECISIONS),
-        default=list(PRECISIONS),
-        help="for inference on a GPU",
-    )
-    parser.add_argument(
-        "--compiled",
-        nargs="*",
-        default=["VideoMamba-S", "VideoMAE-S"],
-        metavar="MODEL",
-        help="models to time with torch.compile too, on a GPU",
-    )
-    parser.add_argument("--compiled-frames", type=int, nargs="*", default=[16, 64, 256, 1024], help="for --compiled")
-    parser.add_argument(
-        "--compiled-training-frames", type=int, nargs="*", default=[16, 64], help="of these, for training"
-    )
-    parser.add_argument("--no-training", action="store_true")
-    parser.add_argument("--warmup", type=int, help="default: 2 steps on a GPU, 1 on a CPU")
-    parser.add_argument("--repeats", type=int, help="default: 10 steps on a GPU, 4 on a CPU")
-    parser.add_argument("--output", type=Path, default=Path("results"), metavar="FOLDER")
-    arguments = parser.parse_args()
+    arguments = parse_arguments()
+    arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     gpu = arguments.device.startswith("cuda")
     defaults = {"frames": LENGTHS, "warmup": 3, "repeats": 10}
     if not gpu:
@@ -427,7 +439,7 @@ def main():
             setattr(arguments, name, value)
     unknown = set(arguments.compiled) - set(MODELS)
     if unknown:
-        parser.error(f"--compiled: no model {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
+        sys.exit(f"--compiled: no model {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
     arguments.output.mkdir(parents=True, exist_ok=True)
     processor = torch.cuda.get_device_name() if gpu else cpu_name()
     title = (

@@ -15,9 +15,27 @@ import importlib
 import multiprocessing
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("clips", nargs="*", help="files; made clips of eight sizes if none is given")
+    parser.add_argument(
+        "--decoder", choices=["pyav", "torchcodec", "decord"], help="the first that can be used if not given"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=11, help="of which the median is printed; with --spread the least"
+    )
+    parser.add_argument("--spread", type=int, nargs="+", help="compare the decoders by so many frames of each clip")
+    return parser.parse_args()
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    parse_arguments()  # before the imports below, which take seconds
 
 import av
 import numpy as np
@@ -118,16 +136,7 @@ def run(context, function, *args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("clips", nargs="*", help="files; made clips of eight sizes if none is given")
-    parser.add_argument(
-        "--decoder", choices=["pyav", "torchcodec", "decord"], help="the first that can be used if not given"
-    )
-    parser.add_argument(
-        "--repeats", type=int, default=11, help="of which the median is printed; with --spread the least"
-    )
-    parser.add_argument("--spread", type=int, nargs="+", help="compare the decoders by so many frames of each clip")
-    args = parser.parse_args()
+    args = parse_arguments()
     context = multiprocessing.get_context()
     if args.spread:
         return compare_spread(context, args.clips, args.spread, args.repeats)

@@ -22,10 +22,31 @@ A road that cannot run here has no figure, and the reason is printed.
 import argparse
 import csv
 import os
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, help="of clips, .mp4")
+    parser.add_argument("--made", nargs="*", default=[], metavar="WIDTHxHEIGHT", help="sizes of clips to make")
+    parser.add_argument("--compare", action="store_true", help="time the pipelines and the plain loop, too")
+    parser.add_argument("--nvdec", action="store_true", help="time decoding on the GPU through torchcodec, too")
+    parser.add_argument("--decoder", default="decord", choices=["decord", "torchcodec"], help="of the plain loop")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count())
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--dtype", default="bfloat16", help="of the models")
+    parser.add_argument("--device", help="default: a GPU if there is one")
+    parser.add_argument("--seconds", type=float, default=5, help="that decoding alone is to take")
+    parser.add_argument("--output", type=Path, help="a CSV file")
+    return parser.parse_args()
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    parse_arguments()  # before the imports below, which take seconds
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -241,20 +262,8 @@ def measure(name, files, models, arguments):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, help="of clips, .mp4")
-    parser.add_argument("--made", nargs="*", default=[], metavar="WIDTHxHEIGHT", help="sizes of clips to make")
-    parser.add_argument("--compare", action="store_true", help="time the pipelines and the plain loop, too")
-    parser.add_argument("--nvdec", action="store_true", help="time decoding on the GPU through torchcodec, too")
-    parser.add_argument("--decoder", default="decord", choices=["decord", "torchcodec"], help="of the plain loop")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count())
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--dtype", default="bfloat16", help="of the models")
-    parser.add_argument("--device", type=torch.device, help="the GPU if there is one")
-    parser.add_argument("--seconds", type=float, default=5, help="that decoding alone is to take")
-    parser.add_argument("--output", type=Path, help="a CSV file")
-    arguments = parser.parse_args()
-    arguments.device = arguments.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parse_arguments()
+    arguments.device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     models = {"VideoMamba-S": videomamba(FRAMES)[0], "VideoMAE-S": videomae(FRAMES)[0]}
     for model in models.values():
         model.to(arguments.device, getattr(torch, arguments.dtype)).eval()

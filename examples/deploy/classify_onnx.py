@@ -5,9 +5,21 @@ pip install onnxruntime av pillow numpy
 python classify_onnx.py videomamba-onnx clip.mp4
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="the folder that export_onnx.py wrote")
+    parser.add_argument("video", help="a video file")
+    return parser.parse_args()
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    parse_arguments()  # before the imports below, of packages that may be missing
 
 import av
 import numpy as np
@@ -66,13 +78,11 @@ def read_clip(video, settings):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    folder = Path(sys.argv[1])
-    labels = json.loads((folder / "config.json").read_text(encoding="utf-8"))["id2label"]
-    settings = json.loads((folder / "video_preprocessor_config.json").read_text(encoding="utf-8"))
-    session = onnxruntime.InferenceSession(folder / "model.onnx")
-    (logits,) = session.run(["logits"], {"pixel_values": read_clip(sys.argv[2], settings)})
+    args = parse_arguments()
+    labels = json.loads((args.model / "config.json").read_text(encoding="utf-8"))["id2label"]
+    settings = json.loads((args.model / "video_preprocessor_config.json").read_text(encoding="utf-8"))
+    session = onnxruntime.InferenceSession(args.model / "model.onnx")
+    (logits,) = session.run(["logits"], {"pixel_values": read_clip(args.video, settings)})
     scores = np.exp(logits[0] - logits[0].max())
     for label in np.argsort(-scores)[:3]:
         print(f"{scores[label] / scores.sum():6.1%}  {labels[str(label)]}")

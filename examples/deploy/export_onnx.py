@@ -18,6 +18,22 @@ import sys
 import tempfile
 from pathlib import Path
 
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a folder or a Hub repository")
+    parser.add_argument("output", type=Path, help="folder to write")
+    parser.add_argument("--any_length", action="store_true", help="take clips of any number of frames")
+    parser.add_argument("--stream", action="store_true", help="write a step of a stream (docs/streaming.md)")
+    args = parser.parse_args()
+    if args.stream and args.any_length:
+        parser.error("--stream takes one step at a time, and --any_length whole clips: give one of the two")
+    return args
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    parse_arguments()  # before the imports below, which take seconds
+
 import numpy as np
 import torch
 from transformers import AutoModelForVideoClassification, AutoVideoProcessor
@@ -167,15 +183,7 @@ def largest_difference_of_streams(model, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a folder or a Hub repository")
-    parser.add_argument("output", type=Path, help="folder to write")
-    parser.add_argument("--any_length", action="store_true", help="take clips of any number of frames")
-    parser.add_argument("--stream", action="store_true", help="write a step of a stream (docs/streaming.md)")
-    args = parser.parse_args()
-    if args.stream and args.any_length:
-        parser.error("--stream takes one step at a time, and --any_length whole clips: give one of the two")
-
+    args = parse_arguments()
     model = AutoModelForVideoClassification.from_pretrained(args.model, dtype=torch.float32).eval()
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "model.onnx"

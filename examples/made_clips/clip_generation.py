@@ -1,6 +1,5 @@
 """What the generators of labelled clips share: pictures in, a hand that shakes, the look of the film, H.264 out."""
 
-import argparse
 import contextlib
 import functools
 import json
@@ -268,47 +267,18 @@ def plan_jobs(scenery, output, split, labels, clips_per_label, drawn_fraction, s
     return jobs
 
 
-def make_data_set(description, labels, make_clip, pictures_per_clip=1, held_out=0.0, storages=()):
+def make_data_set(arguments, labels, make_clip, pictures_per_clip=1):
     """
-    The command line of a generator: makes the clips of one split, in several processes.
+    Makes the clips of one split, in several processes.
 
     Args:
-        description (`str`): of the script, for `--help`.
+        arguments (`argparse.Namespace`): from `clip_arguments.parse_arguments`.
         labels (`tuple[str]`): the classes.
-        make_clip (`Callable`): makes the clip of one job of `plan_jobs`; a function of a module.
+        make_clip (`Callable`): makes the clip of one job of `plan_jobs`; a function of a module. It takes `storage`
+            if the arguments have it.
         pictures_per_clip (`int`): picture files that a clip needs.
-        held_out (`float`): default of `--held_out`.
-        storages (`tuple[str]`): what `--storage` can be, the default first; `make_clip` takes it as `storage`.
     """
-    parser = argparse.ArgumentParser(description=description.split("\n")[0])
-    parser.add_argument("scenery", help="Folder of still images or videos, and its sub-folders.")
-    parser.add_argument("output", type=Path, help="Folder of the data set; the clips go to OUTPUT/SPLIT/LABEL/.")
-    parser.add_argument("--split", default="train", choices=["train", "validation", "test"])
-    parser.add_argument(
-        "--clips_per_label", type=int, default=100, help=f"There are {len(labels)} labels. (default: %(default)s)"
-    )
-    parser.add_argument("--drawn_fraction", type=float, default=0.0, help="Share of clips over drawn pictures.")
-    parser.add_argument(
-        "--held_out",
-        type=float,
-        default=held_out,
-        help="Share of the pictures, chosen by name, that only the other splits than train show; 0 if each split "
-        "has a folder of its own. (default: %(default)s)",
-    )
-    if storages:
-        parser.add_argument("--storage", default=storages[0], choices=storages, help="Rates of the files.")
-    parser.add_argument("--seed", type=int, default=0, help="The same seed makes the same clips.")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="Processes that make clips.")
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument("--resume", action="store_true", help="Keep existing clips and make the missing ones.")
-    group.add_argument("--overwrite", action="store_true", help="Delete OUTPUT/SPLIT first.")
-    arguments = parser.parse_args()
-
-    if arguments.clips_per_label < 1 or arguments.num_workers < 1:
-        parser.error("--clips_per_label and --num_workers must be at least 1.")
-    if not 0 <= arguments.drawn_fraction <= 1 or not 0 <= arguments.held_out < 1:
-        parser.error("--drawn_fraction must be from 0 to 1, --held_out from 0 to below 1.")
-    if storages:
+    if "storage" in arguments:
         make_clip = functools.partial(make_clip, storage=arguments.storage)
     try:
         scenery = hold_out(find_scenery(arguments.scenery), arguments.split, arguments.held_out)

@@ -14,6 +14,19 @@ import random
 import sys
 from pathlib import Path
 
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("clips", type=Path, help="folder with one folder of clips for each label")
+    parser.add_argument("film", type=Path, help="the MP4 file to write")
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--seed", type=int, default=0, help="the same seed joins the same clips in the same order")
+    return parser.parse_args()
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    parse_arguments()  # before the imports below, which take seconds
+
 import av
 import numpy as np
 from PIL import Image, ImageOps
@@ -62,13 +75,7 @@ def join_clips(clips, film, seconds, width=320, height=240, rate=24, seed=0):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("clips", type=Path, help="folder with one folder of clips for each label")
-    parser.add_argument("film", type=Path, help="the MP4 file to write")
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--seed", type=int, default=0, help="the same seed joins the same clips in the same order")
-    args = parser.parse_args()
-
+    args = parse_arguments()
     clips = sorted(path for path in args.clips.glob("*/*") if path.suffix.lower() in VIDEO_SUFFIXES)
     rate = 24
     try:

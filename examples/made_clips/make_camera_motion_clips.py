@@ -17,6 +17,30 @@ files of as many frames a second or, with pictures repeated, of more, at even or
 """
 
 import math
+import sys
+
+import clip_arguments
+
+
+LABELS = (
+    "static",
+    "pan left",
+    "pan right",
+    "tilt up",
+    "tilt down",
+    "zoom in",
+    "zoom out",
+    "roll clockwise",
+    "roll counter-clockwise",
+)
+
+
+def parse_arguments():
+    return clip_arguments.parse_arguments(__doc__, LABELS, storages=("plain", "varied"))
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    parse_arguments()  # before the imports below, which take seconds
 
 import numpy as np
 import torch
@@ -36,18 +60,6 @@ from clip_generation import (
     write_clip,
 )
 
-
-LABELS = (
-    "static",
-    "pan left",
-    "pan right",
-    "tilt up",
-    "tilt down",
-    "zoom in",
-    "zoom out",
-    "roll clockwise",
-    "roll counter-clockwise",
-)
 
 # What the camera does in each label: the axis of its motion and the sign. The scenery has x to the right and y down.
 MOTIONS = {
@@ -254,4 +266,4 @@ def make_clip(job, storage="plain"):
 
 
 if __name__ == "__main__":
-    make_data_set(__doc__, LABELS, make_clip, storages=("plain", "varied"))
+    make_data_set(parse_arguments(), LABELS, make_clip)

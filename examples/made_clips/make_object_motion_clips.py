@@ -14,25 +14,9 @@ any number of workers, and `--resume` finishes an interrupted run. The file's `c
 """
 
 import math
+import sys
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image, ImageFilter
-from torchvision.transforms.v2.functional import resize
-
-from clip_generation import (
-    SHAKE,
-    WINDOW,
-    colour,
-    develop,
-    draw_look,
-    draw_scenery,
-    hand_shake,
-    make_data_set,
-    read_scenery,
-    write_clip,
-)
+import clip_arguments
 
 
 LABELS = (
@@ -53,6 +37,34 @@ LABELS = (
     "X is dropped",
     "X is thrown up",
 )
+
+
+def parse_arguments():
+    return clip_arguments.parse_arguments(__doc__, LABELS, held_out=0.2)
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    parse_arguments()  # before the imports below, which take seconds
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageFilter
+from torchvision.transforms.v2.functional import resize
+
+from clip_generation import (
+    SHAKE,
+    WINDOW,
+    colour,
+    develop,
+    draw_look,
+    draw_scenery,
+    hand_shake,
+    make_data_set,
+    read_scenery,
+    write_clip,
+)
+
 
 # Each label whose clips, played backwards, show the other one. Of the two left, a hit played backwards is a hit in
 # which X and Y have traded places, and what stops before Y would start beside Y.
@@ -358,4 +370,4 @@ def make_clip(job):
 
 
 if __name__ == "__main__":
-    make_data_set(__doc__, LABELS, make_clip, PICTURES_PER_CLIP, held_out=0.2)
+    make_data_set(parse_arguments(), LABELS, make_clip, PICTURES_PER_CLIP)

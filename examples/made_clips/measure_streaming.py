@@ -13,6 +13,25 @@ import os
 import sys
 from pathlib import Path
 
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("clips", type=Path, help="Folder with a folder of clips for each label.")
+    parser.add_argument("--model", required=True, help="Folder or Hub repository of a model that can stream.")
+    parser.add_argument("--count", type=int, default=540, help="Clips to take. Default: %(default)s.")
+    parser.add_argument(
+        "--minutes", type=float, default=60.0, help="Length of the long streams. Default: %(default)s."
+    )
+    parser.add_argument("--streams", type=int, default=8, help="Long streams at once. Default: %(default)s.")
+    parser.add_argument("--batch_size", type=int, default=16, help="Default: %(default)s.")
+    parser.add_argument("--seed", type=int, default=0, help="Order of the clips. Default: %(default)s.")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="Processes that read clips.")
+    return parser.parse_args()
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    parse_arguments()  # before the imports below, which take seconds
+
 import torch
 from tqdm import tqdm
 from transformers import AutoVideoProcessor
@@ -108,19 +127,7 @@ def print_table(head, rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("clips", type=Path, help="Folder with a folder of clips for each label.")
-    parser.add_argument("--model", required=True, help="Folder or Hub repository of a model that can stream.")
-    parser.add_argument("--count", type=int, default=540, help="Clips to take. Default: %(default)s.")
-    parser.add_argument(
-        "--minutes", type=float, default=60.0, help="Length of the long streams. Default: %(default)s."
-    )
-    parser.add_argument("--streams", type=int, default=8, help="Long streams at once. Default: %(default)s.")
-    parser.add_argument("--batch_size", type=int, default=16, help="Default: %(default)s.")
-    parser.add_argument("--seed", type=int, default=0, help="Order of the clips. Default: %(default)s.")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="Processes that read clips.")
-    args = parser.parse_args()
-
+    args = parse_arguments()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = VideoMambaForVideoFrameClassification.from_pretrained(args.model).to(device).eval()
     processor = AutoVideoProcessor.from_pretrained(args.model)

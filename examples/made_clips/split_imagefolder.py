@@ -8,19 +8,28 @@ The split is fixed: in each class, the first pictures in the order of the SHA-25
 
 import argparse
 import hashlib
+import sys
 from pathlib import Path
 
-from PIL import Image, ImageOps
 
-
-def main():
+def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="folder with a sub-folder of pictures for each class")
     parser.add_argument("output", type=Path, help="folder to write")
     parser.add_argument("--train_per_class", type=int, default=30, help="default: %(default)s")
     parser.add_argument("--shortest_edge", type=int, default=128, help="larger pictures shrink (default: %(default)s)")
     parser.add_argument("--quality", type=int, default=90, help="JPEG quality (default: %(default)s)")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    parse_arguments()  # before the imports below, which take seconds
+
+from PIL import Image, ImageOps
+
+
+def main():
+    args = parse_arguments()
     classes = sorted(path for path in args.source.iterdir() if path.is_dir()) if args.source.is_dir() else []
     if not classes:
         raise SystemExit(f"error: {args.source} has no sub-folders: one for each class was expected.")

@@ -17,6 +17,29 @@ import os
 import sys
 from pathlib import Path
 
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("video", help="A video file.")
+    parser.add_argument("--model_name_or_path", required=True, help="Folder or Hub repository of the classifier.")
+    parser.add_argument("--trust_remote_code", action="store_true", help="Run the code that comes with the model.")
+    parser.add_argument(
+        "--layers", type=int, nargs="+", help="Layers to draw, from 0; -1 is the last. Default: four, spread evenly."
+    )
+    parser.add_argument(
+        "--direction",
+        default="mean",
+        choices=("mean", "forward", "backward"),
+        help="Which Δ (default: mean of both).",
+    )
+    parser.add_argument("--label", help="Label of the reading map (default: the predicted one).")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the picture and the videos.")
+    return parser.parse_args()
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    parse_arguments()  # before the imports below, which take seconds
+
 import av
 import numpy as np
 import torch
@@ -174,23 +197,7 @@ def delta_map(model, pixel_values, layers, direction="mean"):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("video", help="A video file.")
-    parser.add_argument("--model_name_or_path", required=True, help="Folder or Hub repository of the classifier.")
-    parser.add_argument("--trust_remote_code", action="store_true", help="Run the code that comes with the model.")
-    parser.add_argument(
-        "--layers", type=int, nargs="+", help="Layers to draw, from 0; -1 is the last. Default: four, spread evenly."
-    )
-    parser.add_argument(
-        "--direction",
-        default="mean",
-        choices=("mean", "forward", "backward"),
-        help="Which Δ (default: mean of both).",
-    )
-    parser.add_argument("--label", help="Label of the reading map (default: the predicted one).")
-    parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the picture and the videos.")
-    args = parser.parse_args()
-
+    args = parse_arguments()
     if not os.path.isfile(args.video):
         sys.exit(f"There is no file {args.video}.")
     trust = {"trust_remote_code": args.trust_remote_code}

@@ -18,6 +18,21 @@ import os
 import sys
 from pathlib import Path
 
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", required=True, help="Folder or Hub repository of the classifier.")
+    parser.add_argument("--trust_remote_code", action="store_true", help="Run the code that comes with the model.")
+    parser.add_argument("--clips", required=True, help="Folder of video files, and its sub-folders.")
+    parser.add_argument("--max_clips", type=int, default=96, help="(default: %(default)s)")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the table and the picture.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the random orders. (default: 0)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    parse_arguments()  # before the imports below, which take seconds
+
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -176,15 +191,7 @@ def plot(results, path, title):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", required=True, help="Folder or Hub repository of the classifier.")
-    parser.add_argument("--trust_remote_code", action="store_true", help="Run the code that comes with the model.")
-    parser.add_argument("--clips", required=True, help="Folder of video files, and its sub-folders.")
-    parser.add_argument("--max_clips", type=int, default=96, help="(default: %(default)s)")
-    parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the table and the picture.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the random orders. (default: 0)")
-    args = parser.parse_args()
-
+    args = parse_arguments()
     paths, trust = find_clips(args.clips, args.max_clips), {"trust_remote_code": args.trust_remote_code}
     model = AutoModelForVideoClassification.from_pretrained(args.model_name_or_path, **trust)
     if not hasattr(model, "delta_maps"):

@@ -11,7 +11,22 @@ of a model add up to 1; the number over a frame is the frame's share. The colour
 
 import argparse
 import os
+import sys
 from pathlib import Path
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", required=True, help="Folders or Hub repositories of trained models.")
+    parser.add_argument("--clips", required=True, help="Folder of video files, and its sub-folders.")
+    parser.add_argument("--max_clips", type=int, default=16, help="(default: %(default)s)")
+    parser.add_argument("--output", type=Path, required=True, help="The PNG file to write.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the random weights. (default: 0)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    parse_arguments()  # before the imports below, which take seconds
 
 import numpy as np
 import torch
@@ -77,14 +92,7 @@ def figure(fields, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", required=True, help="Folders or Hub repositories of trained models.")
-    parser.add_argument("--clips", required=True, help="Folder of video files, and its sub-folders.")
-    parser.add_argument("--max_clips", type=int, default=16, help="(default: %(default)s)")
-    parser.add_argument("--output", type=Path, required=True, help="The PNG file to write.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the random weights. (default: 0)")
-    args = parser.parse_args()
-
+    args = parse_arguments()
     paths, fields = find_clips(args.clips, args.max_clips), {}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for source in args.models:

@@ -10,6 +10,7 @@ a file of the server or an address either: clips are uploaded or recorded. Clips
 minutes.
 """
 
+import argparse
 import base64
 import contextlib
 import html
@@ -24,6 +25,15 @@ import threading
 import time
 from pathlib import Path
 
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="*", metavar="checkpoint", help="Hub repositories or folders")
+    return parser.parse_args()
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    parse_arguments()  # before the imports below, which take seconds
 
 # No word to anyone about visitors; and of the frames, no more at once than two visitors may have on a small machine.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -321,7 +331,8 @@ def launch(checkpoints, **options):
 
 
 def main():
-    named = sys.argv[1:] or [name.strip() for name in os.environ.get("CHECKPOINTS", "").split(",") if name.strip()]
+    listed = os.environ.get("CHECKPOINTS", "").split(",")
+    named = parse_arguments().checkpoints or [name.strip() for name in listed if name.strip()]
     if not named:
         folders = [HERE / "checkpoint", HERE.parents[2] / "model_cards" / "videomamba-tiny-camera-motion"]
         named = [str(folder) for folder in folders if folder.is_dir()][:1]
