@@ -20,12 +20,21 @@ import tempfile
 from pathlib import Path
 
 
+RATES = (5, 8, 10, 12, 15, 24, 25, 30, 50, 60, 120)  # pictures a second
+FILE_RATES = (25, 30, 60)  # frames a second of files in which pictures repeat
+JITTER = 0.3  # frames are early or late by up to this share of the time between two
+MASTERS = (120, 50)  # rendered: each of RATES takes every n-th picture of one of them
+
+
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("scenery", help="Folder of still images or videos, and its sub-folders.")
     parser.add_argument("--model", required=True, nargs="+", help="Folders or Hub repositories.")
     parser.add_argument("--output", type=Path, required=True, help="Folder for the tables.")
     parser.add_argument("--clips_per_label", type=int, default=60, help="Default: %(default)s.")
+    parser.add_argument(
+        "--rates", type=int, nargs="+", default=RATES, choices=RATES, help="Rows of the table. Default: all."
+    )
     parser.add_argument("--held_out", type=float, default=0.0, help="As of make_camera_motion_clips.py.")
     parser.add_argument("--seed", type=int, default=0, help="The same seed makes the same clips.")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="Processes that make clips.")
@@ -50,15 +59,13 @@ from clip_generation import SHAKE, draw_scenery, find_scenery, hold_out, plan_jo
 from make_camera_motion_clips import AXES, LABELS, MOTIONS, draw_parameters, render
 
 
-RATES = (5, 8, 10, 12, 15, 24, 25, 30, 50, 60, 120)  # pictures a second
-FILE_RATES = (25, 30, 60)  # frames a second of files in which pictures repeat
-JITTER = 0.3  # frames are early or late by up to this share of the time between two
-MASTERS = (120, 50)  # rendered: each of RATES takes every n-th picture of one of them
+def master_of(rate):
+    return next(master for master in MASTERS if master % rate == 0)
 
 
-def ways():
+def ways(rates):
     """(name of the column, pictures a second, frames a second, jitter) of each way to store a clip."""
-    for rate in RATES:
+    for rate in rates:
         yield "own rate", rate, rate, 0.0
         for file_rate in FILE_RATES:
             if file_rate > rate:
@@ -103,7 +110,7 @@ def odd_clips(frames, parameters, seed):
     yield "strong hand shake, moving camera", {label}, film(parameters | {"shake": SHAKE})
 
 
-def read_all_ways(processors, job):
+def read_all_ways(processors, rates, job):
     """
     The number of a clip's label, and what each model sees of it, stored in each way and then of the odd clips: uint8
     (ways + odd, T, 3, H, W). And of each odd clip its kind and the labels that are right.
@@ -114,7 +121,7 @@ def read_all_ways(processors, job):
     parameters = draw_parameters(rng, label) | {"preset": "ultrafast"}
     frames = draw_scenery(rng) if scenery is None else read_scenery(scenery, scenery_seed)
     pictures = {}
-    for master in MASTERS:
+    for master in {master_of(rate) for rate in rates}:
         filmed = parameters | {"picture_rate": master}
         pictures[master] = list(render(frames, filmed, np.random.default_rng((*seed, 1))))
     clips, odd = [[] for _ in processors], []
@@ -126,8 +133,8 @@ def read_all_ways(processors, job):
                 clip = processor(f"{folder}/clip.mp4", return_tensors="pt", do_rescale=False, do_normalize=False)
                 seen.append(clip["pixel_values"][0].byte())
 
-        for _, rate, file_rate, jitter in ways():
-            master = next(master for master in MASTERS if master % rate == 0)
+        for _, rate, file_rate, jitter in ways(rates):
+            master = master_of(rate)
             stored = {"picture_rate": rate, "file_rate": file_rate, "jitter": jitter}
             store_and_read(pictures[master][:: master // rate], stored)
         for kind, right, filmed in odd_clips(frames, parameters, seed):
@@ -147,7 +154,7 @@ def classify(model, processor, clips):
     return [model.config.id2label[prediction] for prediction in predictions.tolist()], scores.tolist()
 
 
-def measure(names, jobs, num_workers):
+def measure(names, rates, jobs, num_workers):
     """
     A row a model, clip and way to store it: model, column, pictures a second, label, prediction, its score. And a row
     a model and odd clip: model, kind, right labels, prediction, its score.
@@ -155,13 +162,13 @@ def measure(names, jobs, num_workers):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = [AutoModelForVideoClassification.from_pretrained(name).eval().to(device) for name in names]
     processors = [AutoVideoProcessor.from_pretrained(name) for name in names]
-    rows, odd_rows, read = [], [], functools.partial(read_all_ways, processors)
+    rows, odd_rows, read = [], [], functools.partial(read_all_ways, processors, rates)
     with multiprocessing.get_context("spawn").Pool(num_workers) as pool:
         results = pool.imap_unordered(read, jobs)
         for label, odd, clips in tqdm(results, total=len(jobs), desc="clips", unit="clip", mininterval=5):
             for name, model, processor, seen in zip(names, models, processors, clips, strict=True):
                 found = list(zip(*classify(model, processor, seen), strict=True))
-                for (column, rate, *_), answer in zip(ways(), found[: -len(odd)], strict=True):
+                for (column, rate, *_), answer in zip(ways(rates), found[: -len(odd)], strict=True):
                     rows.append((name, column, rate, label, *answer))
                 for (kind, right), answer in zip(odd, found[-len(odd) :], strict=True):
                     odd_rows.append((name, kind, "|".join(sorted(right)), *answer))
@@ -173,7 +180,8 @@ def tabulate(results):
     """Accuracies in %, a row a rate, as Markdown."""
     right = results.assign(right=100.0 * (results["label"] == results["prediction"]))
     table = right.pivot_table(index="pictures a second", columns="column", values="right", aggfunc="mean")
-    table = table[["own rate", *(f"in {rate}" for rate in FILE_RATES), "uneven times"]]
+    columns = ["own rate", *(f"in {rate}" for rate in FILE_RATES), "uneven times"]
+    table = table[[column for column in columns if column in table]]
     lines = ["| " + " | ".join(["pictures a second", *table]) + " |", "| --- " * (1 + table.shape[1]) + "|"]
     for rate, row in table.iterrows():
         lines.append(f"| {rate} | " + " | ".join("" if np.isnan(value) else f"{value:.1f}" for value in row) + " |")
@@ -198,7 +206,7 @@ def main():
     scenery = hold_out(find_scenery(args.scenery), "validation", args.held_out)
     jobs = plan_jobs(scenery, args.output, "validation", LABELS, args.clips_per_label, 0.0, args.seed)
     args.output.mkdir(parents=True, exist_ok=True)
-    results, odd = measure(args.model, jobs, args.num_workers)
+    results, odd = measure(args.model, args.rates, jobs, args.num_workers)
     results.to_csv(args.output / "rates.csv", index=False, float_format="%.4f")
     odd.to_csv(args.output / "odd.csv", index=False, float_format="%.4f")
     tables = [
