@@ -396,8 +396,9 @@ def test_what_is_no_film_gets_a_sentence(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("streams", [False, True])
-def test_live_source(streams, streaming, tmp_path, monkeypatch, capsys):
+def test_live_source(streams, streaming, tmp_path, monkeypatch, capsys, request):
     """A camera that sends until it is asked to stop: after the first call, which warms up, and some lines."""
+    request.addfinalizer(functools.partial(torch.set_num_threads, torch.get_num_threads()))
     film = shots_film(tmp_path / "film.ts", [400], gop=25, b_frames=0)
     kind, calls = (StreamTagger, 9) if streams else (Tagger, 3)
     data, classified, classify = open(film, "rb").read(), [], kind.classify

@@ -156,8 +156,8 @@ def draw_accuracy(path, seen, fps):
     figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
     axes.plot(list(seen), [100 * value for value in seen.values()], marker="o", color="#0072b2")
     for frames, value in seen.items():
-        axes.annotate(f"{100 * value:.1f}", (frames, 100 * value), (0, -12), textcoords="offset points", ha="center")
-    axes.set(xlabel="frames seen", ylabel="accuracy (%)", xticks=list(seen), ylim=(None, 100))
+        axes.annotate(f"{100 * value:.1f}", (frames, 100 * value), (0, 7), textcoords="offset points", ha="center")
+    axes.set(xlabel="frames seen", ylabel="accuracy (%)", xticks=list(seen), ylim=(None, 101))
     axes.secondary_xaxis("top", (lambda x: x / fps, lambda x: x * fps)).set_xlabel("seconds")
     axes.grid(alpha=0.3)
     axes.spines["right"].set_visible(False)

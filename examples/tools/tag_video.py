@@ -366,6 +366,25 @@ class StreamTagger(Tagger):
         self.cache = None
 
     @torch.inference_mode()
+    def choose_threads(self):
+        """
+        On a CPU, one thread for single steps, unless several are much faster: they wait for one another many times in
+        a step, and on a busy machine that takes longer than the step.
+        """
+        size, seconds = self.processor.crop_size, {}
+        step = torch.zeros(1, self.tubelet, self.model.config.num_channels, size["height"], size["width"])
+        for threads in (torch.get_num_threads(), 1):
+            torch.set_num_threads(threads)
+            times = []
+            for _ in range(4):
+                started = time.perf_counter()
+                self.model(step, interpolate_pos_encoding=True, use_cache=True)
+                times.append(time.perf_counter() - started)
+            seconds[threads] = min(times)
+        threads = max(seconds)
+        torch.set_num_threads(threads if 1.5 * seconds[threads] < seconds[1] else 1)
+
+    @torch.inference_mode()
     def classify(self, clips):
         """Scores of the best labels after each of these next steps, a list of (tubelet, C, height, width)."""
         output = self.model(torch.cat(clips)[None], cache=self.cache, use_cache=True)
@@ -771,11 +790,12 @@ def stream_live(live, tagger, _):
 
 def tag_live(args, device):
     """Prints a line every `--step` seconds or after each step: time of day, label, score, latency, frames dropped."""
-    tagger = make_tagger(
-        args.model, device, 25, windows=args.windows
-    )  # first: a camera does not wait; and its kernels are compiled now
+    # First: a camera does not wait; and its kernels are compiled now.
+    tagger = make_tagger(args.model, device, 25, windows=args.windows)
     some = np.zeros((tagger.processor.num_frames, 64, 64, 3), np.uint8)
     tagger.classify([tagger.prepare(some)])
+    if tagger.streams and device == "cpu":
+        tagger.choose_threads()
     try:
         live = Live(args.live)
     except (OSError, IndexError) as error:
