@@ -183,10 +183,8 @@ def main():
     features = torch.cat([step_features(model, part)[0] for part in frames.split(args.batch_size)])
     report = [f"{args.model} on {len(labels)} clips of {args.clips}, {fps:g} frames a second, on {device}"]
     step, clip = time_steps(model, frames[0, 0])
-    threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
-    report.append(
-        f"One step takes {step:.1f} ms, a whole clip {clip:.1f} ms: {step / clip:.2f} of it (median{threads})."
-    )
+    threads = f" with {torch.get_num_threads()} threads" if device == "cpu" else ""
+    report.append(f"One step takes {step:.1f} ms{threads}, {step / clip:.2f} of a clip's {clip:.1f} ms (medians).")
     seen = accuracy_by_frames(model, features, labels)
     report.append(table(["frames seen", *seen], [["accuracy", *(f"{value:.1%}" for value in seen.values())]]))
 
