@@ -4,7 +4,7 @@ import importlib
 import traceback
 from bisect import bisect_left, bisect_right
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import itemgetter
 
 import numpy as np
@@ -49,7 +49,7 @@ class DecodedVideoMetadata(VideoMetadata):
             to what compression changes. Files whose pictures change less often than their frames have such frames.
     """
 
-    frame_times: np.ndarray | None = None
+    frame_times: np.ndarray | None = field(default=None, repr=False)  # printed by each check of types otherwise
     num_damaged_frames: int = 0
     num_repeated_frames: int = 0
 
