@@ -52,7 +52,8 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
 
     **Which frames.** With `sampling_fps`, `num_frames` frames at that many a second around the middle of the clip:
     those on screen at the wanted times, however many frames a second the file holds. Of a clip shorter than
-    `num_frames / sampling_fps` seconds, those on screen in the middles of `num_frames` equal parts.
+    `num_frames / sampling_fps` seconds, those on screen in the middles of `num_frames` equal parts. Of a file in which
+    half of these repeat the picture before, frames are taken again, as often as its pictures change.
 
     Without it, `num_frames` frames at a distance of `frame_stride`, from the middle of the clip (the paper: 16
     at stride 2, section 5.1). With `frame_stride=None` they are spread evenly over the whole clip, the first and the
@@ -226,7 +227,11 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
         if fps is not None:
             return _spread_by_time(getattr(metadata, "frame_times", None), total, num_frames)
         if sampling_fps is not None:
-            return _sample_by_time(_frame_times(metadata, sampling_fps), num_frames, sampling_fps)
+            times = _frame_times(metadata, sampling_fps)
+            repeated = getattr(metadata, "num_repeated_frames", 0)
+            if 2 * repeated >= num_frames:  # as often as pictures change
+                sampling_fps *= (num_frames - 1 - repeated) / (num_frames - 1)
+            return _sample_by_time(times, num_frames, sampling_fps)
         if frame_stride is not None:
             span = (num_frames - 1) * frame_stride + 1
             if span <= total:

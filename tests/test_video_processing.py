@@ -143,6 +143,26 @@ def test_repeated_pictures_are_told(tmp_path, options):
         assert metadata.num_repeated_frames == 0  # asked for more than once, which the indices say
 
 
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.avi"])
+def test_pictures_that_repeat_are_sampled_around(tmp_path, name):
+    """Of five pictures a second, eight frames at 20 a second show three; taken again, they show five or more."""
+    frames = [numbered_frame(i // 6) for i in range(180)]
+    path = write_video(tmp_path / name, frames, rate=30, codec="mpeg4" if name == "clip.avi" else "libx264")
+    processor = VideoMambaVideoProcessor(num_frames=8, sampling_fps=20)
+    frames, metadata = decode_video(path, processor.sample_frames)
+    assert metadata.num_repeated_frames < 4 and len(set(read_numbers(frames))) >= 5
+    inputs = processor(path, return_tensors="pt", return_metadata=True)
+    assert inputs["video_metadata"][0].frames_indices.tolist() == metadata.frames_indices.tolist()
+    frames, metadata = decode_video(path, lambda metadata: processor.sample_frames(metadata, frame_stride=1))
+    assert metadata.frames_indices.tolist() == list(range(86, 94))  # frames that are counted stay
+
+
+def test_still_scenes_repeat_nothing(tmp_path):
+    path = write_video(tmp_path / "clip.mp4", [numbered_frame(5)] * 40)
+    _, metadata = decode_video(path, VideoMambaVideoProcessor(num_frames=8, sampling_fps=5).sample_frames)
+    assert metadata.num_repeated_frames == 0 and metadata.frames_indices[1] - metadata.frames_indices[0] == 5
+
+
 def test_sampling_of_everything():
     processor = VideoMambaVideoProcessor(num_frames=None)
     assert processor.sample_frames(VideoMetadata(total_num_frames=5)).tolist() == [0, 1, 2, 3, 4]
