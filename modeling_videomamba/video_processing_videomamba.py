@@ -312,9 +312,10 @@ def _sample_by_time(metadata: VideoMetadata, num_frames: int, sampling_fps: floa
     if repeats is None:
         return at(sampling_fps)
     before, others = metadata.frames_indices, at(sampling_fps * max(1, (~repeats).sum()) / len(repeats))
+    later = np.concatenate([others[:1], others[:-1]])
     fill_tubelets = repeats[::2].mean() > 0.75 and repeats[1::2].mean() < 0.25
-    if fill_tubelets and before is not None and np.array_equal(others, before):
-        return np.concatenate([before[:1], before[:-1]])
+    if before is not None and (np.array_equal(before, later) or (fill_tubelets and np.array_equal(before, others))):
+        return later
     return others
 
 

@@ -157,12 +157,15 @@ def test_pictures_that_repeat_are_sampled_around(tmp_path, name):
     assert metadata.frames_indices.tolist() == list(range(86, 94))  # frames that are counted stay
 
 
+@pytest.mark.parametrize("sampling_fps", [6, 16])
 @pytest.mark.parametrize("rate", [5, 30])
-def test_no_picture_fills_each_tubelet_by_itself(tmp_path, rate):
+def test_no_picture_fills_each_tubelet_by_itself(tmp_path, rate, sampling_fps):
     """Eight pictures of 5 a second, sixteen frames wanted: each would fill a tubelet of two."""
     frames = [numbered_frame(i * 5 // rate) for i in range(8 * rate // 5)]
     path = write_video(tmp_path / "clip.mp4", frames, rate=rate, codec="libx264")
-    frames, metadata = decode_video(path, VideoMambaVideoProcessor(num_frames=16, sampling_fps=16).sample_frames)
+    frames, metadata = decode_video(
+        path, VideoMambaVideoProcessor(num_frames=16, sampling_fps=sampling_fps).sample_frames
+    )
     assert read_numbers(frames) == [0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7]
     assert metadata.repeats.tolist() == [True, True, *[False, True] * 6, False]
 
