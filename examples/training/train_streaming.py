@@ -60,14 +60,14 @@ from transformers import (
     set_seed,
 )
 
+from finetune import IGNORED, DecodeFailures
 from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoFrameClassification
 from modeling_videomamba.configuration_videomamba import unstreamable_reason
-from video_classification_data import DecodeFailures, Normalize, load_clips, match_labels, transform_clips
+from video_classification_data import load_clips, match_labels, transform_clips
 from video_classification_model import parameter_groups, save_for_users, write_results
 
 
 STREAMABLE = {"backward_scan": "spatial", "class_token_position": "none", "position_embedding_type": "spatial"}
-IGNORED = -100
 
 
 def load_streaming_model(name):
@@ -94,8 +94,8 @@ def load_streaming_model(name):
 class StreamTraining:
     """Streams through the model, batch after batch. What a resumed run needs is in `state_dict`."""
 
-    def __init__(self, model, normalize, args):
-        self.model, self.normalize, self.args, self.step, self.cache = model, normalize, args, 0, None
+    def __init__(self, model, finish, args):
+        self.model, self.finish, self.args, self.step, self.cache = model, normalize, args, 0, None
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.average_decay))
         groups = parameter_groups(model, args.learning_rate, args.weight_decay, layer_decay=1.0)
         self.optimizer = torch.optim.AdamW(groups, fused=model.device.type == "cuda")
@@ -114,7 +114,7 @@ class StreamTraining:
         labels = self.labels_of_steps(batch["labels"], anew).to(device, non_blocking=True)
         if self.cache is not None:
             self.cache.reset(anew.nonzero().flatten().to(device, non_blocking=True))
-        frames = self.normalize(batch[key].to(device, non_blocking=True))
+        frames = self.finish({**batch, key: batch[key].to(device, non_blocking=True)})[key]
         with torch.autocast(device.type, torch.bfloat16, enabled=self.args.bf16):
             output = self.model(frames, labels=labels, cache=self.cache, use_cache=True)
         output.loss.backward()
@@ -160,17 +160,18 @@ def main():
     splits, _ = load_clips(data_args, ["train"], args.seed, failures)
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
     splits["train"] = match_labels(splits["train"], names)
-    clips = transform_clips(splits, names, data_args, processors[0], processors[0], failures, args.seed)["train"]
+    how = data_args, processors[0], processors[0], failures, args.seed, device
+    clips, finish = transform_clips(splits, names, *how)
 
-    training, path = StreamTraining(model, Normalize(processors[0], device), args), f"{args.output_dir}/state.pt"
+    training, path = StreamTraining(model, finish, args), f"{args.output_dir}/state.pt"
     if os.path.exists(path):
         training.load(path)
         print(f"Going on from step {training.step}.")
     remaining = args.max_steps - training.step
     loader = DataLoader(
-        clips,
+        clips["train"],
         args.num_streams,
-        sampler=RandomSampler(clips, replacement=True, num_samples=remaining * args.num_streams),
+        sampler=RandomSampler(clips["train"], replacement=True, num_samples=remaining * args.num_streams),
         num_workers=args.dataloader_num_workers,
         pin_memory=device.type == "cuda",
     )
