@@ -95,7 +95,7 @@ class StreamTraining:
     """Streams through the model, batch after batch. What a resumed run needs is in `state_dict`."""
 
     def __init__(self, model, finish, args):
-        self.model, self.finish, self.args, self.step, self.cache = model, normalize, args, 0, None
+        self.model, self.finish, self.args, self.step, self.cache = model, finish, args, 0, None
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.average_decay))
         groups = parameter_groups(model, args.learning_rate, args.weight_decay, layer_decay=1.0)
         self.optimizer = torch.optim.AdamW(groups, fused=model.device.type == "cuda")
