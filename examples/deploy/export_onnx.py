@@ -39,6 +39,7 @@ import torch
 from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
 from modeling_videomamba import VideoMambaCache
+from modeling_videomamba.loading_videomamba import unloadable_reason
 
 
 TOLERANCE = 1e-4  # largest difference of a logit, in float32, between PyTorch and ONNX Runtime
@@ -184,6 +185,8 @@ def largest_difference_of_streams(model, path):
 
 def main():
     args = parse_arguments()
+    if reason := unloadable_reason(args.model):
+        sys.exit(reason)
     model = AutoModelForVideoClassification.from_pretrained(args.model, dtype=torch.float32).eval()
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "model.onnx"

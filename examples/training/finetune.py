@@ -97,6 +97,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from modeling_videomamba import VideoMambaImageProcessor, VideoMambaVideoProcessor
+from modeling_videomamba.loading_videomamba import unloadable_reason
 
 
 try:
@@ -362,6 +363,8 @@ def main():
     args, training_args = parser.parse_args_into_dataclasses()
     training_args.remove_unused_columns = False  # the transforms need the column `video`
     set_seed(training_args.seed)
+    if reason := unloadable_reason(args.model_name_or_path):
+        sys.exit(reason)
 
     clips = load_clips(args.dataset, args.validation_fraction, training_args.seed)
     names = clips["train"].features["label"].names

@@ -25,6 +25,7 @@ from transformers import (
 
 from finetune import fit_processor, for_decoded_frames, licence
 from modeling_videomamba import VideoMambaConfig, VideoMambaImageProcessor, VideoMambaVideoProcessor
+from modeling_videomamba.loading_videomamba import unloadable_reason
 from video_classification_data import first_line
 
 
@@ -80,6 +81,8 @@ def load_model(args, names, training):
         )
         return model, names, processor, processor, VideoMambaImageProcessor(**geometry)
 
+    if reason := unloadable_reason(args.model_name_or_path):
+        raise ValueError(reason)
     config = AutoConfig.from_pretrained(args.model_name_or_path, **trust)
     known = [config.id2label[number] for number in range(config.num_labels)]
     if not training or set(names) == set(known):

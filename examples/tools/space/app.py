@@ -56,6 +56,7 @@ except ModuleNotFoundError:
     sys.exit("The page needs Gradio: pip install 'gradio>=6,<7'")
 try:
     import modeling_videomamba  # noqa: F401  registers VideoMamba in transformers' Auto classes
+    from modeling_videomamba.loading_videomamba import unloadable_reason
 
     OWN_CODE = False
 except ImportError:
@@ -338,6 +339,8 @@ def main():
         named = [str(folder) for folder in folders if folder.is_dir()][:1]
     if not named:
         sys.exit("Name a checkpoint: a Hub repository or a folder.")
+    for reason in filter(None, [] if OWN_CODE else map(unloadable_reason, named)):
+        sys.exit(reason)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # as Ctrl-C does: the folder below is removed
     with tempfile.TemporaryDirectory(prefix="videomamba-page-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
