@@ -104,6 +104,13 @@ folder = "my-streaming-checkpoint"
 camera = torch.randint(256, (3, 2, 64, 96, 3), dtype=torch.uint8).numpy()
 """,
 }
+# What a page makes itself.
+MADE = {
+    "docs/knowledge.md": ["pictures"],
+    "docs/streaming.md": ["clips"],
+    "docs/tools.md": ["clips"],
+    f"{SHIPPED}/README.md": ["clips"],
+}
 # Snippets of packages that the tests do not ask for.
 NEEDS = {"import openvino": "openvino", "from torchao": "torchao"}
 
@@ -119,7 +126,7 @@ def pages_hub(hub, tmp_path_factory):
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_a_page_tells_to_run_runs(page, pages_hub, python, tmp_path):
     """In the page's order, in one folder, with tiny models and clips; what must not fail is each command's exit."""
-    docs_commands.write_data(tmp_path)
+    docs_commands.write_data(tmp_path, MADE.get(page.relative_to(ROOT).as_posix(), ()))
     found = list(docs_commands.blocks(page))
     scripts = iter(docs_commands.words_of([text for _, language, text in found if language == "bash"], tmp_path))
     for line, language, text in found:

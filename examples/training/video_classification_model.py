@@ -72,12 +72,11 @@ def load_model(args, names, training):
             config = AutoConfig.from_pretrained(args.config_name, **own, **trust)
             config = override_config(config, args.config_overrides)
         model = AutoModelForVideoClassification.from_config(config, **trust)
-        geometry = {
-            "size": {"shortest_edge": config.image_size},
-            "crop_size": {"height": config.image_size, "width": config.image_size},
-        }
+        # Another architecture's config may have neither: its model takes clips of any size.
+        size, frames = (getattr(config, name, sizes[name]) for name in ("image_size", "num_frames"))
+        geometry = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
         processor = VideoMambaVideoProcessor(
-            num_frames=config.num_frames, frame_stride=stride, sampling_fps=args.sampling_fps, **geometry
+            num_frames=frames, frame_stride=stride, sampling_fps=args.sampling_fps, **geometry
         )
         return model, names, processor, processor, VideoMambaImageProcessor(**geometry)
 
