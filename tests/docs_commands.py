@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 import modeling_videomamba as ours
+from make_camera_motion_clips import LABELS
 from plain_vision_mamba import random_weights
 from training_clips import tiny_processor
 from video_files import numbered_frames, write_moving_bars, write_video
@@ -43,9 +44,15 @@ SMALL = {
     ),
     **dict.fromkeys(["--clips_per_label", "--train_per_class"], "5"),
     **dict.fromkeys(["--per_device_train_batch_size", "--per_device_eval_batch_size", "--repeats"], "1"),
-    **dict.fromkeys(["--num_workers", "--dataloader_num_workers", "--seeds"], "1"),
-    **{"--num_clips": "1", "--num_crops": "1", "--minutes": "0.2", "--warmup_steps": "0"},
-    **dict.fromkeys(["--bf16", "--torch_compile", "--report_to"]),
+    **dict.fromkeys(["--num_workers", "--seeds"], "1"),
+    **{
+        "--dataloader_num_workers": "0",
+        "--num_clips": "1",
+        "--num_crops": "1",
+        "--minutes": "0.2",
+        "--warmup_steps": "0",
+    },
+    **dict.fromkeys(["--bf16", "--torch_compile", "--report_to", "--dataloader_persistent_workers"]),
 }
 TRAIN_BY_TRAINER = ("finetune", "run_image_classification", "run_video_classification")
 # A new model of such a size, where a command trains one.
@@ -129,8 +136,11 @@ def python_words(words):
         rest.insert(rest.index("--") if "--" in rest else len(rest), "--dry_run")  # test_study.py runs them
     elif script.startswith("run_") or script in TRAIN_BY_TRAINER:
         by_trainer = script in TRAIN_BY_TRAINER
-        rest += ["--max_steps", "1", "--per_device_train_batch_size", "2", "--max_decode_failures", "0"]
+        rest += ["--max_steps", "1", "--per_device_train_batch_size", "2"]
         rest += ["--use_cpu"] * by_trainer + ["--report_to", "none"]
+        if script == "run_image_classification":
+            return rest
+        rest += ["--max_decode_failures", "0"]
         if not {"--model_name_or_path", "--config_name"} & set(rest):
             rest += [word for name, value in TINY.items() for word in (f"--{name}", str(value))]
     return rest
@@ -177,7 +187,12 @@ def write_data(folder, made=()):
     picture.save(folder / "picture.jpg")
     for name in ("fights", "labelled-clips", "folds/0", "surveillance_fights", "clips"):
         write_moving_bars(folder / name, {"train": 2, "validation": 2})
+    for name in ("clips/train", "clips/validation"):
+        (folder / name / "to the left").rename(folder / name / "fight")
+        (folder / name / "to the right").rename(folder / name / "no_fight")
+    shutil.copy(folder / "clip.mp4", folder / "clips/validation/fight/fi097.mp4")
     streaming = {"backward_scan": "spatial", "class_token_position": "none", "position_embedding_type": "none"}
+    streaming |= {"id2label": dict(enumerate(LABELS)), "label2id": {label: i for i, label in enumerate(LABELS)}}
     write_tiny_model(folder / "my-streaming-checkpoint", **streaming)
     write_lists(folder)
     for name in made:
@@ -194,7 +209,9 @@ def write_lists(folder):
         (folder / "hmdb51/videos" / label).mkdir(parents=True)
         lines = []
         for number in range(4):
-            source = folder / "clips" / ("train" if number < 2 else "validation") / label / f"{number % 2}.mp4"
+            source = (
+                folder / "labelled-clips" / ("train" if number < 2 else "validation") / label / f"{number % 2}.mp4"
+            )
             name = f"{label.replace(' ', '_')}_{number}"
             (folder / "hmdb51/videos" / label / f"{name}.avi").symlink_to(source)
             lines.append(f"{name}.avi {1 + number // 2} \n")

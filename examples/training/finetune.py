@@ -165,9 +165,9 @@ def fit_processor(processor, config, frame_stride=None, sampling_fps=None):
         frame_stride (`int`, *optional*): another distance between sampled frames; 0 spreads them over the whole clip.
         sampling_fps (`float`, *optional*): so many sampled frames a second instead.
     """
-    height, width = [config.image_size] * 2 if isinstance(config.image_size, int) else config.image_size
-    crop = processor.crop_size
-    if crop and (crop["height"], crop["width"]) != (height, width):
+    image_size, crop = getattr(config, "image_size", None), processor.crop_size  # some models take any size
+    height, width = image_size if isinstance(image_size, list | tuple) else (image_size, image_size)
+    if image_size and crop and (crop["height"], crop["width"]) != (height, width):
         edge = (processor.size or {}).get("shortest_edge")  # it may be longer than the crop
         ratio = edge / min(crop["height"], crop["width"]) if edge else 1
         processor.size = {"shortest_edge": round(ratio * min(height, width))}
