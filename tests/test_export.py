@@ -174,6 +174,9 @@ def test_script_without_pytorch_prints_what_the_pipeline_says(python, tmp_path):
     clip, exported = tmp_path / "pan-right.mp4", tmp_path / "onnx"
     write_demo_clip(str(clip), motion="pan right")
     python.run([EXAMPLES / "export_onnx.py", tmp_path / "checkpoint", exported])
+    # No code, which nothing here runs.
+    files = ["config.json", "model.onnx", "video_preprocessor_config.json"]
+    assert sorted(path.name for path in exported.iterdir()) == files
     without_torch = (
         "import runpy, sys\n"
         "sys.modules['torch'] = sys.modules['transformers'] = None\n"

@@ -8,6 +8,7 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -91,6 +92,7 @@ def test_upload_and_phone(browser, url, tmp_path, app):
     assert "zoom out" in text(browser, "#scores")
     assert "16 of 48 frames" in text(browser, "#summary")
     assert not find(browser, "#problem .message")
+    assert "9 labels" in text(browser, "#known") and "roll counter-clockwise" in text(browser, "#known")
     assert [figure.text for figure in find(browser, "#frames figcaption")] == [str(i) for i in range(1, 48, 3)]
     # The video plays in the page, and holds the frames, the Delta map and the reading map side by side.
     video = wait_for(lambda: find(browser, "#overlay video"))[0]
@@ -114,6 +116,11 @@ def test_upload_and_phone(browser, url, tmp_path, app):
         width = "return [document.scrollingElement.scrollWidth, document.querySelector('#scores').offsetWidth]"
         wait_for(lambda: browser.execute_script(width)[1] < 390)
         assert browser.execute_script(width)[0] <= 390
+        upload(browser, url, write_video(tmp_path / "clip.avi", 40, codec="mpeg4"))
+        assert "do not play .avi files" in text(browser, "#summary")
+        in_view = """const {top, bottom} = document.querySelector('#scores').getBoundingClientRect();
+            return top >= 0 && bottom <= innerHeight"""
+        wait_for(lambda: browser.execute_script(in_view))
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
@@ -227,12 +234,18 @@ def test_uploads_are_deleted(app, tmp_path, monkeypatch):
     monkeypatch.setattr(app, "KEPT_SECONDS", 1)
     monkeypatch.setattr(app, "SWEEP_SECONDS", 1)
     monkeypatch.setattr(app, "HERE", tmp_path)  # no examples, which stay
-    server, address, _ = app.launch(
-        {"camera motion": None}, prevent_thread_lock=True, quiet=True, server_port=free_port()
-    )
+
+    class Checkpoint:
+        model = SimpleNamespace(config=SimpleNamespace(id2label={0: "nothing"}))
+
+        def read(self, path):
+            raise ValueError("this one reads nothing")
+
+    checkpoints = {"camera motion": Checkpoint()}
+    server, address, _ = app.launch(checkpoints, prevent_thread_lock=True, quiet=True, server_port=free_port())
     try:
         assert Path(send(address, EXAMPLE).json()[0]).exists()
-        assert "There is no such checkpoint" in message(ask(address, send(address, EXAMPLE).json()[0]))
+        assert "this one reads nothing" in message(ask(address, send(address, EXAMPLE).json()[0]))
         wait_for(lambda: not list(tmp_path.iterdir()), 30)
     finally:
         server.get_blocks().close()

@@ -30,7 +30,6 @@ from video_files import numbered_frame, read_number, write_video
 pytest.importorskip("scenedetect", reason="needs PySceneDetect: pip install scenedetect")
 import tag_video  # noqa: E402
 from tag_video import (  # noqa: E402
-    CAMERA_MOTION,
     Journal,
     Point,
     Sampler,
@@ -41,6 +40,7 @@ from tag_video import (  # noqa: E402
     Window,
     make_tagger,
 )
+from tool_models import CAMERA_MOTION  # noqa: E402
 
 
 class NumberTagger:

@@ -26,15 +26,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-
-CAMERA_MOTION = Path(__file__).resolve().parents[2] / "model_cards" / "videomamba-tiny-camera-motion"
+from tool_models import add_model
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("film", nargs="?", type=Path, help="a video file of any length")
     parser.add_argument("--live", metavar="SOURCE", help="a camera's number or an address, such as rtsp://...")
-    parser.add_argument("--model", default=str(CAMERA_MOTION), help="a folder or a Hub repository")
+    add_model(parser)
     parser.add_argument("--output", type=Path, help="folder to write to (default: FILM-tags)")
     parser.add_argument("--window", type=float, help="seconds per window (default: as in training)")
     parser.add_argument("--step", type=float, default=1.0, help="seconds from one window to the next (not streaming)")
@@ -62,6 +61,7 @@ from transformers import AutoConfig, AutoModelForVideoClassification, AutoVideoP
 
 from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoFrameClassification
 from modeling_videomamba.configuration_videomamba import unstreamable_reason
+from modeling_videomamba.loading_videomamba import unloadable_reason
 from modeling_videomamba.video_decoding import DecodedVideoMetadata, decoded_frames, open_pyav, read_packets
 
 
@@ -827,6 +827,8 @@ def tag_film(args, device):
 
 def main():
     args = parse_arguments()
+    if reason := unloadable_reason(args.model):
+        sys.exit(reason)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.live is not None:
         tag_live(args, device)

@@ -97,6 +97,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from modeling_videomamba import VideoMambaImageProcessor, VideoMambaVideoProcessor
+from modeling_videomamba.loading_videomamba import unloadable_reason
 
 
 try:
@@ -164,9 +165,9 @@ def fit_processor(processor, config, frame_stride=None, sampling_fps=None):
         frame_stride (`int`, *optional*): another distance between sampled frames; 0 spreads them over the whole clip.
         sampling_fps (`float`, *optional*): so many sampled frames a second instead.
     """
-    height, width = [config.image_size] * 2 if isinstance(config.image_size, int) else config.image_size
-    crop = processor.crop_size
-    if crop and (crop["height"], crop["width"]) != (height, width):
+    image_size, crop = getattr(config, "image_size", None), processor.crop_size  # some models take any size
+    height, width = image_size if isinstance(image_size, list | tuple) else (image_size, image_size)
+    if image_size and crop and (crop["height"], crop["width"]) != (height, width):
         edge = (processor.size or {}).get("shortest_edge")  # it may be longer than the crop
         ratio = edge / min(crop["height"], crop["width"]) if edge else 1
         processor.size = {"shortest_edge": round(ratio * min(height, width))}
@@ -362,6 +363,8 @@ def main():
     args, training_args = parser.parse_args_into_dataclasses()
     training_args.remove_unused_columns = False  # the transforms need the column `video`
     set_seed(training_args.seed)
+    if reason := unloadable_reason(args.model_name_or_path):
+        sys.exit(reason)
 
     clips = load_clips(args.dataset, args.validation_fraction, training_args.seed)
     names = clips["train"].features["label"].names

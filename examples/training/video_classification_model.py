@@ -25,6 +25,7 @@ from transformers import (
 
 from finetune import fit_processor, for_decoded_frames, licence
 from modeling_videomamba import VideoMambaConfig, VideoMambaImageProcessor, VideoMambaVideoProcessor
+from modeling_videomamba.loading_videomamba import unloadable_reason
 from video_classification_data import first_line
 
 
@@ -71,15 +72,16 @@ def load_model(args, names, training):
             config = AutoConfig.from_pretrained(args.config_name, **own, **trust)
             config = override_config(config, args.config_overrides)
         model = AutoModelForVideoClassification.from_config(config, **trust)
-        geometry = {
-            "size": {"shortest_edge": config.image_size},
-            "crop_size": {"height": config.image_size, "width": config.image_size},
-        }
+        # Another architecture's config may have neither: its model takes clips of any size.
+        size, frames = (getattr(config, name, sizes[name]) for name in ("image_size", "num_frames"))
+        geometry = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
         processor = VideoMambaVideoProcessor(
-            num_frames=config.num_frames, frame_stride=stride, sampling_fps=args.sampling_fps, **geometry
+            num_frames=frames, frame_stride=stride, sampling_fps=args.sampling_fps, **geometry
         )
         return model, names, processor, processor, VideoMambaImageProcessor(**geometry)
 
+    if reason := unloadable_reason(args.model_name_or_path):
+        raise ValueError(reason)
     config = AutoConfig.from_pretrained(args.model_name_or_path, **trust)
     known = [config.id2label[number] for number in range(config.num_labels)]
     if not training or set(names) == set(known):
