@@ -51,7 +51,8 @@ class ClipLoader:
     Memory is bounded: `2 * num_workers + 5` slots, and the clips of batches that are not complete, resized.
 
     Args:
-        clips: paths, URLs or bytes of files: a list, or an object with `len` that a worker asks for one by its number.
+        clips: paths, URLs, bytes of files, or rows of datasets: a list, or a column or other object with `len` that a
+            worker asks for one by its number.
         processor ([`VideoMambaVideoProcessor`]): samples, resizes and normalises, with the values saved in it.
         batch_size: clips in a batch.
         batch_sampler: the numbers of the clips of each batch, instead.

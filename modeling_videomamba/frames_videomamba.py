@@ -1,11 +1,13 @@
 """What both processors do with decoded frames: stack, check, resize, crop and normalise them."""
 
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import TypedDict
 
 import numpy as np
 import PIL.Image
 import torch
 import torchvision.transforms.v2.functional as tvF
+from torchvision import tv_tensors
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
@@ -15,6 +17,8 @@ from transformers.image_utils import (
     SizeDict,
 )
 from transformers.utils import logging
+
+from .video_sources import is_source
 
 
 logger = logging.get_logger(__name__)
@@ -140,11 +144,6 @@ class VideoMambaFramesMixin:
             video = self.resize_and_crop(
                 video, do_resize, size, resample, do_center_crop, crop_size, antialias, crop_rounds_down
             )
-            # Frames come as channels-last views, which torchvision resizes three times as fast; but the arithmetic
-            # below is four times as fast on contiguous planes.
-            video = self.rescale_and_normalize(
-                video.contiguous(), do_rescale, rescale_factor, do_normalize, image_mean, image_std
-            )
             pixel_values.append(video)
         shapes = {tuple(video.shape) for video in pixel_values}
         if return_tensors is not None and len(shapes) > 1:
@@ -155,6 +154,13 @@ class VideoMambaFramesMixin:
                 "`do_sample_frames=True` for frames that are already decoded), keep `do_center_crop`, or give the "
                 "videos one by one."
             )
+        how = do_rescale, rescale_factor, do_normalize, image_mean, image_std
+        # Frames come as channels-last views, which torchvision resizes three times as fast; but this arithmetic is
+        # four times as fast on contiguous planes. Bytes are stacked, not the floats that they become.
+        if return_tensors is not None:
+            pixel_values = self.rescale_and_normalize(torch.stack(pixel_values).contiguous(), *how)
+        else:
+            pixel_values = [self.rescale_and_normalize(video.contiguous(), *how) for video in pixel_values]
         return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=return_tensors)
 
 
@@ -195,8 +201,20 @@ def _check_result(video: torch.Tensor, size: SizeDict) -> None:
             )
 
 
+def is_column(videos) -> bool:
+    """Whether it is a column of datasets, or something like it: clips or images in a row that is no list."""
+    known = list | tuple | Set | Mapping | Iterator | np.ndarray | torch.Tensor | PIL.Image.Image
+    return isinstance(videos, Iterable) and not isinstance(videos, known) and not is_source(videos)
+
+
 def split_videos(videos) -> list:
     """One video or a batch, in any form `VideoMambaImageProcessor` takes, to a list of videos."""
+    if is_column(videos):
+        videos = list(videos)
+    if isinstance(videos, tv_tensors.Video):  # (..., T, C, H, W)
+        videos = videos.as_subclass(torch.Tensor)
+        clips = videos[None] if videos.ndim == 4 else videos.flatten(0, -5)
+        videos = [tv_tensors.Video(clip) for clip in clips]
     if isinstance(videos, PIL.Image.Image):
         return [[videos]]
     if isinstance(videos, np.ndarray | torch.Tensor):
@@ -228,6 +246,8 @@ def split_videos(videos) -> list:
 
 def split_images(images) -> list:
     """One image or a batch, in any form `VideoMambaImageProcessor` takes, to a list of images."""
+    if is_column(images):
+        images = list(images)
     if _is_frame(images):
         return [images]
     is_batch = isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4
@@ -262,6 +282,8 @@ def stack_frames(video, name: str, do_convert_rgb: bool = True, input_data_forma
     Raises:
         ValueError: naming the frame that is none, or that differs from the first in size or type.
     """
+    if isinstance(video, tv_tensors.Video):  # its type says where the channels are
+        video, input_data_format = video.as_subclass(torch.Tensor), ChannelDimension.FIRST
     if isinstance(video, np.ndarray | torch.Tensor):
         if len(video) == 0:
             raise ValueError(f"{name} has no frames: its shape is {tuple(video.shape)}.")
@@ -365,8 +387,10 @@ def _describe(value) -> str:
 
 
 def _hint_for_files(value) -> str:
-    if isinstance(value, str | bytes) or hasattr(value, "__fspath__") or hasattr(value, "read"):
-        return " Files, URLs and bytes are for `VideoMambaVideoProcessor`."
+    if is_source(value):
+        return " Files, URLs, bytes, rows and decoders are for `VideoMambaVideoProcessor`."
+    if isinstance(value, Mapping):
+        return f" Of a row, give the column with the video: it has {sorted(map(str, value))}."
     return ""
 
 

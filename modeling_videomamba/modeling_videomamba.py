@@ -1,6 +1,7 @@
 """PyTorch VideoMamba model."""
 
 import copy
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -475,7 +476,7 @@ class VideoMambaModel(VideoMambaDeltaMapsMixin, VideoMambaPreTrainedModel):
         pixel_values, grid = checked_clips(self.config, pixel_values, interpolate_pos_encoding, streams)
         if streams:
             cache = continued_cache(self, cache, use_cache, pixel_values.shape[0])
-        hidden_states = self.encode(pixel_values, grid, cache, **kwargs)
+        hidden_states = self.encode(functools.partial(self.embed, pixel_values, grid), cache, **kwargs)
         last_hidden_state = self.norm(hidden_states)
         if self.embeddings.has_class_token:
             # Not of `last_hidden_state`: so `torch.compile` leaves that out of a classifier, which wants no more.
@@ -493,16 +494,17 @@ class VideoMambaModel(VideoMambaDeltaMapsMixin, VideoMambaPreTrainedModel):
             last_hidden_state=last_hidden_state, pooler_output=pooled, step_pooler_output=steps, cache=cache
         )
 
-    def encode(
-        self,
-        pixel_values: torch.Tensor,
-        grid: tuple[int, int, int],
-        cache: VideoMambaCache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        """The residual stream after all layers; in inference on a GPU, each sum is made with the norm after it."""
+    def embed(self, pixel_values, grid):
+        """The residual stream before the first layer, (B, L, D) in float32, and the order of the backward scan."""
         hidden_states = self.embeddings(pixel_values, grid).float()
-        order = backward_order(self.config, grid, hidden_states.device)
+        return hidden_states, backward_order(self.config, grid, hidden_states.device)
+
+    def encode(self, embed, cache=None, **kwargs):
+        """
+        The residual stream after all layers, of what `embed()` gives, which nobody else shall hold on to. In inference
+        on a GPU, each sum is made with the norm after it.
+        """
+        hidden_states, order = embed()
         layers = list(self.layers)
         if not (can_fuse_rms_norm(hidden_states, self.norm.weight) and all(layer.may_join() for layer in layers)):
             for layer in layers:
@@ -641,6 +643,9 @@ class VideoMambaForVideoFrameClassification(VideoMambaForVideoClassification):
         return VideoMambaClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, cache=outputs.cache
         )
+
+    def context_parallel(self, group=None):
+        raise ValueError("No logits of steps over several processes: take VideoMambaForVideoClassification.")
 
 
 class VideoMambaForImageClassification(VideoMambaForVideoClassification):

@@ -44,6 +44,7 @@ from .selective_scan_mamba_ssm import bidirectional_selective_scan as mamba_ssm_
 from .selective_scan_mamba_ssm import unusable_reason as mamba_ssm_unusable_reason
 from .selective_scan_numba import bidirectional_selective_scan as numba_scan
 from .selective_scan_numba import unusable_reason as numba_unusable_reason
+from .selective_scan_parts import ScanPart, scan_part
 from .selective_scan_reference import bidirectional_selective_scan as sequential_scan
 from .selective_scan_reference import unusable_reason as sequential_unusable_reason
 from .selective_scan_torch import bidirectional_selective_scan as torch_scan
@@ -99,12 +100,13 @@ class ScanBackend(NamedTuple):
     bidirectional_selective_scan: Callable
     fuses_out_proj: bool = False  # takes `out_proj_weight` too, and keeps less for the backward pass
     takes_state: bool = True  # begins with a state, and returns the one it ends with
+    takes_part: bool = False  # passes states between processes within its scan; of others, see `scan_part`
 
 
 # Fastest first; the first usable one is taken. Those after `torch`, which always can, run only when they are named;
 # `export` also while a model is exported.
 BACKENDS = {
-    "cuda": ScanBackend(cuda_unusable_reason, cuda_scan, fuses_out_proj=True),
+    "cuda": ScanBackend(cuda_unusable_reason, cuda_scan, fuses_out_proj=True, takes_part=True),
     "mamba_ssm": ScanBackend(mamba_ssm_unusable_reason, mamba_ssm_scan, takes_state=False),
     "cuda_simt": ScanBackend(cuda_simt_unusable_reason, cuda_simt_scan),
     "numba": ScanBackend(numba_unusable_reason, numba_scan),
@@ -214,8 +216,9 @@ def bidirectional_selective_scan(
         dt_proj_bias (`torch.Tensor` of shape `(2, E)`): added before the softplus.
         A_log (`torch.Tensor` of shape `(2, E, N)`): A = -exp(A_log).
         D (`torch.Tensor` of shape `(2, E)`): skip term.
-        order (`ScanOrder`, *optional*): in which the backward direction visits the tokens; the full reversal if not
-            given.
+        order (`ScanOrder` or `ScanPart`, *optional*): in which the backward direction visits the tokens; the full
+            reversal if not given. A `ScanPart` says that the tokens are a part of a sequence whose other parts other
+            processes scan at the same time; all must call this function, and, for gradients, go back through it.
         backend (`str`, *optional*): see [`select_scan_backend`].
         out_proj_weight (`torch.Tensor` of shape `(hidden_size, E)`, *optional*): the result is multiplied by it, if
             given. A backend that fuses this product need not keep its input for the backward pass.
@@ -228,21 +231,32 @@ def bidirectional_selective_scan(
         the `ScanState` that each direction ends with, after the last of its visits.
 
     Raises:
-        ValueError: if `order` has another length than `xz`, or `state` has not the shapes of a `ScanState` or lies on
+        ValueError: if `order` has another length than `xz`, or is of a part that is shorter than the convolution
+            looks back, or that is given a state; or `state` has not the shapes of a `ScanState` or lies on
             another device; or if the backend that was asked for cannot begin with a state. What `order` holds is
             looked at on a CPU with Numba alone; it must be each token once.
     """
+    part = order if isinstance(order, ScanPart) else None
+    if part is not None:
+        order = part.order
+        _check_part(xz, conv_weight.shape[2] - 1, state)
     if order is not None and order.visits.shape != (xz.shape[1],):
         raise ValueError(
             f"`order` must list the {xz.shape[1]} tokens of `xz`; got the shape {tuple(order.visits.shape)}."
         )
-    chosen = BACKENDS[select_scan_backend(xz.device, xz.dtype, backend, takes_state=state is not None)]
+    chosen = BACKENDS[select_scan_backend(xz.device, xz.dtype, backend, takes_state=(state or part) is not None)]
     parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
     scan = chosen.bidirectional_selective_scan
     # Without gradients nothing is kept, and the product runs as fast outside.
     if out_proj_weight is not None and chosen.fuses_out_proj and torch.is_grad_enabled():
         scan, out_proj_weight = functools.partial(scan, out_proj_weight=out_proj_weight), None
-    if state is None:
+    if part is not None:
+        out = (
+            scan(xz, *parameters, order=order, part=part)
+            if chosen.takes_part
+            else scan_part(scan, part, xz, *parameters)
+        )
+    elif state is None:
         out = scan(xz, *parameters, order=order)
     else:
         state = _checked_state(state, xz, conv_weight.shape[2], A_log.shape[2])
@@ -250,6 +264,15 @@ def bidirectional_selective_scan(
     if out_proj_weight is not None:
         out = F.linear(out, out_proj_weight)
     return out if state is None else (out, ScanState(*after))
+
+
+def _check_part(xz, taps_before, state):
+    if state is not None:
+        raise ValueError("A part of a sequence gets its state from the other processes: leave out `state`.")
+    if xz.shape[1] < taps_before:
+        raise ValueError(
+            f"A part has {xz.shape[1]} tokens, but the convolution looks back at {taps_before}: use fewer processes."
+        )
 
 
 def _checked_state(state, xz, taps, num_states):
@@ -268,4 +291,11 @@ def _checked_state(state, xz, taps, num_states):
     return conv.to(xz.dtype), recurrent.float()
 
 
-__all__ = ["ScanOrder", "ScanState", "bidirectional_selective_scan", "select_scan_backend", "use_scan_backend"]
+__all__ = [
+    "ScanOrder",
+    "ScanPart",
+    "ScanState",
+    "bidirectional_selective_scan",
+    "select_scan_backend",
+    "use_scan_backend",
+]

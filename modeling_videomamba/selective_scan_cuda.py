@@ -36,6 +36,7 @@ from .selective_scan_cuda_runtime import (
     nvrtc,
 )
 from .selective_scan_operators import NAMESPACE
+from .selective_scan_parts import last_inputs
 from .selective_scan_torch import add_gradient_of_inputs_after
 
 
@@ -179,9 +180,10 @@ class _Call:
             self.run(plan.adjoint)
         else:
             ends, whole = plan.part[1]
+            total = self.new(2, plan.B, plan.E)
             self.run(ends)
-            self.run(whole)
-            self.set_aligned(start=exchange(self.end))
+            self.run(whole, total=total)
+            self.set_aligned(start=exchange(self.end, total, adjoint=True))
         if plan.side_by_side:
             self.run(plan.pass_states[1])
         self.set(u=u, y=y)
@@ -225,8 +227,8 @@ def _forward(
     The gated mean of both directions (B, L, E), the small projection; what is kept for the backward pass: nothing
     (`for_backward` 0), the states at the borders of chunks (1), or the state before every 8 tokens and the
     convolution's output, unless an order has put the scan's in its place (2); and the state that it ends with, if it
-    began with one. `exchange(end states from zero, sums of Δ)` gives `start` where another process has the part
-    before; no caller uses it yet.
+    began with one. `exchange(states that it ends with from zero, sums of Δ)` gives `start` where other processes
+    have the parts before.
     """
     call = _Call(xz, conv_w, conv_b, dt_w, dt_b, A_log, D, visits, structure, before)
     plan, after = call.plan, None
@@ -358,7 +360,10 @@ def _gradients(
     dout, d_after, d_end, xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D,
     out_proj_weight, visits, before, proj, states, u, structure, kept, exchange=None,
 ):  # fmt: skip
-    """Of all floating-point arguments of the forward pass that are there, each of its argument's type."""
+    """
+    Of all floating-point arguments of the forward pass that are there, each of its argument's type. `exchange`
+    is called with `adjoint=True`, for adjoint states.
+    """
     dxz = torch.empty_like(xz)
     call = _Call(xz, conv_weight, conv_bias, dt_proj_weight, dt_proj_bias, A_log, D, visits, structure, before)
     plan = call.plan
@@ -504,6 +509,43 @@ def _backward(ctx, dout, _, __, ___, d_after, d_end):
 _scan_op.register_autograd(_backward, setup_context=_setup_context)
 
 
+class _PartScan(torch.autograd.Function):
+    """The scan of a part, with the collectives of both passes between its kernels."""
+
+    @staticmethod
+    def forward(ctx, part, structure, keep, xz, *parameters_and_out):
+        *parameters, out_proj_weight = parameters_and_out
+        visits = None if part.order is None else part.order.visits
+        x, taps, A_log = xz[..., : xz.shape[2] // 2], parameters[0].shape[2], parameters[5]
+        with _on(xz):
+            before = part.from_neighbour(last_inputs(x, taps - 1, part.order))
+            exchange = functools.partial(part.start, A_log=A_log)
+            out, proj, states, u, _, _ = _forward(xz, *parameters, visits, before, None, structure, keep, exchange)
+            if out_proj_weight is not None:
+                out = torch.nn.functional.linear(out, out_proj_weight)
+        ctx.part, ctx.structure, ctx.kept = part, structure, keep == 2
+        ctx.save_for_backward(xz, *parameters, out_proj_weight, visits, before, proj, states, u)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        xz, *parameters, out_proj_weight, visits, before, proj, states, u = ctx.saved_tensors
+        with _on(xz):
+            exchange = functools.partial(ctx.part.start, A_log=parameters[5])
+            rest = (out_proj_weight, visits, before, proj, states, u, ctx.structure, ctx.kept)
+            gradients = _gradients(dout, None, None, xz, *parameters, *rest, exchange)
+            d_xz, d_before = gradients[0], gradients[-2]
+            # The last inputs here are those before the first one of the part after.
+            d_after = ctx.part.from_neighbour(d_before, adjoint=True)
+            add_gradient_of_inputs_after(d_after, visits, d_xz, d_before)
+        return None, None, None, *gradients[:8], gradients[8] if out_proj_weight is not None else None
+
+
+@torch.compiler.disable
+def _scan_part(*arguments):
+    return _PartScan.apply(*arguments)
+
+
 class _Scan(torch.autograd.Function):
     """The operator for autograd alone: PyTorch's dispatcher takes the host as long as all launches."""
 
@@ -539,15 +581,20 @@ def _typed(xz, parameters, out_proj_weight):
 
 def bidirectional_selective_scan(
     xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, order=None,
-    out_proj_weight=None, state=None,
+    out_proj_weight=None, state=None, part=None,
 ):  # fmt: skip
-    """See `selective_scan.bidirectional_selective_scan`; the backward pass makes the input of `out_proj` again."""
+    """
+    See `selective_scan.bidirectional_selective_scan`; the backward pass makes the input of `out_proj` again. `part` is
+    the `ScanPart` whose order is given.
+    """
     if A_log.is_complex():
         raise ValueError("The scan backend 'cuda' takes a real `A_log`, got a complex one")
     parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
     visits, structure = (None, [0, 1, -1]) if order is None else (order.visits, _structure(order))
-    before, start = (None, None) if state is None else state
     keep = (2 if KEEP_STATES else 1) if torch.is_grad_enabled() else 0
+    if part is not None:
+        return _scan_part(part, structure, keep, *_typed(xz, parameters, out_proj_weight))
+    before, start = (None, None) if state is None else state
     rest = visits, before, start, structure
     tensors = (xz, *parameters, out_proj_weight, before, start)
     if not nobody_traces(tensors):  # `torch.compile` and modes see an operator

@@ -1,7 +1,6 @@
 """Video processor class for VideoMamba: a file, URL, bytes or frames in, `pixel_values` out."""
 
 import math
-import os
 from functools import partial
 
 import numpy as np
@@ -12,8 +11,9 @@ from transformers.processing_utils import Unpack, VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata, make_batched_metadata
 
-from .frames_videomamba import VideoMambaFramesKwargs, VideoMambaFramesMixin, split_videos, stack_frames
+from .frames_videomamba import VideoMambaFramesKwargs, VideoMambaFramesMixin, is_column, split_videos, stack_frames
 from .video_decoding import DECODERS, decode_video
+from .video_sources import is_source
 
 
 MAX_NUM_FRAMES = 2**16  # that one call samples
@@ -52,7 +52,9 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
 
     **Which frames.** With `sampling_fps`, `num_frames` frames at that many a second around the middle of the clip:
     those on screen at the wanted times, however many frames a second the file holds. Of a clip shorter than
-    `num_frames / sampling_fps` seconds, those on screen in the middles of `num_frames` equal parts.
+    `num_frames / sampling_fps` seconds, those on screen in the middles of `num_frames` equal parts. Of a file in which
+    half of these repeat the picture before, frames are taken again, as often as its pictures change; if it is too
+    short for that, and each picture fills a tubelet of two frames, one frame later.
 
     Without it, `num_frames` frames at a distance of `frame_stride`, from the middle of the clip (the paper: 16
     at stride 2, section 5.1). With `frame_stride=None` they are spread evenly over the whole clip, the first and the
@@ -113,7 +115,9 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
         Args:
             videos:
                 One video or a list of them: a path, an `http(s)` URL, the bytes of a file or a file object opened in
-                binary mode; or decoded frames in any form that [`VideoMambaImageProcessor`] takes.
+                binary mode; or decoded frames in any form that [`VideoMambaImageProcessor`] takes. Of datasets, a
+                column, a row `{"path": ..., "bytes": ...}` or a decoder (torchcodec's `VideoDecoder`), of which the
+                sampled frames alone are read.
             kwargs:
                 Overrides for this call. `return_tensors="pt"` stacks the batch; `return_metadata=True` adds
                 `video_metadata`, a list of [`~transformers.video_utils.VideoMetadata`] with the number of frames of
@@ -150,6 +154,15 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
         _check_sampling(num_frames, distance.get("frame_stride"), distance.get("sampling_fps"), fps, decoder)
         sample = partial(self.sample_frames, num_frames=num_frames, fps=fps, **distance)
 
+        if is_column(videos):
+            if num_frames is not None and do_sample_frames:
+                # `pipeline` does not see that a column holds many clips, and would give the labels of the first alone.
+                raise ValueError(
+                    "A column was given, of which `pipeline` would classify the first clip alone. Give it a list, "
+                    "`list(column)`, or transformers' `KeyDataset(dataset, name)`; in a call of your own, leave out "
+                    "`do_sample_frames`."
+                )
+            videos = list(videos)
         files = _list_files(videos)
         if files is not None:
             # Each frame is resized as soon as it is decoded: of large ones, one is in memory at a time.
@@ -203,7 +216,8 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
             spread_in_segments: the saved value if not given.
 
         Returns:
-            (T,) int64 frame indices, ascending, in the order in which the frames are shown.
+            (T,) int64 frame indices, ascending, in the order in which the frames are shown. With `sampling_fps`, and
+            of metadata that is asked by time: (T,) float64 seconds from the first frame, at which they are on screen.
         """
         frame_stride = kwargs.get("frame_stride", self.frame_stride)
         sampling_fps = kwargs.get("sampling_fps", None if "frame_stride" in kwargs else self.sampling_fps)
@@ -226,7 +240,7 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
         if fps is not None:
             return _spread_by_time(getattr(metadata, "frame_times", None), total, num_frames)
         if sampling_fps is not None:
-            return _sample_by_time(_frame_times(metadata, sampling_fps), num_frames, sampling_fps)
+            return _sample_by_time(metadata, num_frames, sampling_fps)
         if frame_stride is not None:
             span = (num_frames - 1) * frame_stride + 1
             if span <= total:
@@ -241,7 +255,8 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
         Decodes files.
 
         Args:
-            video_url_or_urls: a path, an `http(s)` URL, the bytes of a file or a binary file object; or a list.
+            video_url_or_urls: a path, an `http(s)` URL, the bytes of a file, a binary file object, a row or a decoder
+                of datasets; or a list.
             sample_indices_fn: called with `metadata=` a [`~transformers.video_utils.VideoMetadata`], returns the
                 indices of the frames to decode; all frames if `None`.
             decoder: `"pyav"`, `"torchcodec"` or `"decord"`; the saved one if `None`.
@@ -273,11 +288,41 @@ def _frame_times(metadata: VideoMetadata, sampling_fps: float) -> np.ndarray:
     return np.arange(metadata.total_num_frames + 1) / metadata.fps
 
 
-def _sample_by_time(frame_times: np.ndarray, num_frames: int, sampling_fps: float) -> np.ndarray:
-    """The frames on screen at `num_frames` times around the middle of the clip."""
-    distance = min(1 / sampling_fps, frame_times[-1] / num_frames)
-    wanted = frame_times[-1] / 2 + distance * (np.arange(num_frames) - (num_frames - 1) / 2)
-    return np.asarray(np.searchsorted(frame_times[1:-1], wanted + ROUNDING, side="right"))
+def _sample_by_time(metadata: VideoMetadata, num_frames: int, sampling_fps: float) -> np.ndarray:
+    """
+    The frames on screen at `num_frames` times around the middle (their times, of what is asked by time).
+
+    If the metadata is of frames half of which repeat the picture before: those at the rate at which pictures change.
+    Where the clip is too short for that, and each picture fills a tubelet of two frames, so that nothing moves within
+    any, the pictures are shown one frame later.
+    """
+    if getattr(metadata, "is_asked_by_time", False):
+        frame_times, duration = None, metadata.duration
+    else:
+        frame_times = _frame_times(metadata, sampling_fps)
+        duration = float(frame_times[-1])
+
+    def at(rate):
+        wanted = _wanted_times(duration, num_frames, rate)
+        if frame_times is None:
+            return wanted
+        return np.asarray(np.searchsorted(frame_times[1:-1], wanted, side="right"))
+
+    repeats = getattr(metadata, "repeats", None)
+    if repeats is None:
+        return at(sampling_fps)
+    before, others = metadata.frames_indices, at(sampling_fps * max(1, (~repeats).sum()) / len(repeats))
+    later = np.concatenate([others[:1], others[:-1]])
+    fill_tubelets = repeats[::2].mean() > 0.75 and repeats[1::2].mean() < 0.25
+    if before is not None and (np.array_equal(before, later) or (fill_tubelets and np.array_equal(before, others))):
+        return later
+    return others
+
+
+def _wanted_times(duration: float, num_frames: int, sampling_fps: float) -> np.ndarray:
+    """`num_frames` times around the middle of a clip of `duration` seconds; the frames on screen then are sampled."""
+    distance = min(1 / sampling_fps, duration / num_frames)
+    return duration / 2 + distance * (np.arange(num_frames) - (num_frames - 1) / 2) + ROUNDING
 
 
 def _spread_by_time(frame_times: np.ndarray | None, total: int, num_frames: int) -> np.ndarray:
@@ -314,19 +359,15 @@ def _section(start, stop) -> tuple[float, float | None] | None:
     return start, stop
 
 
-def _is_file(value) -> bool:
-    return isinstance(value, str | os.PathLike | bytes | bytearray) or hasattr(value, "read")
-
-
 def _list_files(videos) -> list | None:
     """The files in `videos`, if it is a file or a list of files; None if it holds frames."""
-    if _is_file(videos):
+    if is_source(videos):
         return [videos]
     if not isinstance(videos, list | tuple):
         return None
     # Chat templates wrap each video in a list of its own.
     videos = [video[0] if isinstance(video, list | tuple) and len(video) == 1 else video for video in videos]
-    are_files = [_is_file(video) for video in videos]
+    are_files = [is_source(video) for video in videos]
     if not any(are_files):
         return None
     if not all(are_files):

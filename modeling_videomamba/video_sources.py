@@ -4,6 +4,7 @@ import asyncio
 import io
 import os
 import stat
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 
@@ -12,6 +13,10 @@ try:
     from huggingface_hub.utils import httpx
 except ImportError:
     import httpx
+try:
+    import fsspec
+except ImportError:
+    fsspec = None
 
 
 # What is refused, so that a server cannot take all memory or all time; docs/limits.md lists it. Environment variables
@@ -21,9 +26,27 @@ VIDEO_MAX_DOWNLOAD_SECONDS = float(os.environ.get("VIDEO_MAX_DOWNLOAD_SECONDS", 
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer or without a byte
 
 
+def is_decoder(value) -> bool:
+    """Whether it is a decoder of a video, as torchcodec's `VideoDecoder` (and no array of frames)."""
+    return hasattr(value, "get_frames_at") and hasattr(value, "metadata")
+
+
+def is_source(value) -> bool:
+    """Whether it is a file in a form that `decode_video` takes, or a decoder of one: no decoded frames."""
+    is_row = isinstance(value, Mapping) and ("path" in value or "bytes" in value)
+    return (
+        isinstance(value, str | os.PathLike | bytes | bytearray)
+        or hasattr(value, "read")
+        or is_row
+        or is_decoder(value)
+    )
+
+
 def open_source(file) -> tuple[str | bytes, str]:
-    """A path, or the bytes of a file; and its name for messages."""
-    if isinstance(file, bytes | bytearray):
+    """A path, or the bytes of a file; and its name for messages. `file`: a path, URL, bytes, open file, or a row."""
+    if isinstance(file, Mapping):
+        source, name = _open_row(file)
+    elif isinstance(file, bytes | bytearray):
         source, name = bytes(file), f"<{len(file)} bytes>"
     elif hasattr(file, "read"):
         name = str(getattr(file, "name", f"<{type(file).__name__}>"))
@@ -41,6 +64,20 @@ def open_source(file) -> tuple[str | bytes, str]:
     if (len(source) if isinstance(source, bytes) else os.path.getsize(source)) == 0:
         raise ValueError(f"{name} is empty (0 bytes). Copy or download the video again.")
     return source, name
+
+
+def _open_row(row: Mapping) -> tuple[str | bytes, str]:
+    """A row of a video column of datasets, not decoded: {"path": ..., "bytes": ...}, one of which may be None."""
+    path, data = row.get("path"), row.get("bytes")
+    if path is None and data is None:
+        raise ValueError(f"A row {dict(row)} names no video: its 'path' or its 'bytes' must be there.")
+    if data is not None:
+        return open_source(data)[0], str(path) if path else f"<{len(data)} bytes>"
+    is_local = "://" not in str(path) or str(path).lower().startswith(("http://", "https://"))
+    if is_local or fsspec is None:
+        return open_source(path)
+    with fsspec.open(path, "rb") as file:  # of a streamed data set: hf://, or a file in an archive
+        return open_source(_read_open_file(file, path))[0], path
 
 
 def _read_open_file(file, name: str) -> bytes:

@@ -317,3 +317,20 @@ def test_table_of_rates_by_hand():
         "| 8 |  |  | 100.0 | 100.0 | 100.0 |",
     ]
     assert "5 ways to store a clip: mean 90.0 %, worst 50.0 %" in measure_camera_motion.tabulate(results)
+
+
+def test_table_of_odd_clips_by_hand():
+    rows = [("a cut", "pan left|static", "static", 0.95), ("a cut", "pan left|static", "tilt up", 0.45)]
+    results = pd.DataFrame(rows, columns=["kind", "right", "prediction", "score"])
+    assert measure_camera_motion.tabulate_odd(results).splitlines()[2:] == ["| a cut | 50.0% | 0.70 | 50% |"]
+
+
+def test_another_motion_from_the_middle_on():
+    rng = np.random.default_rng(0)
+    parameters = clips.draw_parameters(rng, "pan left") | {"shake": 0.0, "frame_rate": 24, "num_frames": 48}
+    zero = dict.fromkeys(clips.AXES, 0.0)
+    turned = parameters | {"amount": zero | {"x": -0.3}, "then": zero | {"y": 0.2}}
+    x, y, zoom, roll = clips.camera_path(turned, rng).T
+    assert (np.diff(x[:24]) < 0).all() and np.allclose(np.diff(x[25:]), 0)
+    assert np.allclose(np.diff(y[:24]), 0) and (np.diff(y[25:]) > 0).all()
+    assert not zoom.any() and not roll.any()

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
-from video_files import truncate, write_moving_bars
+from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassification, VideoMambaVideoProcessor
+from video_files import STORED, STORED_SAMPLES, stored_picture, truncate, write_moving_bars
 
 
 pytest.importorskip("sklearn", reason="needs scikit-learn: pip install scikit-learn")
@@ -87,6 +88,30 @@ def test_after_a_kill_the_same_command_does_what_is_missing(clips, features, tmp
         assert (output / name).read_bytes() == (features / name).read_bytes()
     with pytest.raises(SystemExit, match="was begun with another columns"):
         classify(monkeypatch, clips, output)
+
+
+def test_one_clip_stored_in_many_ways_gets_the_same_scores(stored, tmp_path, monkeypatch):
+    sizes = {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 1, "num_frames": 8, "image_size": 64}
+    torch.manual_seed(0)
+    model = VideoMambaForVideoClassification(VideoMambaConfig(**sizes, num_labels=5)).eval()
+    for name, parameter in model.named_parameters():
+        if "position_embeddings" in name or "classifier" in name:
+            torch.nn.init.normal_(parameter, std=0.5)  # so that each frame shows in the scores
+    crop = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
+    processor = VideoMambaVideoProcessor(num_frames=8, sampling_fps=5, **crop)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "checkpoint")
+    classify(monkeypatch, stored, tmp_path / "out", "--model", str(tmp_path / "checkpoint"))
+    table = read(tmp_path / "out")
+    assert [Path(clip).name for clip in table["clip"][:]] == sorted(STORED)
+
+    def scores(numbers):
+        clip = processor([stored_picture(number) for number in numbers], return_tensors="pt")
+        with torch.no_grad():
+            return model(**clip).logits.softmax(-1)[0].numpy()
+
+    expected, others = scores(STORED_SAMPLES), scores(np.add(STORED_SAMPLES, 1))
+    assert np.abs(table["scores"][:] - expected).max() < 0.5 * np.abs(others - expected).max()
 
 
 def test_processes_share_the_parts(clips, tmp_path, monkeypatch, features):

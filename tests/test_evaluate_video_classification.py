@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 from transformers import (
     AutoVideoProcessor,
 )
@@ -103,7 +104,21 @@ def test_scores_are_the_mean_over_views(bars, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "confusion_matrix.png").stat().st_size > 1000
 
 
-def test_bootstrap_interval_is_that_of_the_binomial():
-    """Of 400 clips with 300 right, the normal approximation gives 0.75 +- 1.96 * 0.02165."""
-    low, high = evaluation.bootstrap(np.repeat([1.0, 0.0], [300, 100]), 4000)
-    assert low == pytest.approx(0.7076, abs=0.004) and high == pytest.approx(0.7924, abs=0.004)
+def test_the_report_has_wilsons_intervals():
+    """All right: the share's interval is no point. Of two labels, five guesses say nothing."""
+    labels = np.tile([0, 1], 20)
+    results = evaluation.summarise(np.eye(2)[labels], labels) | {"views": "1 x 1"}
+    low = binomtest(40, 40).proportion_ci(0.95, "wilson").low
+    assert results["accuracy_low"] == pytest.approx(low, abs=1e-4) and results["accuracy_high"] == 1
+    text = "40 clips, 1 x 1 views: top-1 100.0% (91.2% to 100.0%), mean of classes 100.0%; 0 could not be read"
+    assert evaluation.report(results) == text
+    scores, labels = np.eye(7)[[0, 1, 2, 3]], np.array([0, 1, 6, -100])
+    results = evaluation.summarise(scores, labels) | {"views": "1 x 1"}
+    interval = binomtest(2, 3).proportion_ci(0.95, "wilson")
+    assert [results["top5_accuracy_low"], results["top5_accuracy_high"]] == pytest.approx(
+        [interval.low, interval.high], abs=1e-4
+    )
+    assert (results["clips"], results["skipped"]) == (3, 1) and "top-5 66.7% (20.8% to 93.9%)" in evaluation.report(
+        results
+    )
+    assert evaluation.report(results | {"clips": 1}).startswith("1 clip,")

@@ -11,15 +11,17 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from torchvision.transforms import v2
-from transformers import AutoModelForVideoClassification, AutoVideoProcessor, TrainingArguments
+from transformers import AutoImageProcessor, AutoModelForVideoClassification, AutoVideoProcessor, TrainingArguments
 
 import finetune
 from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassification, VideoMambaVideoProcessor
 from training_clips import NAMES
-from video_classification_model import parameter_groups
+from video_classification_arguments import ModelArguments
+from video_classification_model import load_model, parameter_groups
 
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = "eval_results.json"
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,7 @@ def start(tmp_path_factory):
     VideoMambaForVideoClassification(config).save_pretrained(folder)
     sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     VideoMambaVideoProcessor(num_frames=4, frame_stride=2, **sizes).save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
     return folder
 
 
@@ -46,6 +49,7 @@ def test_the_script_alone_trains_and_pushes(bars, start, hub, python, tmp_path):
     assert not [name for name in files if name.startswith("checkpoint")]
     card = ModelCard(files["README.md"].decode())
     assert "video-classification" in card.data.tags and "- Accuracy: " in card.content
+    assert f"was fine-tuned from {start.name} on" in card.content and card.data.license == "mit"
     assert str(tmp_path.parent) not in card.content, "paths of this machine are nobody's business"
 
     pushed = tmp_path / "pushed"
@@ -65,6 +69,93 @@ def test_the_script_alone_trains_and_pushes(bars, start, hub, python, tmp_path):
     assert pixels.shape == (1, 4, 3, 32, 32) and model(pixels).logits.shape == (1, 2)
     results = json.loads((tmp_path / "my-classifier" / "eval_results.json").read_text())
     assert results["epoch"] == 2 and 0 <= results["eval_accuracy"] <= 1
+
+
+@pytest.mark.slow
+def test_the_other_scripts_take_what_it_writes(bars, start, python, tmp_path):
+    """Evaluated, trained further on longer clips, and given back to the script."""
+    scripts, out = ROOT / "examples" / "training", [tmp_path / name for name in ("first", "views", "longer", "last")]
+    command = [scripts / "finetune.py", "--dataset", bars, "--use_cpu", "--max_steps", 2]
+    python.run([*command, "--model_name_or_path", start, "--output_dir", out[0]])
+    look = ["--model_name_or_path", out[0], "--use_cpu", "--validation_dir", bars / "validation"]
+    python.run([scripts / "evaluate_video_classification.py", *look, "--output_dir", out[1]])
+    found, expected = (json.loads((out[i] / name).read_text()) for i, name in ((1, "results.json"), (0, RESULTS)))
+    assert found["accuracy"] == expected["eval_accuracy"]
+    more = ["--train_dir", bars / "train", "--do_train", "--max_steps", 1, "--num_frames", 8, "--report_to", "none"]
+    python.run([scripts / "run_video_classification.py", *look, *more, "--output_dir", out[2]])
+    python.run([*command, "--model_name_or_path", out[2], "--output_dir", out[3]])
+    assert AutoVideoProcessor.from_pretrained(out[3]).num_frames == 8
+
+
+def run(monkeypatch, *arguments):
+    """As a user runs the script, in this process."""
+    monkeypatch.setattr(sys, "argv", ["finetune.py", "--use_cpu", *map(str, arguments)])
+    finetune.main()
+
+
+def test_training_again_in_the_same_folder(bars, start, tmp_path, monkeypatch, capsys):
+    """Other settings and other clips are refused; the same go on, and are then already done."""
+    options = ["--model_name_or_path", start, "--num_train_epochs", 2, "--logging_steps", 1, "--disable_tqdm", True]
+    options += ["--num_frames", 6, "--sampling_fps", 4, "--image_size", 48, "--output_dir", tmp_path / "out"]
+    save = finetune.FineTuner._save_checkpoint
+
+    def interrupt(self, *args):
+        save(self, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(finetune.FineTuner, "_save_checkpoint", interrupt)
+        run(patch, *options, "--dataset", bars)
+    with pytest.raises(ValueError, match="learning_rate was 0.0001 and is now 0.01"):
+        run(monkeypatch, *options, "--dataset", bars, "--learning_rate", 0.01)
+    other = tmp_path / "other"
+    for split in ("train", "validation"):
+        shutil.copytree(bars / split, other / split)
+        (other / split / NAMES[0]).rename(other / split / "up")
+    with pytest.raises(ValueError, match=r"dataset was '.*' and is now '.*other'; labels was \['to the left.*'up'\]"):
+        run(monkeypatch, *options, "--dataset", other)
+    assert "Going on" not in capsys.readouterr().out
+    run(monkeypatch, *options, "--dataset", bars)
+    assert "checkpoint-1: 1 of 2 steps are done" in capsys.readouterr().out
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    run(monkeypatch, *options, "--dataset", bars, "--report_to", "none")
+    assert "Already done" in capsys.readouterr().out
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
+    processor = AutoVideoProcessor.from_pretrained(tmp_path / "out")
+    assert (processor.num_frames, processor.sampling_fps, processor.crop_size["width"]) == (6, 4, 48)
+    assert AutoImageProcessor.from_pretrained(tmp_path / "out").crop_size["width"] == 48
+    _, names, reader, *_ = load_model(ModelArguments(model_name_or_path=str(tmp_path / "out")), [], training=False)
+    assert names == NAMES and reader.num_frames == 6
+    inputs = processor(str(next(bars.rglob("*.mp4"))), return_tensors="pt")
+    model = AutoModelForVideoClassification.from_pretrained(tmp_path / "out")
+    assert inputs["pixel_values"].shape == (1, 6, 3, 48, 48) and model(**inputs).logits.shape == (1, 2)
+
+
+def test_clips_that_cannot_be_read_are_skipped_and_listed(bars, start, tmp_path, monkeypatch):
+    """In training another clip takes the place; in evaluation the clip does not count, in accuracy nor loss."""
+    clips, out = tmp_path / "clips", tmp_path / "out"
+    shutil.copytree(bars, clips)
+    broken = [clips / split / NAMES[1] / "broken.mp4" for split in ("train", "validation")]
+    for path in broken:
+        path.write_bytes(b"no video")
+    options = ["--model_name_or_path", start, "--max_steps", 2, "--per_device_eval_batch_size", 1, "--seed", 1]
+    run(monkeypatch, *options, "--dataset", clips, "--output_dir", out)
+    listed = [json.loads(line) for line in (out / "_decode_failures.jsonl").read_text().splitlines()]
+    assert sorted(entry["clip"] for entry in listed) == sorted(map(str, broken)) and "no video" in listed[0]["error"]
+    model = AutoModelForVideoClassification.from_pretrained(out)
+    processor, right, losses = AutoVideoProcessor.from_pretrained(out), [], []
+    for number, name in enumerate(NAMES):
+        for path in sorted((bars / "validation" / name).iterdir()):
+            with torch.no_grad():
+                logits = model(**processor(str(path), return_tensors="pt")).logits
+            right.append(int(logits.argmax()) == number)
+            losses.append(float(torch.nn.functional.cross_entropy(logits, torch.tensor([number]))))
+    results = json.loads((out / RESULTS).read_text())
+    assert results["eval_accuracy"] == sum(right) / 4
+    assert results["eval_loss"] == pytest.approx(sum(losses) / 4, rel=1e-3)
+    more = ["--dataset", clips, "--output_dir", tmp_path / "none", "--max_decode_failures", 0]
+    with pytest.raises(RuntimeError, match="1 clips? cannot be read, more than --max_decode_failures 0"):
+        run(monkeypatch, *options, *more)
 
 
 def test_a_part_is_held_out_if_there_is_no_validation_split(bars, tmp_path):

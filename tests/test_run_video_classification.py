@@ -76,6 +76,12 @@ def test_learns_which_way_the_bar_goes(trained):
     assert results["eval_samples"] == 4
 
 
+def test_a_curve_of_a_single_point_is_not_drawn(bars, tmp_path):
+    run(bars, tmp_path, "--do_train", "--max_steps", 1)
+    assert not (tmp_path / "training_curve.png").exists()
+    assert "training_curve" not in (tmp_path / "README.md").read_text()
+
+
 def test_says_how_fast_clips_are_read(trained):
     entries = json.loads((trained / "trainer_state.json").read_text())["log_history"][:-1]
     assert all(entry["clips_per_second"] > 0 and 0 <= entry["waiting"] <= 1 for entry in entries)
@@ -113,6 +119,27 @@ def test_interrupted_training_goes_on_to_the_same_weights(trained, bars, tmp_pat
     )
     assert all(torch.equal(expected[name], ended[name]) for name in expected)
     assert any(not torch.equal(started[name], ended[name]) for name in started)
+
+
+def test_in_a_finished_folder_other_settings_are_refused(trained, bars, tmp_path, capsys):
+    """Nothing would be trained, and the card would name what was never used."""
+    same = ("--do_train", "--do_eval", "--max_steps", 40, "--save_steps", 20, "--min_crop_area", 1)
+    same += ("--mirror_swaps", "to the left:to the right", "--reversal_swaps", "to the left:to the right")
+    for name in ("training_args.json", "README.md", "model.safetensors", "train_results.json", "_settings.json"):
+        shutil.copy(trained / name, tmp_path)
+    shutil.copytree(trained / "checkpoint-40", tmp_path / "checkpoint-40")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    with pytest.raises(ValueError, match="other settings: learning_rate was 0.01 and is now 0.1. To go on there"):
+        run(bars, tmp_path, *same, "--learning_rate", 0.1)
+    shutil.copytree(bars, tmp_path / "clips")
+    with pytest.raises(ValueError, match="other settings: train_dir was '.*' and is now '.*clips/train'; validation"):
+        run(tmp_path / "clips", tmp_path, *same, "--learning_rate", 0.01)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    # The same settings; where frames are cached and what is logged may differ.
+    run(bars, tmp_path, *same, "--learning_rate", 0.01, "--logging_steps", 7)
+    assert "Already done" in capsys.readouterr().out
+    for name in ("model.safetensors", "train_results.json"):
+        assert (tmp_path / name).read_bytes() == before[name]
 
 
 def test_a_checkpoint_is_whole_or_not_there(bars, tmp_path, monkeypatch):

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from browser import open_browser, wait_for
+from modeling_videomamba import VideoMambaVideoProcessor
 from modeling_videomamba.video_decoding import decode_video
-from video_files import write_video
+from video_files import STORED, STORED_SAMPLES, read_numbers, write_video
 
 
 pytest.importorskip("gradio", reason="needs Gradio: pip install gradio")
@@ -73,6 +74,16 @@ def upload(browser, url, path):
     browser.get(url)
     wait_for(lambda: find(browser, "#clip input[type=file]"))[0].send_keys(str(path))
     wait_for(lambda: "scores and maps" in text(browser, "#summary") or find(browser, "#problem .message"))
+
+
+def test_the_page_sees_one_clip_stored_in_many_ways_the_same(app, stored):
+    checkpoint = app.Checkpoint(str(CAMERA_MOTION))
+    checkpoint.processor = VideoMambaVideoProcessor(
+        num_frames=8, sampling_fps=5, size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}
+    )
+    for name in STORED:
+        pixel_values, _ = checkpoint.read(str(stored / name))
+        assert read_numbers(checkpoint.pictures(pixel_values)) == STORED_SAMPLES
 
 
 def test_upload_and_phone(browser, url, tmp_path, app):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -385,3 +386,50 @@ def test_the_command_line_is_the_scripts_own(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         study.main()
     assert "table1" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_way_to_the_rows_of_table_7(bars, python, tmp_path):
+    """The page's commands after the conversion, in their order, with a tiny model and clips of two labels."""
+    config = {"hidden_size": 16, "num_hidden_layers": 1, "image_size": 32, "num_frames": 16, "num_labels": 51}
+    VideoMambaForVideoClassification(VideoMambaConfig(**config)).save_pretrained(tmp_path / "in1k")
+    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    VideoMambaVideoProcessor(frame_stride=None, **sizes).save_pretrained(tmp_path / "in1k")
+    rows = [("youtube_id", "time_start", "time_end", "label")]
+    (tmp_path / "hmdb51" / "splits").mkdir(parents=True)
+    (tmp_path / "kinetics" / "clips").mkdir(parents=True)
+    for label in sorted(path.name for path in (bars / "train").iterdir()):
+        (tmp_path / "hmdb51" / "videos" / label).mkdir(parents=True)
+        files = [path for split in ("train", "validation") for path in sorted((bars / split / label).iterdir())][-4:]
+        names = [f"{label} {number}.mp4" for number in range(4)]
+        for file, name, number in zip(files, names, range(4), strict=True):
+            shutil.copy(file, tmp_path / "hmdb51" / "videos" / label / name)
+            shutil.copy(file, tmp_path / "kinetics" / "clips" / f"{label}{number}_000000_000010.mp4")
+            rows.append((f"{label}{number}", "0", "10", label))
+        text = "".join(f"{name} {use}\n" for name, use in zip(names, "1122", strict=True))
+        (tmp_path / "hmdb51" / "splits" / f"{label}_test_split1.txt").write_text(text)
+    for name in ("train", "val"):
+        with open(tmp_path / "kinetics" / f"{name}.csv", "w", newline="") as file:
+            csv.writer(file).writerows(rows)
+
+    page = (CAMERA.parents[1] / "docs" / "study.md").read_text()
+    page = page.split("## Table 7 on HMDB51, step by step")[1].split("\n## ")[0]
+    blocks = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)[1:]
+    variables, small = {}, "--use_cpu --max_steps 1 --per_device_train_batch_size 2 --image_size 32".split()
+    for line in filter(str.strip, re.sub(r"\\\n", "", "".join(blocks)).splitlines()):
+        if assigned := re.fullmatch(r'\s*(\w+)="(.*)"', line):
+            variables[assigned[1]] = assigned[2]
+            continue
+        for name, value in variables.items():
+            line = re.sub(rf"\${name}\b", lambda match, value=value: value, line)
+        words = [word for word in shlex.split(line.replace("--torch_compile True", "")) if word != "--bf16"]
+        words[words.index("--dataloader_num_workers") + 1] = "0"
+        script = CAMERA.parents[1] / words[1]
+        words = [str(CAMERA.parents[1] / word) if word.endswith(".args") else word for word in words[2:]]
+        python.run([script, *words, *(["--use_cpu"] if script.name == "study.py" else small)], tmp_path)
+    for name, frames in (("in1k-16", 16), ("in1k-32", 32), ("k400-hmdb51-16", 16), ("k400-hmdb51-32", 32)):
+        processor = VideoMambaVideoProcessor.from_pretrained(tmp_path / name)
+        assert (processor.num_frames, processor.frame_stride) == (frames, 2)
+        assert VideoMambaConfig.from_pretrained(tmp_path / name).num_frames == frames
+    table = (tmp_path / "study" / "table7.csv").read_text()
+    assert all(name in table for name in ("in1k-16", "in1k-32", "k400-hmdb51-16", "k400-hmdb51-32"))

@@ -13,6 +13,7 @@ from datasets import ClassLabel, Dataset, IterableDataset
 from torchvision.transforms import v2
 
 import video_classification_data as data
+from finetune import DecodeFailures
 from modeling_videomamba import video_decoding
 from training_clips import NAMES, still_clip, tiny_processor, touch
 from video_classification_arguments import DataArguments
@@ -20,7 +21,7 @@ from video_files import write_video
 
 
 def listed(source, root, split="train", limit=0):
-    clips = data.read_list(str(source), str(root), split, 1, data.DecodeFailures(str(root.parent / "log"), limit))
+    clips = data.read_list(str(source), str(root), split, 1, DecodeFailures(str(root.parent / "log"), limit))
     names = clips.features["label"].names
     return {os.path.relpath(v["path"], root): names[n] for v, n in zip(clips["video"], clips["label"], strict=True)}
 
@@ -96,14 +97,14 @@ def test_reads_the_lists_of_breakfast_coin_and_lvu(tmp_path):
     source.write_text("P03/cam01/P03_cereals.avi 0 61.5\na b.mp4 1 90\n")
     names = tmp_path / "names.txt"
     names.write_text("cereals\ntea\n")
-    settings = (str(root), "train", 1, data.DecodeFailures(str(tmp_path), 0), str(names))
+    settings = (str(root), "train", 1, DecodeFailures(str(tmp_path), 0), str(names))
     clips = data.read_list(str(source), *settings, "path,label,seconds")
     assert clips.features["label"].names == ["cereals", "tea"] and clips["label"] == [0, 1]
     source.write_text("P03/cam01/P03_cereals.avi,61,0\na b.mp4, 90, 1\n")
     assert data.read_list(str(source), *settings, "path, frames, label")["label"] == [0, 1]
     source.write_text("P04_tea.avi,2\n")
     with pytest.raises(ValueError, match="names 2 labels, but .*train.csv has a label 2"):
-        data.read_list(str(source), str(root), "train", 1, data.DecodeFailures(str(tmp_path), 0), str(names))
+        data.read_list(str(source), str(root), "train", 1, DecodeFailures(str(tmp_path), 0), str(names))
     source = tmp_path / "COIN.json"
     rows = {"P04_tea": ("MakeTea", "training"), "a b": ("BoilNoodles", "testing")}
     rows = {name: {"class": label, "subset": subset, "annotation": []} for name, (label, subset) in rows.items()}
@@ -375,7 +376,7 @@ def test_names_and_skips_clips_that_cannot_be_read(tmp_path, caplog):
     rows += [{"video": still_clip(tmp_path), "label": 0}, {"video": {"path": "gone.mp4", "bytes": None}, "label": 1}]
     processor = tiny_processor()
     show = data.EvalTransform(processor, processor)
-    failures = data.DecodeFailures(str(tmp_path / "out"), 1)
+    failures = DecodeFailures(str(tmp_path / "out"), 1)
 
     seen = data.Clips(rows, show, failures)[0]
     assert seen["labels"] == -100 and seen["pixel_values"].shape == (4, 3, 32, 32)
@@ -386,7 +387,7 @@ def test_names_and_skips_clips_that_cannot_be_read(tmp_path, caplog):
         data.Clips(rows, show, failures)[2]
     assert failures.names() == {str(tmp_path / "broken.mp4"), "gone.mp4"}
     with pytest.raises(RuntimeError, match="2 clips cannot be read"):  # the same again, without mending anything
-        data.Clips(rows, show, data.DecodeFailures(str(tmp_path / "out"), 1))[2]
+        data.Clips(rows, show, DecodeFailures(str(tmp_path / "out"), 1))[2]
 
 
 class Clock:

@@ -1,15 +1,21 @@
 """Models for the training scripts: any config, the optimizer's groups, checkpoints kept."""
 
 import pytest
+import torch
 from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoModelForVideoClassification, AutoVideoProcessor
+from transformers.video_utils import VideoMetadata
 
 import video_classification_model as models
 from modeling_videomamba import (
     VideoMambaConfig,
+    VideoMambaForImageClassification,
     VideoMambaForVideoClassification,
+    VideoMambaImageProcessor,
 )
 from training_clips import NAMES, touch
 from video_classification_arguments import ModelArguments
+from video_files import write_video
 
 
 def test_any_field_of_the_config_can_be_set(tmp_path):
@@ -40,26 +46,89 @@ def test_any_field_of_the_config_can_be_set(tmp_path):
             load(model_name_or_path=str(tmp_path), config_overrides=bad)
 
 
-def test_a_trained_model_keeps_its_size_and_says_so(tmp_path, caplog):
-    """Flags of new models, as recipes have them, change no trained one; those that ask for another are named."""
-
-    def load(**arguments):
-        return models.load_model(ModelArguments(**arguments), NAMES, True)
-
+@pytest.fixture
+def trained(tmp_path):
+    """A folder of a model of four frames of 32 pixels, cropped from 40, that are spread over the clip."""
     new = {"hidden_size": 16, "num_hidden_layers": 1, "image_size": 32, "num_frames": 4, "frame_stride": 0}
-    model, _, reader, *processors = load(**new)
+    model, _, reader, video, images = models.load_model(ModelArguments(**new), NAMES, True)
     assert reader.frame_stride is None
-    for part in (model, *processors):
-        part.save_pretrained(tmp_path)
-    load(model_name_or_path=str(tmp_path), **new)
-    load(model_name_or_path=str(tmp_path))
+    for part in (model, video, images):
+        if part is not model:
+            part.size = {"shortest_edge": 40}
+        part.save_pretrained(tmp_path / "trained")
+    return tmp_path / "trained"
+
+
+def test_a_trained_model_keeps_its_width_and_says_so(trained, caplog):
+    def load(**arguments):
+        return models.load_model(ModelArguments(model_name_or_path=str(trained), **arguments), NAMES, True)
+
+    load(hidden_size=16, num_frames=4, frame_stride=0)
     assert not caplog.records
-    again, _, reader, *_ = load(model_name_or_path=str(tmp_path), num_frames=8, frame_stride=2, image_size=32)
-    assert again.config.num_frames == reader.num_frames == 4 and reader.frame_stride is None
+    again, *_ = load(hidden_size=32, num_hidden_layers=2)
+    assert again.config.hidden_size == 16 and len(again.videomamba.layers) == 1
     assert [record.args[:2] + record.args[3:] for record in caplog.records] == [
-        ("num_frames", 8, 4),
-        ("frame_stride", 2, 0),
+        ("hidden_size", 32, 16),
+        ("num_hidden_layers", 2, 1),
     ]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_frames": 8, "frame_stride": 3, "image_size": 64},
+        {"frame_stride": 3, "config_overrides": "num_frames=8,image_size=64"},
+    ],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_length_size_and_sampling_of_a_trained_model_change(trained, tmp_path, arguments, training):
+    """Model and processors together, also in a folder without `preprocessor_config.json`."""
+    clip = write_video(tmp_path / "clip.mp4", 60)
+    before = AutoModelForVideoClassification.from_pretrained(trained)
+    (trained / "preprocessor_config.json").unlink()
+    arguments = ModelArguments(model_name_or_path=str(trained), **arguments)
+    model, names, reader, video, images = models.load_model(arguments, NAMES, training)
+    assert names == NAMES and model.config.num_frames == reader.num_frames == 8 and model.config.image_size == 64
+    sizes = [dict(part.size)["shortest_edge"] for part in (reader, video, images)]
+    assert sizes == [80, 80, 80], "the crop is still 32 / 40 of the shorter edge"
+    assert images.crop_size["height"] == 64 and images.crop_size["width"] == 64
+    for part in (model, video, images):
+        part.save_pretrained(tmp_path / "longer")
+    saved = AutoVideoProcessor.from_pretrained(tmp_path / "longer")
+    inputs = saved(clip, return_tensors="pt", return_metadata=True)
+    assert inputs.pop("video_metadata")[0].frames_indices.tolist() == [19, 22, 25, 28, 31, 34, 37, 40]
+    assert inputs["pixel_values"].shape == (1, 8, 3, 64, 64)
+    again = AutoModelForVideoClassification.from_pretrained(tmp_path / "longer")
+    with torch.no_grad():
+        # Of the same weights, whose positions are interpolated to the longer clip.
+        expected = before(**inputs, interpolate_pos_encoding=True).logits
+        assert torch.allclose(again(**inputs).logits, expected, atol=1e-5)
+
+
+def test_sampling_by_time_and_by_frame_take_each_other_s_place(trained):
+    def load(folder, **arguments):
+        *_, reader, _, _ = models.load_model(ModelArguments(model_name_or_path=str(folder), **arguments), NAMES, True)
+        return reader
+
+    by_time = load(trained, sampling_fps=5)
+    metadata = VideoMetadata(total_num_frames=100, fps=20.0)
+    assert by_time.sample_frames(metadata).tolist() == [44, 48, 52, 56]
+    by_time.save_pretrained(trained)
+    assert load(trained).sample_frames(metadata).tolist() == [44, 48, 52, 56]
+    assert load(trained, frame_stride=1).sample_frames(metadata).tolist() == [48, 49, 50, 51]
+    by_time.fps, by_time.sampling_fps = 1, None  # a number of frames that grows with the clip
+    by_time.save_pretrained(trained)
+    assert load(trained, frame_stride=1).sample_frames(metadata).tolist() == [48, 49, 50, 51]
+
+
+def test_an_image_model_is_a_video_model_of_one_frame(tmp_path):
+    config = VideoMambaConfig(hidden_size=16, num_hidden_layers=1, image_size=32, num_frames=1, tubelet_size=1)
+    VideoMambaForImageClassification(config).save_pretrained(tmp_path)
+    sizes = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
+    VideoMambaImageProcessor(single_images=True, **sizes).save_pretrained(tmp_path)
+    model, _, reader, *_ = models.load_model(ModelArguments(model_name_or_path=str(tmp_path)), ["LABEL_0"], False)
+    inputs = reader(write_video(tmp_path / "clip.mp4", 9), return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 1, 3, 32, 32) and model(**inputs).logits.shape == (1, 2)
 
 
 def test_weight_decay_and_layer_decay_reach_the_right_weights():

@@ -137,7 +137,11 @@ def camera_path(parameters, rng, substeps=1):
     travelled = np.r_[0, np.cumsum((speed[1:] + speed[:-1]) / 2 * np.diff(fine))]
     middle = (fine >= (count - WINDOW) / 2) & (fine <= (count + WINDOW) / 2)
     progress = np.interp(time, fine, travelled) / np.ptp(travelled[middle])
-    path = np.stack([parameters["amount"][axis] * progress for axis in AXES], 1)
+    parts = [(parameters["amount"], progress)]
+    if "then" in parameters:  # another motion, from the middle on
+        half = np.interp(count / 2, fine, travelled) / np.ptp(travelled[middle])
+        parts = [(parameters["amount"], progress.clip(max=half)), (parameters["then"], (progress - half).clip(min=0))]
+    path = sum(np.stack([amount[axis] * along for axis in AXES], 1) for amount, along in parts)
     for axis in (0, 1, 3):
         path[:, axis] += hand_shake(time, parameters["shake"], rng)
     return path / (1, 1, MEAN_RADIUS, MEAN_RADIUS)

@@ -47,6 +47,7 @@ from study_tables import FIGURE1, PUBLISHED, TABLES
 
 
 TRAINING = Path(__file__).resolve().parents[1] / "training"
+sys.path.append(str(TRAINING))  # whose flags the runs have
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -329,8 +330,9 @@ def read_config(path):
 def check_data(common, training):
     from transformers import HfArgumentParser
 
+    from finetune import DecodeFailures
     from video_classification_arguments import DataArguments
-    from video_classification_data import DecodeFailures, load_clips
+    from video_classification_data import load_clips
 
     data, _ = HfArgumentParser(DataArguments).parse_args_into_dataclasses(
         flatten(common), return_remaining_strings=True
@@ -415,6 +417,8 @@ def published_table(name, runs, arguments):
             cells |= {"Backbone": "Mamba", "Param (M)": f"{counts['parameters'] / 1e6:.1f}"}
             cells["GFLOPs"] = f"{counts['paper_macs'] / 1e9:.0f}"
         for column, key in (("Top-1", "accuracy"), ("Top-5", "top5_accuracy")):
+            if key not in figures:  # of few labels
+                continue
             low, high = (100 * figures[f"{key}_{bound}"] for bound in ("low", "high"))
             cells[column] = f"{100 * figures[key]:.1f} ({low:.1f} to {high:.1f})"
         lines.append([cells[column] for column in table.columns])

@@ -38,7 +38,6 @@ class EvaluationArguments:
             "help": "Show the frames of each view in another order (paper, section 5.2).",
         },
     )
-    bootstrap_samples: int = field(default=2000, metadata={"help": "Bootstrap draws for the 95 %% intervals."})
 
 
 if __name__ == "__main__":
@@ -52,11 +51,10 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from finetune import IGNORED, DecodeFailures
 from modeling_videomamba.video_decoding import DecodedVideoMetadata
 from video_classification_data import (
-    IGNORED,
     Clips,
-    DecodeFailures,
     Normalize,
     load_accuracy,
     load_clips,
@@ -157,13 +155,6 @@ class ViewsTransform:
         return {"views": views.unflatten(1, (self.num_clips, -1)).flatten(0, 1)[:, self.order], "labels": label}
 
 
-def bootstrap(right, samples, seed=0):
-    """The 95 % interval of the mean of `right` (one entry a video), by drawing as many videos with replacement."""
-    rng = np.random.default_rng(seed)
-    means = [rng.choice(right, len(right)).mean() for _ in range(samples)]
-    return [float(bound) for bound in np.percentile(means, [2.5, 97.5])]
-
-
 @torch.no_grad()
 def score(model, processor, dataset, args, process):
     """The scores of the clips, the mean over their views, and their labels; None where another process has them."""
@@ -195,15 +186,24 @@ def score(model, processor, dataset, args, process):
     return np.stack([part[1] for part in parts]), np.array([part[2] for part in parts])
 
 
-def summarise(scores, labels, bootstrap_samples):
+def summarise(scores, labels):
     """Accuracies with their intervals, and how many clips were counted and skipped."""
-    counted = labels != IGNORED
-    results = load_accuracy().compute(predictions=scores, references=labels)
-    ranks = np.argsort(-scores[counted], axis=-1, kind="stable")[:, :5]
-    right = ranks == labels[counted, None]
-    for name, hits in (("accuracy", right[:, 0]), ("top5_accuracy", right.any(-1))):
-        results[f"{name}_low"], results[f"{name}_high"] = bootstrap(hits.astype(float), bootstrap_samples)
-    return results | {"clips": int(counted.sum()), "skipped": int((~counted).sum())}
+    counted = int((labels != IGNORED).sum())
+    return load_accuracy().compute(predictions=scores, references=labels) | {
+        "clips": counted,
+        "skipped": len(labels) - counted,
+    }
+
+
+def report(results):
+    """The results in a line."""
+    count = results["clips"]
+    text = f"{count} clip{'s' if count != 1 else ''}, {results['views']} views: "
+    for title, name in (("top-1", "accuracy"), ("top-5", "top5_accuracy")):
+        if name in results:
+            share, low, high = (results[f"{name}{bound}"] for bound in ("", "_low", "_high"))
+            text += f"{title} {share:.1%} ({low:.1%} to {high:.1%}), "
+    return f"{text}mean of classes {results['mean_class_accuracy']:.1%}; {results['skipped']} could not be read"
 
 
 def main():
@@ -229,17 +229,12 @@ def main():
     if not process.is_main_process:
         return
 
-    results = summarise(scores, labels, args.bootstrap_samples)
+    results = summarise(scores, labels)
     results |= {"views": f"{args.num_clips} x {args.num_crops}", "frame_order": args.frame_order}
     write_predictions(args.output_dir, dataset.names(len(scores)), labels, scores, names)
     np.savez_compressed(f"{args.output_dir}/scores.npz", scores=scores, labels=labels)
     write_json(f"{args.output_dir}/results.json", results)
-    print(
-        f"{results['clips']} clips, {results['views']} views: top-1 {results['accuracy']:.1%} "
-        f"({results['accuracy_low']:.1%} to {results['accuracy_high']:.1%}), top-5 {results['top5_accuracy']:.1%} "
-        f"({results['top5_accuracy_low']:.1%} to {results['top5_accuracy_high']:.1%}), "
-        f"mean of classes {results['mean_class_accuracy']:.1%}; {results['skipped']} could not be read"
-    )
+    print(report(results))
 
 
 if __name__ == "__main__":

@@ -5,16 +5,20 @@
 
 `clips` is a folder with a sub-folder for each label (`clips/train/waving/*.mp4`, `clips/validation/waving/*.mp4`), or
 the name of a data set of the Hub with a video and a label column. Without a validation split, a part of the training
-clips is held out. `--push_to_hub` uploads the result. All flags of `transformers.TrainingArguments` work. The same
-command run again goes on from the last checkpoint in `--output_dir`.
+clips is held out. Clips that cannot be read are skipped and listed. `--push_to_hub` uploads the result. All flags of
+`transformers.TrainingArguments` work. The same command run again goes on from the last checkpoint in `--output_dir`;
+other settings are refused there.
 
 This file needs nothing but the package with its extra `train`: copy it and change it.
 """
 
+import json
 import os
 import re
+import reprlib
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
@@ -36,6 +40,16 @@ DEFAULTS = {
     "report_to": "none",
 }
 
+IGNORED = -100  # the label of a clip that could not be read; losses and metrics leave it out
+SETTINGS = "_settings.json"  # of the run in a folder; the Hub gets no file whose name begins so
+# What does not change the weights, and may differ when a run goes on.
+MAY_DIFFER = re.compile(
+    r"accelerator_config|allow_missing_classes|dataloader_(num|p)|ddp|debug|disable_tqdm|do_|eval_accumulation"
+    r"|frame_cache|fsdp|full_determinism|gradient_checkpointing|hub|local_rank|log|max_decode|output_dir|parallelism"
+    r"|per_device_eval|project|push|report_to|resume|run_name|save|skip_memory|torch_compile|torch_empty|trackio|trust"
+    r"|use_cpu"
+)
+
 
 @dataclass
 class Arguments:
@@ -49,6 +63,21 @@ class Arguments:
     min_crop_area: float = field(
         default=0.5, metadata={"help": "Training clips are random crops of at least this share of the frame."}
     )
+    max_decode_failures: int = field(
+        default=10,
+        metadata={"help": "Skip and list up to this many clips that cannot be read; one more stops the run."},
+    )
+    num_frames: int | None = field(default=None, metadata={"help": "Frames per clip (default: the model's)."})
+    frame_stride: int | None = field(
+        default=None,
+        metadata={"help": "Distance between sampled frames (default: the model's); 0: over the whole clip."},
+    )
+    sampling_fps: float | None = field(
+        default=None, metadata={"help": "Sampled frames a second, instead of a distance in frames."}
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Height and width of the frames in pixels (default: the model's)."}
+    )
 
 
 def make_parser():
@@ -61,11 +90,13 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
     make_parser().parse_args()  # before the imports below, which take seconds
 
 import torch
+from huggingface_hub import ModelCard
 from torchvision.transforms import v2
 from transformers import AutoConfig, AutoModelForVideoClassification, AutoVideoProcessor, Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
-import modeling_videomamba  # noqa: F401  registers VideoMamba with the Auto classes
+from modeling_videomamba import VideoMambaImageProcessor, VideoMambaVideoProcessor
 
 
 try:
@@ -73,6 +104,9 @@ try:
     from datasets import ClassLabel, DatasetDict, Video, load_dataset
 except ModuleNotFoundError as error:
     sys.exit(f"{error}. Install the extra `train`: pip install '.[train]' in a clone of videomamba-transformers.")
+
+
+logger = logging.get_logger(__name__)
 
 
 def load_clips(name, validation_fraction, seed):
@@ -95,10 +129,12 @@ def load_clips(name, validation_fraction, seed):
     return clips
 
 
-def load_model(name, labels):
+def load_model(name, labels, **size):
+    """The model with these labels; `size`: its `num_frames` and `image_size`, if they are to be others."""
     config = AutoConfig.from_pretrained(name)
     model = AutoModelForVideoClassification.from_pretrained(
         name,
+        **size,
         id2label=dict(enumerate(labels)),
         label2id={label: number for number, label in enumerate(labels)},
         problem_type="single_label_classification",
@@ -120,6 +156,93 @@ def fit_head(model, id2label, labels):
         head.reset_parameters()
 
 
+def fit_processor(processor, config, frame_stride=None, sampling_fps=None):
+    """
+    Makes a processor give what a model of this config takes: so many frames of this size.
+
+    Args:
+        frame_stride (`int`, *optional*): another distance between sampled frames; 0 spreads them over the whole clip.
+        sampling_fps (`float`, *optional*): so many sampled frames a second instead.
+    """
+    height, width = [config.image_size] * 2 if isinstance(config.image_size, int) else config.image_size
+    crop = processor.crop_size
+    if crop and (crop["height"], crop["width"]) != (height, width):
+        edge = (processor.size or {}).get("shortest_edge")  # it may be longer than the crop
+        ratio = edge / min(crop["height"], crop["width"]) if edge else 1
+        processor.size = {"shortest_edge": round(ratio * min(height, width))}
+        processor.crop_size = {"height": height, "width": width}
+    if not isinstance(processor, VideoMambaVideoProcessor):
+        return
+    if frame_stride is not None or sampling_fps is not None:
+        processor.frame_stride = processor.frame_stride if frame_stride is None else frame_stride or None
+        processor.sampling_fps, processor.fps = sampling_fps, None
+    if processor.fps is None and getattr(config, "num_frames", None):
+        processor.num_frames = config.num_frames
+
+
+def for_decoded_frames(processor):
+    """The image processor that belongs to a video processor of this package: the same, for frames."""
+    names = VideoMambaImageProcessor.valid_kwargs.__annotations__
+    return VideoMambaImageProcessor(**{key: value for key, value in processor.to_dict().items() if key in names})
+
+
+def keep_settings(folder, settings, writes=True):
+    """
+    Keeps the settings of the run in `folder`, so that no other goes on there.
+
+    Raises:
+        ValueError: a model was trained in the folder, or has begun to be, with other settings.
+    """
+    path = Path(folder, SETTINGS)
+    known = {name: value for name, value in settings.items() if not MAY_DIFFER.match(name)}
+    for name, value in known.items():
+        if isinstance(value, str) and os.path.exists(value):
+            known[name] = os.path.abspath(value)
+    known = json.loads(json.dumps(known, default=str))
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    other = [name for name in sorted(before.keys() & known) if before[name] != known[name]]
+    if other and (any(path.parent.glob("checkpoint-*")) or any(path.parent.glob("model*.safetensors"))):
+        short = reprlib.Repr()
+        short.maxstring = 80
+        old, new = ([short.repr(run[name]) for name in other] for run in (before, known))
+        found = "; ".join(f"{n} was {a} and is now {b}" for n, a, b in zip(other, old, new, strict=True))
+        raise ValueError(
+            f"{folder} was made with other settings: {found}. "
+            "To go on there, give the same. To start anew, name another --output_dir, or remove the folder. To train "
+            "its model further, name it as --model_name_or_path, with another --output_dir."
+        )
+    if writes:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(before | known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(part, path)
+
+
+def licence(name):
+    """The licence in the card of a folder or Hub repository; None if it has none."""
+    path = f"{name}/README.md" if name and os.path.isdir(name) else name
+    if not path or (path != name and not os.path.isfile(path)):
+        return None
+    try:
+        card = ModelCard.load(path)
+    except Exception:  # without a card or a network: those of the network's client are not of one family
+        return None
+    return card.data.get("license")
+
+
+def tell_place(checkpoint):
+    """Says where a run of the `Trainer` goes on, if it does. Returns whether it is at its end already."""
+    if not checkpoint:
+        return False
+    state = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
+    step, total = state["global_step"], state["max_steps"]
+    if step >= total:
+        print(f"Already done: {checkpoint} is the end of this training ({total} steps). Nothing is trained.")
+    else:
+        print(f"Going on from {checkpoint}: {step} of {total} steps are done.")
+    return step >= total
+
+
 class ClipTransform:
     """A batch of rows in, `pixel_values` and `labels` out. (A class: workers that are spawned can take no lambda.)"""
 
@@ -127,8 +250,7 @@ class ClipTransform:
         self.processor, self.augment = processor, augment
 
     def read(self, video):
-        source = video["path"] if video["bytes"] is None else video["bytes"]
-        frames, _ = self.processor.fetch_videos(source, sample_indices_fn=self.processor.sample_frames)
+        frames, _ = self.processor.fetch_videos(video, sample_indices_fn=self.processor.sample_frames)
         frames = frames.permute(0, 3, 1, 2)  # (T, C, H, W) uint8
         return frames if self.augment is None else self.augment(frames)
 
@@ -138,11 +260,90 @@ class ClipTransform:
         return {"pixel_values": [clip["pixel_values"][0] for clip in clips], "labels": rows["label"]}
 
 
+class DecodeFailures:
+    """Keeps, in a file, the name of every clip that could not be read: for all workers, processes and restarts."""
+
+    def __init__(self, folder, limit, name="decode_failures.jsonl"):
+        self.path, self.limit = f"{folder}/{name}", limit
+
+    def forget(self):
+        """For a run that starts anew."""
+        Path(self.path).unlink(missing_ok=True)
+
+    def record(self, name, error):
+        if name not in self.names():
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"clip": name, "error": str(error)}) + "\n")
+            logger.warning("Skipped %s: %s", name, error)
+        count = len(self.names())
+        if count > self.limit:
+            number = f"{count} clip{'s' if count != 1 else ''}"
+            raise RuntimeError(
+                f"{number} cannot be read, more than --max_decode_failures {self.limit}. One is {name}: {error} "
+                f"All are named in {self.path}. Repair or remove these clips, or raise --max_decode_failures."
+            )
+
+    def names(self):
+        if not os.path.exists(self.path):
+            return set()
+        return {json.loads(line)["clip"] for line in Path(self.path).read_text(encoding="utf-8").splitlines()}
+
+
+def clip_name(video):
+    return video["path"] or f"a clip of {len(video['bytes'])} bytes"
+
+
+class Clips(torch.utils.data.Dataset):
+    """
+    Rows as the model takes them, when a worker asks for them. Of a clip that cannot be read, the next one takes the
+    place in training; in evaluation it becomes a black clip with the label -100.
+    """
+
+    def __init__(self, rows, transform, failures):
+        self.rows, self.transform, self.failures = rows, transform, failures
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        for place in range(index, index + len(self)):
+            row = self.rows[place % len(self)]
+            try:
+                clips = self.transform({name: [value] for name, value in row.items()})
+                return {name: values[0] for name, values in clips.items()}
+            except (OSError, ValueError) as error:
+                self.failures.record(clip_name(row["video"]), error)
+            if self.transform.augment is None:
+                processor = self.transform.processor
+                size = (processor.crop_size["height"], processor.crop_size["width"])
+                return {"pixel_values": torch.zeros(processor.num_frames, 3, *size), "labels": IGNORED}
+        raise RuntimeError(f"None of the {len(self)} clips can be read; they are named in {self.failures.path}.")
+
+
 class FineTuner(Trainer):
     def get_decay_parameter_names(self, model):
         """Those of a `Trainer`, but for positions, the class token, and the state-space model's A and D."""
         other = re.compile(r"(A_log|\.D|position_embeddings|cls_token)$")
         return [name for name in super().get_decay_parameter_names(model) if not other.search(name)]
+
+    def create_model_card(self, *args, **kwargs):
+        """That of the `Trainer`, which says of a model whose start is a folder that it was trained from scratch."""
+        start = self.model.config._name_or_path
+        if os.path.isdir(start):
+            kwargs["license"] = kwargs.get("license") or licence(start)
+        super().create_model_card(*args, **kwargs)
+        if os.path.isdir(start) and self.is_world_process_zero():
+            path = Path(self.args.output_dir, "README.md")
+            text, name = path.read_text(encoding="utf-8"), Path(start).absolute().name
+            path.write_text(
+                text.replace("was trained from scratch on", f"was fine-tuned from {name} on"), encoding="utf-8"
+            )
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if isinstance(self.processing_class, VideoMambaVideoProcessor):
+            for_decoded_frames(self.processing_class).save_pretrained(output_dir or self.args.output_dir)
 
 
 def logits_alone(outputs, labels):
@@ -151,7 +352,8 @@ def logits_alone(outputs, labels):
 
 
 def accuracy(prediction):
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+    known = prediction.label_ids != IGNORED
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids)[known].mean())}
 
 
 def main():
@@ -163,21 +365,30 @@ def main():
 
     clips = load_clips(args.dataset, args.validation_fraction, training_args.seed)
     names = clips["train"].features["label"].names
-    model = load_model(args.model_name_or_path, names)
+    settings = {**vars(args), **training_args.to_dict(), "labels": names, "train_clips": len(clips["train"])}
+    keep_settings(training_args.output_dir, settings, training_args.process_index == 0)
+    sizes = {name: getattr(args, name) for name in ("num_frames", "image_size") if getattr(args, name) is not None}
+    model = load_model(args.model_name_or_path, names, **sizes)
     processor = AutoVideoProcessor.from_pretrained(args.model_name_or_path)
+    fit_processor(processor, model.config, args.frame_stride, args.sampling_fps)
     size = (processor.crop_size["height"], processor.crop_size["width"])
     augment = v2.RandomResizedCrop(size, scale=(args.min_crop_area, 1), antialias=True)  # all frames of a clip alike
+    failures = DecodeFailures(training_args.output_dir, args.max_decode_failures, "_decode_failures.jsonl")
     trainer = FineTuner(
         model=model,
         args=training_args,
-        train_dataset=clips["train"].with_transform(ClipTransform(processor, augment)),
-        eval_dataset=clips["validation"].with_transform(ClipTransform(processor)),
+        train_dataset=Clips(clips["train"], ClipTransform(processor, augment), failures),
+        eval_dataset=Clips(clips["validation"], ClipTransform(processor), failures),
         compute_metrics=accuracy,
         preprocess_logits_for_metrics=logits_alone,
         processing_class=processor,
     )
     checkpoint = get_last_checkpoint(training_args.output_dir) if os.path.isdir(training_args.output_dir) else None
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint or checkpoint)
+    checkpoint = training_args.resume_from_checkpoint or checkpoint
+    if not checkpoint and training_args.process_index == 0:
+        failures.forget()
+    tell_place(checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()
     trainer.save_metrics("eval", metrics)
     trainer.log_metrics("eval", metrics)

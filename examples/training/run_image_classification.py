@@ -9,7 +9,7 @@
 `pictures` is a folder (`pictures/train/<label>/*.jpg`, `pictures/validation/<label>/*.jpg`), or the name of a data
 set of the Hub with an image and a label column. Without `--model_name_or_path` a VideoMamba is trained from random
 weights. All flags of `transformers.TrainingArguments` work; the same command run again goes on from the last
-checkpoint.
+checkpoint, and other settings are refused in its folder.
 `python -m conversion.inflate_image_model` makes a video model of the result.
 """
 
@@ -83,7 +83,7 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"{error}. Install the extra `train`: pip install '.[train]' in a clone of videomamba-transformers.")
 
-from finetune import FineTuner, accuracy, fit_head, logits_alone
+from finetune import FineTuner, accuracy, fit_head, keep_settings, logits_alone, tell_place
 
 
 def load_pictures(name):
@@ -173,6 +173,8 @@ def main():
     args, training_args = parser.parse_args_into_dataclasses()
     set_seed(training_args.seed)
     train, validation, names = load_pictures(args.dataset)
+    settings = {**vars(args), **training_args.to_dict(), "labels": names, "train_clips": len(train)}
+    keep_settings(training_args.output_dir, settings, training_args.process_index == 0)
     model, processor = load_model(args, names)
     size = processor.crop_size or processor.size
     augment = v2.Compose(
@@ -191,7 +193,9 @@ def main():
         processing_class=processor,
     )
     checkpoint = get_last_checkpoint(training_args.output_dir) if os.path.isdir(training_args.output_dir) else None
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint or checkpoint)
+    checkpoint = training_args.resume_from_checkpoint or checkpoint
+    tell_place(checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()
     trainer.save_metrics("eval", metrics)
     trainer.log_metrics("eval", metrics)

@@ -5,8 +5,10 @@
         --model_name_or_path you/videomamba-k400 --output_dir my-classifier --do_train --do_eval
 
 A folder of clips has one sub-folder for each label (`clips/train/pan left/a.mp4`). Without `--model_name_or_path` a
-new VideoMamba of the given size is trained from scratch. Interrupted training goes on from the last checkpoint in
-`--output_dir` when the same command is run again. The output folder is a complete Hub repository.
+new VideoMamba of the given size is trained from scratch; with it, `--num_frames`, `--frame_stride`, `--sampling_fps`
+and `--image_size` change the model and its processor. Interrupted training goes on from the last checkpoint in
+`--output_dir` when the same command is run again; other settings are refused there. The output folder is a complete
+Hub repository.
 
 `--recipe examples/training/recipes/k400.args` sets the flags in that file; a flag of the command line takes precedence
 over the file's. For the common case there is a short script, `finetune.py`.
@@ -33,8 +35,8 @@ import torch
 from torch.utils.data import default_collate
 from transformers import Trainer, TrainerCallback, set_seed
 
+from finetune import DecodeFailures, keep_settings, tell_place
 from video_classification_data import (
-    DecodeFailures,
     Stopwatch,
     load_accuracy,
     load_clips,
@@ -166,16 +168,19 @@ def make_trainer(model, processor, clips, finish, training_args, layer_decay):
 def train(trainer, processors, checkpoint):
     """Trains and writes the model."""
     output_dir = trainer.args.output_dir
+    is_over = tell_place(checkpoint) if trainer.is_world_process_zero() else False
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     state_dict = None
     if trainer.is_fsdp_enabled:  # the checkpoints may be in shards; this is for users
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         state_dict = trainer.accelerator.get_state_dict(trainer.model)
     trainer.save_state()
-    trainer.log_metrics("train", metrics)
+    if not is_over:
+        trainer.log_metrics("train", metrics)
     if trainer.is_world_process_zero():
         save_for_users(trainer.accelerator.unwrap_model(trainer.model), processors, output_dir, state_dict)
-        write_results(output_dir, "train", metrics)
+        if not is_over:
+            write_results(output_dir, "train", metrics)
         draw_curve(output_dir, trainer.state.log_history)
 
 
@@ -202,6 +207,8 @@ def main():
     # The Trainer would push in the background and write its own card; here it is one commit at the end.
     push, training_args.push_to_hub = training_args.push_to_hub, False
     repo_id = training_args.hub_model_id or os.path.basename(os.path.abspath(output_dir))
+    if training_args.do_train:
+        keep_settings(output_dir, settings, training_args.process_index == 0)
     if push and training_args.process_index == 0:
         repo_id = start_push(repo_id, token, training_args.hub_private_repo, settings)
     training_args.remove_unused_columns = False  # the transforms name the columns
@@ -219,6 +226,9 @@ def main():
         if checkpoint is None and training_args.process_index == 0:
             failures.forget()
         splits, names = load_clips(data_args, wanted, training_args.seed, failures)
+    if training_args.do_train:
+        found = {"labels": names} | ({} if data_args.streaming else {"train_clips": len(splits["train"])})
+        keep_settings(output_dir, found, training_args.process_index == 0)
     model, names, reader, *processors = load_model(model_args, names, training_args.do_train)
     splits = {split: match_labels(clips, names) for split, clips in splits.items()}
     clips, finish = transform_clips(

@@ -6,8 +6,8 @@
 
 It takes the data and recipe files of `run_video_classification.py`. After each epoch it evaluates; the output folder
 is a complete Hub repository of the best model so far. Interrupted training goes on from the last checkpoint in
-`--output_dir` when the same command is run again, as if it had never stopped. `eval_results.json` has the metrics of
-that model, `history.json` all losses.
+`--output_dir` when the same command is run again, as if it had never stopped; other settings are refused there.
+`eval_results.json` has the metrics of that model, `history.json` all losses.
 """
 
 import contextlib
@@ -66,8 +66,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 from transformers import get_scheduler
 
+from finetune import DecodeFailures, keep_settings
 from video_classification_data import (
-    DecodeFailures,
     Stopwatch,
     load_accuracy,
     load_clips,
@@ -114,7 +114,12 @@ class Training:
     def resume(self, checkpoint):
         self.accelerator.load_state(checkpoint)
         self.state = read_json(f"{checkpoint}/state.json")
-        self.accelerator.print(f"Resuming from {checkpoint}.")
+        step = self.state["step"]
+        if step >= self.total:
+            text = f"Already done: {checkpoint} is the end of this training ({step} steps). Nothing is trained."
+        else:
+            text = f"Going on from {checkpoint}: {step} of {self.total} steps are done."
+        self.accelerator.print(text)
 
     def run(self):
         self.loss_sum = torch.tensor(self.state["loss_sum"], device=self.accelerator.device)
@@ -268,6 +273,8 @@ def load(model_args, data_args, args, accelerator, fresh):
         if fresh and accelerator.is_main_process:
             failures.forget()
         splits, names = load_clips(data_args, ["train"] + ["validation"] * has_validation, args.seed, failures)
+    found = {"labels": names} | ({} if data_args.streaming else {"train_clips": len(splits["train"])})
+    keep_settings(args.output_dir, found, accelerator.is_main_process)
     model, names, reader, *processors = load_model(model_args, names, training=True)
     splits = {split: match_labels(clips, names) for split, clips in splits.items()}
     settings = (data_args, reader, processors[0], failures, args.seed, accelerator.device)
@@ -290,6 +297,7 @@ def main():
         raise ValueError("--lora_rank and FSDP do not work together. Adapters take little memory: use --multi_gpu.")
     settings = {**vars(model_args), **vars(data_args), **vars(args), "hub_token": None}
     repo_id = args.hub_model_id or os.path.basename(os.path.abspath(args.output_dir))
+    keep_settings(args.output_dir, settings, accelerator.is_main_process)
     if args.push_to_hub and accelerator.is_main_process:
         repo_id = start_push(repo_id, args.hub_token, args.hub_private_repo, settings)
     set_seed(args.seed)

@@ -116,23 +116,26 @@ class ModelArguments:
     )
     hidden_size: int | None = field(default=None, metadata={"help": "Width of a new model (384)."})
     num_hidden_layers: int | None = field(default=None, metadata={"help": "Layers of a new model (24)."})
-    num_frames: int | None = field(default=None, metadata={"help": "Frames per clip of a new model (16)."})
+    num_frames: int | None = field(
+        default=None, metadata={"help": "Frames per clip (default: the model's, or 16 for a new one)."}
+    )
     frame_stride: int | None = field(
         default=None,
         metadata={
-            "help": "Distance between sampled frames (default: the processor's, or 2 for a new model); 0 spreads the "
-            "frames over the whole clip."
+            "help": "Distance between sampled frames (default: the model's, or 2 for a new one); 0 spreads the frames "
+            "over the whole clip."
         },
     )
     sampling_fps: float | None = field(
         default=None,
         metadata={
             "help": "So many frames a second are read around the middle, by the times at which they are shown; takes "
-            "the place of --frame_stride, and of what a trained model's processor says."
+            "the place of --frame_stride."
         },
     )
     image_size: int | None = field(
-        default=None, metadata={"help": "Height and width of a new model's frames in pixels (224)."}
+        default=None,
+        metadata={"help": "Height and width of the frames in pixels (default: the model's, or 224 for a new one)."},
     )
     class_token_position: str = field(default="first", metadata={"help": "first, middle or none, for a new model."})
     drop_path_rate: float | None = field(

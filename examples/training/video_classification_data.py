@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import os
 import tempfile
 import time
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import datasets
 import evaluate
-import fsspec
 import numpy as np
 import torch
 from accelerate import PartialState
@@ -18,12 +16,11 @@ from datasets import ClassLabel, Video, load_dataset
 from torchvision.transforms import v2
 from transformers.utils import logging
 
+from finetune import IGNORED, clip_name
 from video_classification_lists import read_list
 
 
 logger = logging.get_logger(__name__)
-
-IGNORED = -100  # the label of a clip that could not be read; losses and metrics leave it out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,35 +145,6 @@ def match_labels(clips, names):
 
 class DecodeError(ValueError):
     """A clip that cannot be read."""
-
-
-class DecodeFailures:
-    """Keeps, in a file, the name of every clip that could not be read: for all workers, processes and restarts."""
-
-    def __init__(self, folder, limit):
-        self.path, self.limit = f"{folder}/decode_failures.jsonl", limit
-
-    def forget(self):
-        """For a run that starts anew."""
-        Path(self.path).unlink(missing_ok=True)
-
-    def record(self, name, error):
-        if name not in self.names():
-            os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"clip": name, "error": str(error)}) + "\n")
-            logger.warning("Skipped %s: %s", name, error)
-        count = len(self.names())
-        if count > self.limit:
-            raise RuntimeError(
-                f"{count} clips cannot be read, more than --max_decode_failures {self.limit}. One is {name}: {error} "
-                f"All are named in {self.path}. Repair or remove these clips, or raise --max_decode_failures."
-            )
-
-    def names(self):
-        if not os.path.exists(self.path):
-            return set()
-        return {json.loads(line)["clip"] for line in Path(self.path).read_text(encoding="utf-8").splitlines()}
 
 
 class ClipReader:
@@ -314,18 +282,10 @@ def number_from(*keys):
     return int.from_bytes(hashlib.sha256(repr(keys).encode()).digest()[:8], "little") >> 1
 
 
-def clip_name(video):
-    return video["path"] or f"a clip of {len(video['bytes'])} bytes"
-
-
 def read_frames(reader, video, sample=None):
     """Decodes the frames the model will see, and no others: uint8 (T, C, H, W). Raises `DecodeError`."""
-    source = video["path"] if video["bytes"] is None else video["bytes"]
     try:
-        if isinstance(source, str) and "://" in source:  # a file of a streamed data set
-            with fsspec.open(source, "rb") as file:
-                source = file.read()
-        frames, metadata = reader.fetch_videos(source, sample_indices_fn=sample or reader.sample_frames)
+        frames, metadata = reader.fetch_videos(video, sample_indices_fn=sample or reader.sample_frames)
     except (OSError, ValueError) as error:
         raise DecodeError(f"{error}") from error
     if sample is None and metadata.total_num_frames < len(frames):

@@ -23,13 +23,14 @@ from transformers import (
     PreTrainedModel,
 )
 
+from finetune import fit_processor, for_decoded_frames, licence
 from modeling_videomamba import VideoMambaConfig, VideoMambaImageProcessor, VideoMambaVideoProcessor
 from video_classification_data import first_line
 
 
 logger = logging.getLogger(__name__)
 
-# Of a new model, if the flags do not say; a trained one has its own.
+# Of a new model, if the flags do not say; a trained one has its own, of which the first two cannot be changed.
 NEW_MODEL = {"hidden_size": 384, "num_hidden_layers": 24, "num_frames": 16, "frame_stride": 2, "image_size": 224}
 MANIFEST = "complete.json"  # of a checkpoint: the sizes and checksums of its files, written when all else is
 
@@ -39,7 +40,7 @@ def load_model(args, names, training):
     The model, the names of its labels, and what prepares clips for it.
 
     Args:
-        args (`ModelArguments`).
+        args (`ModelArguments`): of a trained model, length, size and sampling are changed in model and processors.
         names (`list[str]`): the labels of the clips. A trained model keeps its own, in its own order, if they are the
             same or if it is only evaluated.
         training (`bool`).
@@ -91,28 +92,35 @@ def load_model(args, names, training):
         )
     else:
         config.id2label, config.label2id, config.problem_type = labels["id2label"], labels["label2id"], None
-    if args.drop_path_rate is not None:
-        config.drop_path_rate = args.drop_path_rate
+    for name in ("drop_path_rate", "num_frames", "image_size"):
+        if getattr(args, name) is not None:
+            setattr(config, name, getattr(args, name))
     config = override_config(config, args.config_overrides)
     model = AutoModelForVideoClassification.from_pretrained(
         args.model_name_or_path, config=config, ignore_mismatched_sizes=args.ignore_mismatched_sizes, **trust
     )
     if len(names) == len(known) and names != known:  # the head of the other labels fits: nothing has replaced it
         model.classifier = AutoModelForVideoClassification.from_config(config, **trust).classifier
-    processor = AutoVideoProcessor.from_pretrained(args.model_name_or_path, **trust)
-    image_processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, **trust)
-    reader = processor
-    if not hasattr(processor, "frame_stride"):
-        reader = VideoMambaVideoProcessor(num_frames=config.num_frames, frame_stride=stride)
-    if args.sampling_fps is not None:
-        reader.sampling_fps = args.sampling_fps
-    own = config.to_dict() | {"frame_stride": reader.frame_stride or 0}
+    own = config.to_dict()
     for name, value in given.items():
-        if own.get(name, value) != value:
+        if name != "frame_stride" and own.get(name, value) != value:
             logger.warning(
                 "--%s %s is for new models: %s keeps its %s.", name, value, args.model_name_or_path, own[name]
             )
-    return model, names, reader, processor, image_processor
+    return model, names, *load_processors(args, config, stride)
+
+
+def load_processors(args, config, stride):
+    """What prepares clips for a trained model, changed to its config: a reader of files, and its two processors."""
+    source, trust = args.model_name_or_path, {"trust_remote_code": args.trust_remote_code}
+    processor = AutoVideoProcessor.from_pretrained(source, **trust)
+    fit_processor(processor, config, args.frame_stride, args.sampling_fps)
+    if isinstance(processor, VideoMambaVideoProcessor):
+        return processor, processor, for_decoded_frames(processor)
+    image_processor = AutoImageProcessor.from_pretrained(source, **trust)
+    fit_processor(image_processor, config)
+    options = {"frame_stride": stride, "sampling_fps": args.sampling_fps}
+    return VideoMambaVideoProcessor(num_frames=config.num_frames, **options), processor, image_processor
 
 
 def parse_overrides(text, config):
@@ -171,11 +179,24 @@ def save_for_users(model, processors, folder, state_dict=None):
     shutil.rmtree(part, ignore_errors=True)
     if hasattr(model, "peft_config"):
         model.save_pretrained(f"{part}/adapter")
+        describe_adapter(f"{part}/adapter")
         model, state_dict = copy.deepcopy(model).merge_and_unload(), None
     without_fsdp(model).save_pretrained(part, state_dict=state_dict)
     for processor in processors:
         processor.save_pretrained(part)
     move_files(part, folder)
+
+
+def describe_adapter(folder):
+    """A card for LoRA adapters, instead of PEFT's blank form, which names a folder of this machine as the start."""
+    base = read_json(f"{folder}/adapter_config.json")["base_model_name_or_path"] or ""
+    hub_base = base if base and not os.path.exists(base) else None
+    card = ModelCardData(library_name="peft", base_model=hub_base, license=licence(base))
+    Path(folder, "README.md").write_text(
+        f"---\n{card.to_yaml()}\n---\n\n# LoRA adapter\n\nThe adapter of the model in the folder above, which was "
+        f"fine-tuned from {hub_base or Path(base).name or 'a new model'}, and which has it merged.\n",
+        encoding="utf-8",
+    )
 
 
 def parameter_groups(model, learning_rate, weight_decay, layer_decay):
@@ -316,7 +337,11 @@ def write_predictions(folder, clip_names, labels, scores, names):
 
 
 def draw_curve(folder, history):
-    """`training_curve.png` from entries with `step` and `loss`, or `step` and `eval_accuracy`."""
+    """`training_curve.png` of entries with `step` and `loss` or `eval_accuracy`, if there are two points of either."""
+    path = Path(folder, "training_curve.png")
+    path.unlink(missing_ok=True)
+    if all(sum(key in entry for entry in history) < 2 for key in ("loss", "eval_accuracy")):
+        return
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.5), layout="tight")
@@ -324,11 +349,12 @@ def draw_curve(folder, history):
     right = left.twinx()
     for axes, key, colour in ((left, "loss", "tab:blue"), (right, "eval_accuracy", "tab:orange")):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        axes.plot(*zip(*points, strict=True), color=colour, marker="." if key == "eval_accuracy" else None)
+        few = key == "eval_accuracy" or len(points) < 10
+        axes.plot(*zip(*points, strict=True), color=colour, marker="." if few else None)
         axes.set_ylabel(key, color=colour)
     right.set_ylim(0, 1)
     left.set_xlabel("optimizer steps")
-    figure.savefig(f"{folder}/training_curve.png", dpi=80)
+    figure.savefig(path, dpi=80)
 
 
 def write_card(folder, repo_id, model_args, data_args, metrics, settings):
@@ -358,6 +384,7 @@ def write_card(folder, repo_id, model_args, data_args, metrics, settings):
     ]
     card = ModelCardData(
         model_name=title,
+        license=licence(base),
         library_name="transformers",
         pipeline_tag="video-classification",
         datasets=[hub_data] if hub_data else None,
@@ -371,6 +398,7 @@ def write_card(folder, repo_id, model_args, data_args, metrics, settings):
             f"| on the validation clips | |\n| --- | --- |\n{measured}\n"
             f"The 95 % interval (Wilson's) of the accuracy is {low:.4f} to {high:.4f}.\n\n"
         )
+    curve = "![training curve](training_curve.png)\n\n" if Path(folder, "training_curve.png").exists() else ""
     origin = f"fine-tuned from {hub_base or Path(base).name}" if base else "trained from scratch"
     if model_args.lora_rank:
         origin += f" (LoRA of rank {model_args.lora_rank}, merged; the adapter alone is in `adapter/`)"
@@ -378,7 +406,7 @@ def write_card(folder, repo_id, model_args, data_args, metrics, settings):
         f"---\n{card.to_yaml()}\n---\n\n# {title}\n\nA video classifier, {origin} on {clips}.\n\n```python\n"
         f'from transformers import pipeline\n\nclassifier = pipeline("video-classification", '
         f'model="{repo_id or "."}", trust_remote_code=True)\nclassifier("clip.mp4")\n```\n\n{measured}'
-        "![training curve](training_curve.png)\n\nThe arguments of the run are in `training_args.json`.\n",
+        f"{curve}The arguments of the run are in `training_args.json`.\n",
         encoding="utf-8",
     )
     write_json(f"{folder}/training_args.json", settings)
@@ -428,6 +456,6 @@ def finish_push(repo_id, token, folder):
         repo_id=repo_id,
         folder_path=folder,
         allow_patterns=["*.safetensors", "*.json", "*.py", "*.md", "*.png", "classes.csv"],
-        ignore_patterns=["checkpoint-*", "runs/*", "*.part/*"],
+        ignore_patterns=["checkpoint-*", "runs/*", "*.part/*", "_*"],
         commit_message="End of training",
     )
