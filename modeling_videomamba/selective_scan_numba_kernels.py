@@ -154,7 +154,7 @@ def _exp2(x):
 
 @_compiled("contract")
 def _rough_exp2_above(x):
-    """The same with two terms fewer: the error is below 2.7e-4 of the result, and of what lacks to 1 from -1/2 to 0."""
+    """The same with two terms fewer: errors below 2.7e-4 of the result and, from -1/2 to 0, of what it lacks to 1."""
     rounded = x + ROUNDER
     f = x - (rounded - ROUNDER)
     p = np.float32(0.05392669) * f + np.float32(0.24174207)
