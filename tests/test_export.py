@@ -159,6 +159,60 @@ def test_exporter_of_transformers(tmp_path):
     np.testing.assert_allclose(found, model(clips).logits.detach().numpy(), atol=1e-4)
 
 
+@needs_pytorch_2_11
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"backward_scan": "temporal", "class_token_position": "middle", "position_embedding_type": "spatial"}],
+)
+def test_no_exported_tensor_has_more_than_six_axes(options):
+    """XNNPACK refuses to load a program with more, and TensorFlow Lite takes no more either."""
+    exported = torch.export.export(small_model(**options), (torch.randn(2, 4, 3, 32, 32),)).run_decompositions()
+    values = [
+        (module, node, node.meta["val"])
+        for module in (exported.graph_module, *exported.graph_module.children())
+        if isinstance(module, torch.fx.GraphModule)
+        for node in module.graph.nodes
+        if "val" in node.meta
+    ]
+    assert sum(module is not exported.graph_module for module, *_ in values) > 5  # the loop's body is among them
+    assert not [(node, value.shape) for _, node, value in values if isinstance(value, torch.Tensor) and value.ndim > 6]
+
+
+@needs_pytorch_2_11
+@pytest.mark.slow
+def test_executorch_loads_the_file_and_gives_the_logits_of_the_model(tmp_path):
+    runtime = pytest.importorskip("executorch.runtime", reason="needs the extra `runtimes`")
+    exporters = pytest.importorskip(
+        "transformers.exporters.exporter_executorch", reason="needs transformers' exporters"
+    )
+    model, clips = small_model(), torch.randn(2, 4, 3, 32, 32)
+    with torch.no_grad():
+        exported = exporters.ExecutorchExporter().export(
+            model, {"pixel_values": clips}, config=exporters.ExecutorchConfig()
+        )
+    exported.save_pretrained(tmp_path)
+    method = runtime.Runtime.get().load_program(tmp_path / "model.pte").load_method("forward")
+    for clips in torch.randn(2, 2, 4, 3, 32, 32):
+        (logits,) = method.execute([clips])
+        torch.testing.assert_close(logits, model(clips).logits, atol=1e-5, rtol=1e-4)
+
+
+@needs_pytorch_2_11
+@pytest.mark.slow
+def test_openvino_reads_the_file_and_gives_the_logits_of_the_model(tmp_path):
+    openvino = pytest.importorskip("openvino", reason="needs the extra `runtimes`")
+    pytest.importorskip("onnxscript", reason="needs onnxscript, which torch.onnx exports with")
+    from export_onnx import export_onnx
+
+    model = small_model()
+    export_onnx(model, tmp_path / "model.onnx")
+    compiled = openvino.Core().compile_model(tmp_path / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for batch in (1, 3):
+        clips = torch.randn(batch, 4, 3, 32, 32)
+        found = compiled({"pixel_values": clips.numpy()})[0]
+        np.testing.assert_allclose(found, model(clips).logits.detach().numpy(), atol=1e-4)
+
+
 def test_forced_backend_is_kept_while_exporting():
     model, clips = small_model(), torch.randn(2, 4, 3, 32, 32)
     with use_scan_backend("torch"):

@@ -338,6 +338,11 @@ def test_command_overlay_and_timeline(tmp_path, monkeypatch, capsys):
     assert (
         "0.0% of 2 seconds have the right label. 1 of 1 cuts were found at the right frame. False cuts: 0" in printed
     )
+    assert "F1@10/25/50 0.000/0.000/0.000, edit 0.000, mAP 0.000" in printed
+    (task,) = json.loads((out / "label_studio.json").read_text())
+    regions = [region["value"]["ranges"][0] for region in task["predictions"][0]["result"]]
+    assert task["data"]["video"] == film and (regions[0]["start"], regions[-1]["end"]) == (1, 70)
+    assert all(after["start"] == before["end"] + 1 for before, after in zip(regions, regions[1:], strict=False))
     assert Image.open(out / "timeline.png").width > 600
     overlay, metadata = decode_video(str(out / "overlay.mp4"))
     assert overlay.shape == (70, 96, 126, 3) and metadata.fps == 25

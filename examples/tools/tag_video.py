@@ -63,6 +63,8 @@ from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoFrameClassif
 from modeling_videomamba.configuration_videomamba import unstreamable_reason
 from modeling_videomamba.loading_videomamba import unloadable_reason
 from modeling_videomamba.video_decoding import DecodedVideoMetadata, decoded_frames, open_pyav, read_packets
+from segments import Segment as LabelledSegment
+from segments import label_studio_task, report
 
 
 # The film is worked through in parts, each of which ends at the first cut after PART seconds, at the latest after
@@ -642,6 +644,7 @@ def compare(truth, segments):
         f"{sum(right) / len(right):.1%} of {len(right)} seconds have the right label. {len(cuts & found)} of "
         f"{len(cuts)} cuts were found at the right frame. False cuts: {len(found - cuts)}."
     )
+    print(report([LabelledSegment(*row) for row in rows], segments))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -808,6 +811,8 @@ def tag_film(args, device):
 
     segments = to_segments(journal.windows)
     write_tables(folder, args.film, args.model, segments, journal.windows)
+    task = label_studio_task(args.film, args.model, segments, float(rate))
+    write(folder / "label_studio.json", json.dumps([task], indent=1) + "\n")
     draw_timeline(folder / "timeline.png", args.film, segments)
     if interrupted:
         print(f"Stopped; {folder} holds the result up to {clock(segments[-1].end)}. Run the command again to go on.")

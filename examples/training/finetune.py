@@ -90,7 +90,8 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
     make_parser().parse_args()  # before the imports below, which take seconds
 
 import torch
-from huggingface_hub import ModelCard
+import yaml
+from huggingface_hub import EvalResultEntry, ModelCard, eval_result_entries_to_yaml
 from torchvision.transforms import v2
 from transformers import AutoConfig, AutoModelForVideoClassification, AutoVideoProcessor, Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -231,6 +232,14 @@ def licence(name):
     return card.data.get("license")
 
 
+def write_eval_results(folder, data_set, accuracy, notes):
+    """`.eval_results/<data set>.yaml`, where the leaderboard of a data set of the Hub looks for a model's result."""
+    entry = EvalResultEntry(dataset_id=data_set, task_id="default", value=round(accuracy, 4), notes=notes)
+    path = Path(folder, ".eval_results", f"{data_set.replace('/', '--')}.yaml")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump(eval_result_entries_to_yaml([entry])), encoding="utf-8")
+
+
 def tell_place(checkpoint):
     """Says where a run of the `Trainer` goes on, if it does. Returns whether it is at its end already."""
     if not checkpoint:
@@ -334,6 +343,10 @@ class FineTuner(Trainer):
         if os.path.isdir(start):
             kwargs["license"] = kwargs.get("license") or licence(start)
         super().create_model_card(*args, **kwargs)
+        measured = [entry["eval_accuracy"] for entry in self.state.log_history if "eval_accuracy" in entry]
+        if kwargs.get("dataset_tags") and measured and self.is_world_process_zero():
+            notes = "accuracy on what was kept for validation"
+            write_eval_results(self.args.output_dir, kwargs["dataset_tags"], measured[-1], notes)
         if os.path.isdir(start) and self.is_world_process_zero():
             path = Path(self.args.output_dir, "README.md")
             text, name = path.read_text(encoding="utf-8"), Path(start).absolute().name

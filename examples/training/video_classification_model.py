@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from finetune import fit_processor, for_decoded_frames, licence
+from finetune import fit_processor, for_decoded_frames, licence, write_eval_results
 from modeling_videomamba import VideoMambaConfig, VideoMambaImageProcessor, VideoMambaVideoProcessor
 from modeling_videomamba.loading_videomamba import unloadable_reason
 from video_classification_data import first_line
@@ -361,7 +361,8 @@ def draw_curve(folder, history):
 
 def write_card(folder, repo_id, model_args, data_args, metrics, settings):
     """
-    `README.md`: a model card with the metrics where the Hub looks for them, and `training_args.json`.
+    `README.md`: a model card with the metrics where the Hub looks for them, and `training_args.json`;
+    of clips that are a data set of the Hub, also `.eval_results/`.
 
     `repo_id` is where it will be on the Hub, or None; `metrics` are those of the validation clips, or None; `settings`
     are all arguments of the run.
@@ -384,6 +385,9 @@ def write_card(folder, repo_id, model_args, data_args, metrics, settings):
         for kind, name in (("accuracy", "accuracy"), ("accuracy", "top5_accuracy"), ("recall", "mean_class_accuracy"))
         if metrics and f"eval_{name}" in metrics
     ]
+    if hub_data and results:
+        notes = f"accuracy on the split {data_args.validation_split}"
+        write_eval_results(folder, hub_data, metrics["eval_accuracy"], notes)
     card = ModelCardData(
         model_name=title,
         license=licence(base),
@@ -457,7 +461,7 @@ def finish_push(repo_id, token, folder):
     return HfApi(token=token).upload_folder(
         repo_id=repo_id,
         folder_path=folder,
-        allow_patterns=["*.safetensors", "*.json", "*.py", "*.md", "*.png", "classes.csv"],
+        allow_patterns=["*.safetensors", "*.json", "*.py", "*.md", "*.png", "*.yaml", "classes.csv"],
         ignore_patterns=["checkpoint-*", "runs/*", "*.part/*", "_*"],
         commit_message="End of training",
     )
