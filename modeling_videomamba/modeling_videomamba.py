@@ -149,7 +149,7 @@ class VideoMambaEmbeddings(nn.Module):
             wanted = (1, *grid[1:]) if shared else grid
             if wanted != self.config.position_grid:
                 positions = interpolate_positions(positions, self.config.position_grid, wanted)
-            if shared:
+            if shared and grid[0] > 1:
                 positions = positions.repeat(1, grid[0], 1)
             if self.has_class_token:
                 class_token = class_token + self.position_embeddings[:, :1]

@@ -22,6 +22,7 @@ from make_camera_motion_clips import write_demo_clip
 from modeling_videomamba import (
     VideoMambaConfig,
     VideoMambaForVideoClassification,
+    VideoMambaForVideoFrameClassification,
     VideoMambaVideoProcessor,
     use_scan_backend,
 )
@@ -29,12 +30,14 @@ from modeling_videomamba.selective_scan import bidirectional_selective_scan
 from modeling_videomamba.selective_scan_export import softplus
 from modeling_videomamba.selective_scan_reference import bidirectional_selective_scan_reference
 from modeling_videomamba.tokens_videomamba import backward_order
-from video_files import STORED, STORED_SAMPLES, read_numbers, stored_picture
+from modeling_videomamba.video_decoding import decode_video
+from video_files import STORED, STORED_SAMPLES, read_numbers, stored_picture, write_video
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 EXAMPLES = REPOSITORY / "examples" / "deploy"
 CAMERA_MOTION = REPOSITORY / "model_cards" / "videomamba-tiny-camera-motion"
+CAMERA_STREAM = REPOSITORY / "model_cards" / "videomamba-tiny-camera-stream"
 
 needs_pytorch_2_11 = pytest.mark.skipif(
     torch.__version__ < (2, 11),
@@ -352,13 +355,14 @@ CanvasRenderingContext2D.prototype.getImageData = function (...args) {
 
 
 @pytest.fixture
-def page(python, tmp_path):
-    """Address and checkpoint of the browser page with a small model, served from this machine."""
+def page(python, tmp_path, request):
+    """Address and checkpoint of the browser page, served from this machine: with a small model, or the one named."""
     pytest.importorskip("onnxscript", reason="needs onnxscript, which torch.onnx exports with")
     if shutil.which("npm") is None:
         pytest.skip("needs npm, which fetches ONNX Runtime's files for the browser")
-    checkpoint, folder = tmp_path / "checkpoint", tmp_path / "page"
-    save_small_checkpoint(checkpoint)
+    checkpoint, folder = getattr(request, "param", tmp_path / "checkpoint"), tmp_path / "page"
+    if not hasattr(request, "param"):
+        save_small_checkpoint(checkpoint)
     python.run([EXAMPLES / "browser" / "build.py", checkpoint, folder])
     handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -427,3 +431,51 @@ def test_browser_page_sees_one_clip_stored_in_many_ways_the_same(page, stored):
         assert read_numbers([frame[:, 16:80] for frame in frames]) == STORED_SAMPLES[2:6]
         for frame, number in zip(frames, STORED_SAMPLES[2:6], strict=True):
             assert np.abs(frame - stored_picture(number).astype(int)).mean() < 12
+
+
+# Keeps what goes into the model and what comes out, in the order of the steps.
+RECORDER = """
+    const prototype = ort.InferenceSession.prototype ?? Object.getPrototypeOf(arguments[0]);
+    const run = prototype.run;
+    window.steps = [];
+    prototype.run = async function (feeds, ...rest) {
+        const outputs = await run.call(this, feeds, ...rest);
+        window.steps.push([Array.from(feeds.pixel_values.data), Array.from(outputs.logits.data)]);
+        return outputs;
+    };
+"""
+
+
+@needs_pytorch_2_11
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [CAMERA_STREAM], indirect=True)
+def test_browser_page_streams_the_camera(page, tmp_path):
+    """The shipped checkpoint that streams: a file, step by step, and a camera that turns to the right."""
+    address, checkpoint = page
+    clip, camera = tmp_path / "pan-right.mp4", tmp_path / "camera.mjpeg"
+    write_demo_clip(str(clip), motion="pan right")
+    write_video(camera, list(decode_video(str(clip))[0]), codec="mjpeg", pix_fmt="yuvj420p", rate=24)
+    model = VideoMambaForVideoFrameClassification.from_pretrained(checkpoint, pooling_window=4).eval()
+    with open_browser(camera=camera) as browser:
+        browser.get(address)
+        wait_for(lambda: browser.find_element("id", "status").text == "Ready.")
+        browser.find_element("id", "file").send_keys(str(clip))
+        status = wait_for(lambda: (text := browser.find_element("id", "status").text).endswith(" ms") and text)
+        assert status.startswith("16 frames")
+        rows = [row.text.rsplit(" ", 2) for row in browser.find_elements("css selector", "#labels tr")]
+        (best,) = pipeline("video-classification", model=str(checkpoint))(str(clip), top_k=1)
+        assert rows[0][0] == best["label"] == "pan right"
+        assert float(rows[0][1]) / 100 == pytest.approx(best["score"], abs=0.03)
+
+        browser.execute_script(RECORDER)
+        browser.find_element("id", "camera").click()
+        wait_for(lambda: browser.execute_script("return window.steps.length") >= 12)
+        browser.find_element("id", "camera").click()
+        pixels, logits = zip(*browser.execute_script("return window.steps.slice(0, 12)"), strict=True)
+        label = browser.find_element("css selector", "#labels td").text
+    pixels = torch.tensor(pixels).view(1, -1, 3, 112, 112)
+    with torch.no_grad():
+        expected = model(pixels, interpolate_pos_encoding=True).logits[0]
+    assert label == "pan right" and expected.argmax(-1).tolist()[4:] == 8 * [model.config.label2id[label]]
+    window = torch.tensor(logits).unfold(0, 4, 1).mean(-1)
+    torch.testing.assert_close(window, expected[3:], atol=1e-3, rtol=1e-3)

@@ -12,9 +12,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from browser import open_browser, wait_for
-from modeling_videomamba import VideoMambaVideoProcessor
+from make_camera_motion_clips import write_demo_clip
+from modeling_videomamba import VideoMambaForVideoFrameClassification, VideoMambaVideoProcessor
 from modeling_videomamba.video_decoding import decode_video
 from video_files import STORED, STORED_SAMPLES, read_numbers, write_video
 
@@ -23,6 +25,7 @@ pytest.importorskip("gradio", reason="needs Gradio: pip install gradio")
 httpx = pytest.importorskip("httpx", reason="Gradio brings httpx")
 SPACE = Path(__file__).resolve().parent.parent / "examples" / "tools" / "space"
 CAMERA_MOTION = SPACE.parents[2] / "model_cards" / "videomamba-tiny-camera-motion"
+CAMERA_STREAM = CAMERA_MOTION.with_name("videomamba-tiny-camera-stream")
 EXAMPLE = SPACE / "examples" / "zoom-out.mp4"
 
 
@@ -148,6 +151,61 @@ def test_webcam(browser, url):
     time.sleep(3)
     press("Stop")
     wait_for(lambda: "scores and maps" in text(browser, "#summary"))
+
+
+@pytest.fixture(scope="module")
+def streaming(app):
+    return app.Checkpoint(str(CAMERA_STREAM))
+
+
+def test_a_camera_is_looked_at_step_by_step(app, streaming):
+    """Labels after every second frame, those of the last four steps; and of windows, where the model cannot stream."""
+    pictures = np.random.default_rng(0).integers(0, 256, (12, 60, 80, 3), dtype=np.uint8)
+    camera, found = None, []
+    for picture in pictures:
+        scores, camera = app.watch(picture, camera, streaming)
+        found.append(scores if "__type__" not in scores else None)
+    assert [index for index, scores in enumerate(found) if scores] == [1, 3, 5, 7, 9, 11]
+    pixels = streaming.processor(list(pictures), do_sample_frames=False, return_tensors="pt")["pixel_values"]
+    model = VideoMambaForVideoFrameClassification.from_pretrained(CAMERA_STREAM, pooling_window=4)
+    with torch.no_grad():
+        expected = model(pixels, interpolate_pos_encoding=True).logits[0].softmax(-1)
+    for step, scores in enumerate(found[1::2]):
+        assert list(scores.values()) == pytest.approx(expected[step].tolist(), abs=1e-4)
+
+    windows = app.Checkpoint(str(CAMERA_MOTION))
+    answers, camera = [], None
+    for picture in np.repeat(pictures, 2, axis=0):
+        scores, camera = app.watch(picture, camera, windows)
+        answers.append("__type__" not in scores)
+    assert [index for index, answered in enumerate(answers) if answered] == [15, 23]
+
+
+@pytest.mark.slow
+def test_live(app, streaming, tmp_path, monkeypatch):
+    """Chromium's camera turns to the right."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    clip, camera = tmp_path / "pan-right.mp4", tmp_path / "camera.mjpeg"
+    write_demo_clip(str(clip), motion="pan right")
+    write_video(camera, list(decode_video(str(clip))[0]), codec="mjpeg", pix_fmt="yuvj420p", rate=24)
+    server, address, _ = app.launch(
+        {"stream": streaming}, prevent_thread_lock=True, quiet=True, server_port=free_port()
+    )
+    try:
+        with open_browser(camera=camera) as browser:
+
+            def press(name):
+                wait_for(lambda: [b for b in find(browser, "button") if name in b.text and b.is_displayed()])[
+                    0
+                ].click()
+
+            browser.get(address)
+            press("Live")
+            press("Access Webcam")
+            press("Record")
+            wait_for(lambda: text(browser, "#live-scores").split("\n")[1:2] == ["pan right"], 30)
+    finally:
+        server.get_blocks().close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -105,6 +105,21 @@ def test_cuts_are_found_and_a_later_part_finds_the_same(tmp_path, monkeypatch):
     assert cuts_of(frames[70:])[1:] == whole[71:]
 
 
+def test_a_film_of_one_shot_has_no_cuts(tmp_path, monkeypatch):
+    monkeypatch.setattr(tag_video, "LONGEST_PART", 1.0)
+    frames = tag_video.read_frames(shots_film(tmp_path / "film.mp4", [40, 20]), Point())
+    found = list(tag_video.find_cuts(frames, 25, tag_video.NoCuts))
+    assert [frame.index for frame, _, _ in found] == list(range(60))
+    assert [frame.index for frame, is_cut, new_part in found if is_cut or new_part] == [25, 50]
+
+
+def test_errors_of_boundaries():
+    truth = [(0, 2, "a"), (2, 3, "a"), (3, 5, "b"), (5, 8, "a"), (8, 9, "c")]
+    parts = ((0, 3.5, "a"), (3.5, 4, "b"), (4, 4.25, "a"), (4.25, 5.5, "b"), (5.5, 9, "a"))
+    segments = [Segment(start, end, 0, label, 1.0) for start, end, label in parts]
+    assert tag_video.boundary_errors(truth, segments) == [0.5, 0.5, float("inf")]
+
+
 def test_a_part_without_a_cut_ends_too(tmp_path, monkeypatch):
     monkeypatch.setattr(tag_video, "LONGEST_PART", 1.0)
     film = shots_film(tmp_path / "film.mp4", [60])
@@ -229,6 +244,7 @@ def test_a_film_is_tagged_by_a_stream_in_one_pass(streaming, tmp_path, batch_siz
     film = shots_film(tmp_path / "film.mp4", [75, 22])
     tagger = make_tagger(streaming, "cpu", 25)
     assert tagger.streams and not make_tagger(str(CAMERA_MOTION), "cpu", 25).streams
+    assert not make_tagger(streaming, "cpu", 25, windows=True).streams
     seen, forward = [], tagger.model.forward
     tagger.model.forward = lambda pixels, **kwargs: seen.append(pixels.shape[1]) or forward(pixels, **kwargs)
     parts = tag_video.tag_parts(film, tagger, Point(), batch_size, lambda _: None)

@@ -25,9 +25,10 @@ def parse_arguments():
     parser.add_argument("output", type=Path, help="folder to write")
     parser.add_argument("--any_length", action="store_true", help="take clips of any number of frames")
     parser.add_argument("--stream", action="store_true", help="write a step of a stream (docs/streaming.md)")
+    parser.add_argument("--browser", action="store_true", help="as the page takes it: single steps if it can stream")
     args = parser.parse_args()
-    if args.stream and args.any_length:
-        parser.error("--stream takes one step at a time, and --any_length whole clips: give one of the two")
+    if args.any_length and (args.stream or args.browser):
+        parser.error("--any_length is of whole clips: leave out --stream and --browser")
     return args
 
 
@@ -38,7 +39,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
-from modeling_videomamba import VideoMambaCache
+from modeling_videomamba import VideoMambaCache, VideoMambaConfig
+from modeling_videomamba.configuration_videomamba import unstreamable_reason
 from modeling_videomamba.loading_videomamba import unloadable_reason
 
 
@@ -188,6 +190,8 @@ def main():
     if reason := unloadable_reason(args.model):
         sys.exit(reason)
     model = AutoModelForVideoClassification.from_pretrained(args.model, dtype=torch.float32).eval()
+    if args.browser and isinstance(model.config, VideoMambaConfig) and unstreamable_reason(model.config) is None:
+        args.stream, model.config.pooling_window = True, 1  # stream.js makes the means
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "model.onnx"
     print(f"Exporting {args.model}: half a minute for a small model, minutes for a large one ...", flush=True)

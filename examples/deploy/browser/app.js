@@ -1,6 +1,9 @@
 // A VideoMamba classifier in the browser: frames of a file or the camera to labels, with ONNX Runtime's WebAssembly.
 // Frames are sampled, resized and normalised as VideoMambaVideoProcessor does it.
 import { framesToPixelValues, sampleIndices, sampleTimes, softmax } from "./preprocessing.js";
+import { Stream, canStream } from "./stream.js";
+
+const CAMERA_STEPS = 4; // that a streaming model classifies together: more are surer, fewer follow a change sooner
 
 const element = (id) => document.getElementById(id);
 const [fileInput, cameraButton, video] = ["file", "camera", "video"].map(element);
@@ -18,6 +21,7 @@ async function load() {
   ort.env.wasm.wasmPaths = new URL("ort/", location.href).href;
   ort.env.wasm.numThreads = 1; // the loop over tokens is serial: more threads make it slower
   const session = await ort.InferenceSession.create("model.onnx");
+  if (canStream(session) && config.pooling_window !== 1) throw new Error("export it with --browser.");
   classifier = { labels: config.id2label, settings, session };
   const names = Object.values(config.id2label);
   element("knows").textContent =
@@ -46,13 +50,19 @@ function grab() {
   return context.getImageData(0, 0, canvas.width, canvas.height);
 }
 
-async function classify(frames) {
-  const { labels, settings, session } = classifier;
+// Of a clip; or after these next frames of a stream.
+async function logitsOf({ data, shape }, stream) {
+  const { session } = classifier;
+  if (canStream(session)) return (stream ?? new Stream(session)).take({ data, shape });
+  const { logits } = await session.run({ pixel_values: new ort.Tensor("float32", data, shape) });
+  return logits.data;
+}
+
+async function classify(frames, stream) {
+  const { labels, settings } = classifier;
   const pixelValues = framesToPixelValues(frames, settings);
   const start = performance.now();
-  const { logits } = await session.run({
-    pixel_values: new ort.Tensor("float32", pixelValues.data, pixelValues.shape) });
-  const scores = softmax(logits.data);
+  const scores = softmax(await logitsOf(pixelValues, stream));
   const ranked = [...scores.keys()].sort((a, b) => scores[b] - scores[a]).slice(0, 5);
   element("labels").replaceChildren(...ranked.map((i) => {
     const row = document.createElement("tr");
@@ -161,18 +171,21 @@ async function toggleCamera() {
   cameraButton.textContent = "Stop";
   video.srcObject = cameraStream;
   await video.play();
-  const { num_frames: count, frame_stride: stride, sampling_fps: fps } = classifier.settings;
-  const frames = [];
+  const { num_frames, frame_stride: stride, sampling_fps: fps } = classifier.settings;
+  const stream = canStream(classifier.session) ? new Stream(classifier.session, CAMERA_STEPS) : null;
+  const count = stream?.tubelet ?? num_frames, kept = stream ? 0 : count / 2;
+  const frames = [], interval = 1000 * (fps ? 1 / fps : (stride ?? 1) / 30); // a stride as in a file of 30 a second
   let next = 0;
   while (cameraStream && mine === turn) {
     await new Promise((resolve) => video.requestVideoFrameCallback(resolve));
-    if (performance.now() < next) continue;
-    next = performance.now() + 1000 * (fps ? 1 / fps : (stride ?? 1) / 30) - 5; // a stride as in a file of 30 a second
+    const now = performance.now();
+    if (now < next - 5) continue;
+    next = Math.max(next, now - interval) + interval;
     frames.push(grab());
     if (frames.length < count) continue;
-    const took = await classify(frames);
-    say(`${(1000 / took).toFixed(1)} clips a second`);
-    frames.splice(0, count / 2);
+    const took = await classify(frames, stream);
+    say(stream ? `${Math.round(took)} ms a step` : `${(1000 / took).toFixed(1)} clips a second`);
+    frames.splice(0, count - kept);
   }
 }
 
