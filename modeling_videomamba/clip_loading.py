@@ -51,7 +51,8 @@ class ClipLoader:
     Memory is bounded: `2 * num_workers + 5` slots, and the clips of batches that are not complete, resized.
 
     Args:
-        clips: paths, URLs or bytes of files: a list, or an object with `len` that a worker asks for one by its number.
+        clips: paths, URLs, bytes of files, or rows of datasets: a list, or a column or other object with `len` that a
+            worker asks for one by its number.
         processor ([`VideoMambaVideoProcessor`]): samples, resizes and normalises, with the values saved in it.
         batch_size: clips in a batch.
         batch_sampler: the numbers of the clips of each batch, instead.
@@ -105,7 +106,8 @@ class ClipLoader:
             in_order=False,
             multiprocessing_context=self.context if self.num_workers else None,
         )
-        arrivals = iter(workers)  # starts the processes, before the memory is page-locked
+        with torch.device("cpu"):  # in the workers, too, whatever the default is here
+            arrivals = iter(workers)  # starts the processes, before the memory is page-locked
         device = _Device(self.device, self.processor, ring.bytes)
         begun: dict[int, tuple[ClipBatch, dict[int, torch.Tensor]]] = {}
         try:
@@ -288,7 +290,7 @@ def _fetch(outputs: dict[str, torch.Tensor]) -> tuple:
     for name, tensor in outputs.items():
         if tensor.is_cuda:
             stream = torch.cuda.current_stream(tensor.device)
-            copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
             copies[name].copy_(tensor, non_blocking=True)
     return copies, stream and stream.record_event()
 

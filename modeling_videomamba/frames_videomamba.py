@@ -144,11 +144,6 @@ class VideoMambaFramesMixin:
             video = self.resize_and_crop(
                 video, do_resize, size, resample, do_center_crop, crop_size, antialias, crop_rounds_down
             )
-            # Frames come as channels-last views, which torchvision resizes three times as fast; but the arithmetic
-            # below is four times as fast on contiguous planes.
-            video = self.rescale_and_normalize(
-                video.contiguous(), do_rescale, rescale_factor, do_normalize, image_mean, image_std
-            )
             pixel_values.append(video)
         shapes = {tuple(video.shape) for video in pixel_values}
         if return_tensors is not None and len(shapes) > 1:
@@ -159,6 +154,13 @@ class VideoMambaFramesMixin:
                 "`do_sample_frames=True` for frames that are already decoded), keep `do_center_crop`, or give the "
                 "videos one by one."
             )
+        how = do_rescale, rescale_factor, do_normalize, image_mean, image_std
+        # Frames come as channels-last views, which torchvision resizes three times as fast; but this arithmetic is
+        # four times as fast on contiguous planes. Bytes are stacked, not the floats that they become.
+        if return_tensors is not None:
+            pixel_values = self.rescale_and_normalize(torch.stack(pixel_values).contiguous(), *how)
+        else:
+            pixel_values = [self.rescale_and_normalize(video.contiguous(), *how) for video in pixel_values]
         return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=return_tensors)
 
 

@@ -124,7 +124,7 @@ class _Workspace(threading.local):
     Fresh memory costs a page fault for every 4 KiB, and those took a third of the time of a forward pass.
     """
 
-    memory = torch.empty(0, dtype=torch.uint8)
+    memory = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def take(self, *wanted):
         """Contiguous tensors for pairs of a shape and a dtype, which share nothing and hold anything."""
@@ -132,7 +132,7 @@ class _Workspace(threading.local):
         ends = list(itertools.accumulate(-(-size // 64) * 64 for size in sizes))
         memory = self.memory
         if memory.numel() < ends[-1]:
-            memory = torch.empty(ends[-1], dtype=torch.uint8)
+            memory = torch.empty(ends[-1], dtype=torch.uint8, device="cpu")
             if ends[-1] <= WORKSPACE:
                 self.memory = memory
         starts = [0, *ends[:-1]]
@@ -158,7 +158,7 @@ def _blocks(channels):
 
 @functools.lru_cache(maxsize=8)
 def _full_reversal(length):
-    forward = torch.arange(length)
+    forward = torch.arange(length, device="cpu")
     return torch.stack([forward, forward.flip(0)])
 
 
@@ -172,7 +172,7 @@ def _visits(order, length):
 @functools.lru_cache(maxsize=8)
 def _checked_visits(order, length):
     """The same for an order given as bytes, which nobody changes later."""
-    order, forward = torch.frombuffer(bytearray(order), dtype=torch.long), torch.arange(length)
+    order, forward = torch.frombuffer(bytearray(order), dtype=torch.long), torch.arange(length, device="cpu")
     if not torch.equal(order.sort().values, forward):
         raise ValueError(
             f"`order` must hold each position from 0 to {length - 1} once, for {length} tokens; got the shape "
@@ -203,7 +203,9 @@ def _project(xz, for_convolution, before, after, x_proj_weight, dt_proj_weight, 
 
 def _by_clip(tensor, batch, dtype=torch.float32):
     """A tensor of a state, (2, B, ...), as the kernels take it, (B, 2, ...)."""
-    return torch.empty(batch, 2, 0, 0, dtype=dtype) if tensor is None else tensor.transpose(0, 1).contiguous()
+    if tensor is None:
+        return torch.empty(batch, 2, 0, 0, dtype=dtype, device="cpu")
+    return tensor.transpose(0, 1).contiguous()
 
 
 def _forward(xz, *rest):
@@ -248,7 +250,7 @@ def _backward(grad, d_after, d_end, states, xz, *rest):
     d_scan, d_conv, d_x_proj, d_dt_proj = 0, 0, 0, 0
     inputs, d_ends = _by_clip(before, batch, xz.dtype), _by_clip(d_end, batch)
     d_inputs = torch.empty_like(inputs)
-    d_starts = torch.empty((batch, 2, 0, 0) if before is None else (batch, 2, channels, num_states))
+    d_starts = d_ends.new_empty((batch, 2, 0, 0) if before is None else (batch, 2, channels, num_states))
     for clips in _groups(xz, 4):
         shape = (2, *grad[clips].shape)
         u, delta, d_u, d_delta = _workspace.take((shape, xz.dtype), *[(shape, torch.float32)] * 3)
@@ -294,9 +296,9 @@ def _compile(dtype, backward):
         return sum(len(kernel.signatures) - sum(kernel.stats.cache_hits.values()) for kernel in kernels)
 
     before, started = compiled(), time.perf_counter()
-    xz = torch.zeros(1, 1, 2, dtype=dtype)
+    xz = torch.zeros(1, 1, 2, dtype=dtype, device="cpu")
     shapes = ((2, 1, 1), (2, 1), (2, 3, 1), (2, 1, 1), (2, 1), (2, 1, 1), (2, 1))
-    parameters = (*(torch.zeros(shape) for shape in shapes), torch.zeros(1, dtype=torch.long), None)
+    parameters = (*(xz.new_zeros(shape, dtype=torch.float32) for shape in shapes), xz.new_zeros(1).long(), None)
     out, states, _, _ = _forward(xz, *parameters, None, True)
     if backward:
         _backward(out, None, None, states, xz, *parameters)

@@ -261,6 +261,8 @@ def read_index(container, stream, name: str, end: int | None = None) -> Index:
         if end is not None and dts is not None and dts >= end:
             break  # what comes is shown later than it is decoded
         # Packets to be discarded are those before the start of an edit list: decoded, but not shown.
+        if packet.is_discard and packet.is_keyframe and None not in (packet.pts, dts):
+            keys.append((packet.pts, dts))
         if not packet.size or packet.is_discard or (begins_frame is not None and not begins_frame(packet)):
             continue
         times.append(packet.pts)

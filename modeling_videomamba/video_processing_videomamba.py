@@ -52,7 +52,9 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
 
     **Which frames.** With `sampling_fps`, `num_frames` frames at that many a second around the middle of the clip:
     those on screen at the wanted times, however many frames a second the file holds. Of a clip shorter than
-    `num_frames / sampling_fps` seconds, those on screen in the middles of `num_frames` equal parts.
+    `num_frames / sampling_fps` seconds, those on screen in the middles of `num_frames` equal parts. Of a file in which
+    half of these repeat the picture before, frames are taken again, as often as its pictures change; if it is too
+    short for that, and each picture fills a tubelet of two frames, one frame later.
 
     Without it, `num_frames` frames at a distance of `frame_stride`, from the middle of the clip (the paper: 16
     at stride 2, section 5.1). With `frame_stride=None` they are spread evenly over the whole clip, the first and the
@@ -238,11 +240,7 @@ class VideoMambaVideoProcessor(VideoMambaFramesMixin, BaseVideoProcessor):
         if fps is not None:
             return _spread_by_time(getattr(metadata, "frame_times", None), total, num_frames)
         if sampling_fps is not None:
-            if getattr(metadata, "is_asked_by_time", False):
-                return _wanted_times(metadata.duration, num_frames, sampling_fps)
-            frame_times = _frame_times(metadata, sampling_fps)
-            wanted = _wanted_times(float(frame_times[-1]), num_frames, sampling_fps)
-            return np.asarray(np.searchsorted(frame_times[1:-1], wanted, side="right"))
+            return _sample_by_time(metadata, num_frames, sampling_fps)
         if frame_stride is not None:
             span = (num_frames - 1) * frame_stride + 1
             if span <= total:
@@ -288,6 +286,37 @@ def _frame_times(metadata: VideoMetadata, sampling_fps: float) -> np.ndarray:
             "`video_metadata`, or pass `sampling_fps=None` to count frames instead."
         )
     return np.arange(metadata.total_num_frames + 1) / metadata.fps
+
+
+def _sample_by_time(metadata: VideoMetadata, num_frames: int, sampling_fps: float) -> np.ndarray:
+    """
+    The frames on screen at `num_frames` times around the middle (their times, of what is asked by time).
+
+    If the metadata is of frames half of which repeat the picture before: those at the rate at which pictures change.
+    Where the clip is too short for that, and each picture fills a tubelet of two frames, so that nothing moves within
+    any, the pictures are shown one frame later.
+    """
+    if getattr(metadata, "is_asked_by_time", False):
+        frame_times, duration = None, metadata.duration
+    else:
+        frame_times = _frame_times(metadata, sampling_fps)
+        duration = float(frame_times[-1])
+
+    def at(rate):
+        wanted = _wanted_times(duration, num_frames, rate)
+        if frame_times is None:
+            return wanted
+        return np.asarray(np.searchsorted(frame_times[1:-1], wanted, side="right"))
+
+    repeats = getattr(metadata, "repeats", None)
+    if repeats is None:
+        return at(sampling_fps)
+    before, others = metadata.frames_indices, at(sampling_fps * max(1, (~repeats).sum()) / len(repeats))
+    later = np.concatenate([others[:1], others[:-1]])
+    fill_tubelets = repeats[::2].mean() > 0.75 and repeats[1::2].mean() < 0.25
+    if before is not None and (np.array_equal(before, later) or (fill_tubelets and np.array_equal(before, others))):
+        return later
+    return others
 
 
 def _wanted_times(duration: float, num_frames: int, sampling_fps: float) -> np.ndarray:

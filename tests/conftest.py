@@ -63,6 +63,17 @@ def video(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def stored(tmp_path_factory) -> Path:
+    """A folder with one clip, stored in all the ways of `video_files.STORED`."""
+    from video_files import STORED, write_stored
+
+    folder = tmp_path_factory.mktemp("stored")
+    for name in STORED:
+        write_stored(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def bars(tmp_path_factory) -> Path:
     """Eight training and four validation clips of a bright bar that moves to the left or to the right."""
     from video_files import write_moving_bars

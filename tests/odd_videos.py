@@ -21,6 +21,7 @@ from PIL import Image
 
 from video_files import (
     FILES,
+    change_edit_list,
     claim_frames_in_avi,
     numbered_frame,
     numbered_frames,
@@ -404,11 +405,8 @@ def mirrored(path):
 
 
 def edit_list(path, change):
-    """An MP4 whose edit list's one entry, (duration, beginning) in units of 1/1000 s and of the track, is changed."""
-    data = bytearray(encoded(path, gop=10, b_frames=0))
-    entry = data.index(b"elst") + 12
-    data[entry : entry + 8] = struct.pack(">Ii", *change(*struct.unpack(">Ii", data[entry : entry + 8])))
-    path.write_bytes(data)
+    write_video(path, 40, gop=10, b_frames=0)
+    change_edit_list(path, change)
 
 
 NEGATIVE = {"container_options": {"movflags": "negative_cts_offsets"}}

@@ -24,17 +24,23 @@ from modeling_videomamba import (
     VideoMambaForVideoClassification,
     VideoMambaImageProcessor,
 )
+from modeling_videomamba.video_decoding import decode_video
 from training_clips import NAMES, tiny_processor
 from video_files import write_video
+
+
+def seen(views, path):
+    """All views of a file."""
+    frames, _ = decode_video(path, views.sample_frames, transform=views.frame_transform())
+    return views([frames])["pixel_values"][0]
 
 
 def test_views_lie_where_papers_put_them(tmp_path):
     """Of 30 numbered frames of 64 x 96: clips at the two ends; crops at the left, in the middle, at the right."""
     processor = tiny_processor()
     path = write_video(tmp_path / "numbered.mp4", 30, size=(64, 96), options={"crf": "0"}, pix_fmt="yuv444p")
-    video = {"path": path, "bytes": None}
-    views, normalize = evaluation.ViewsTransform(processor, processor, 2, 3), data.Normalize(processor, "cpu")
-    found = normalize(views(video, 1)["views"])
+    views, normalize = evaluation.Views(processor, processor, 2, 3), data.Normalize(processor, "cpu")
+    found = normalize(seen(views, path))
     assert found.shape == (6, 4, 3, 32, 32)
     frames, _ = processor.fetch_videos(path)
     shrunk = torch.nn.functional.interpolate(
@@ -48,22 +54,18 @@ def test_views_lie_where_papers_put_them(tmp_path):
     ]
     torch.testing.assert_close(found, torch.stack(expected), atol=0.02, rtol=0)  # rounded to whole numbers, or not
 
-    one = normalize(evaluation.ViewsTransform(processor, processor, 1, 1)(video, 0)["views"])
+    one = normalize(seen(evaluation.Views(processor, processor, 1, 1), path))
     torch.testing.assert_close(one, processor(path, return_tensors="pt")["pixel_values"], atol=1e-5, rtol=0)
 
 
 def test_clips_of_sparse_sampling_begin_one_after_the_other():
     """Of 41 frames, 4 are wanted: 10 apart, from 0; three clips are shifted by quarters of these 10."""
-    reader = types.SimpleNamespace(num_frames=4, frame_stride=None)
-    transform = evaluation.ViewsTransform(reader, tiny_processor(), 3, 1)
-    found = transform.sample(types.SimpleNamespace(total_num_frames=41)).reshape(3, 4).tolist()
+    reader = types.SimpleNamespace(num_frames=4, frame_stride=None, decoder=None)
+    views = evaluation.Views(reader, tiny_processor(), 3, 1)
+    found = views.sample_frames(types.SimpleNamespace(total_num_frames=41)).reshape(3, 4).tolist()
     assert found == [[2, 12, 22, 32], [5, 15, 25, 35], [7, 17, 27, 37]]
-    short = transform.sample(types.SimpleNamespace(total_num_frames=2)).reshape(3, 4)
+    short = views.sample_frames(types.SimpleNamespace(total_num_frames=2)).reshape(3, 4)
     assert short.min() >= 0 and short.max() <= 1
-
-
-def row_clip(row):
-    return {"path": row["clip"], "bytes": None}
 
 
 def test_scores_are_the_mean_over_views(bars, tmp_path, monkeypatch):
@@ -87,16 +89,15 @@ def test_scores_are_the_mean_over_views(bars, tmp_path, monkeypatch):
     assert results["clips"] == 4 and results["skipped"] == 1 and "1 could not be read" in printed.getvalue()
 
     processor = AutoVideoProcessor.from_pretrained(tmp_path / "model")
-    transform, normalize = evaluation.ViewsTransform(processor, processor, 2, 2), data.Normalize(processor, "cpu")
+    views, normalize = evaluation.Views(processor, processor, 2, 2), data.Normalize(processor, "cpu")
     saved = np.load(tmp_path / "out" / "scores.npz")
     with open(tmp_path / "out" / "predictions.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     right = []
     for row, scores in zip(rows, saved["scores"][saved["labels"] >= 0], strict=True):
         with torch.no_grad():
-            views = normalize(transform(row_clip(row), 0)["views"])
-            views = [model(view[None]).logits.softmax(-1)[0] for view in views]
-        expected = torch.stack(views).mean(0)
+            each = [model(view[None]).logits.softmax(-1)[0] for view in normalize(seen(views, row["clip"]))]
+        expected = torch.stack(each).mean(0)
         np.testing.assert_allclose(scores, expected, atol=1e-5)
         assert row["label"] == Path(row["clip"]).parent.name and row["predicted"] == NAMES[expected.argmax()]
         right.append(row["label"] == row["predicted"])

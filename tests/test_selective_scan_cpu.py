@@ -1,5 +1,6 @@
 """The CPU backend of the scan: against the float64 reference at awkward sizes, with threads, forks and compilers."""
 
+import math
 import multiprocessing
 import os
 import shutil
@@ -15,6 +16,7 @@ import modeling_videomamba
 from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassification, use_scan_backend
 from modeling_videomamba import selective_scan as seam
 from modeling_videomamba import selective_scan_numba as backend
+from modeling_videomamba import selective_scan_numba_kernels as kernels
 from modeling_videomamba.selective_scan_reference import bidirectional_selective_scan_reference
 from modeling_videomamba.tokens_videomamba import backward_order
 from scan_helpers import assert_matches_reference, gradients, random_inputs, random_state, relative_error, scan_order
@@ -62,6 +64,29 @@ def test_extreme_steps(step_bias):
     """Steps so short that nothing is forgotten, and so long that everything is: exp(ΔA) underflows."""
     inputs = random_inputs(1, 100, 9, step_bias=step_bias)
     assert_matches_reference(backend.bidirectional_selective_scan, inputs, None, 1e-5, 1e-4)
+
+
+@pytest.mark.parametrize("step_bias", [-12.0, -3.0, 5.0, 60.0])
+def test_bfloat16_loses_no_more_than_its_rounding(step_bias):
+    """What the inputs and the output are rounded to is a fraction of what both are; the scan may add a tenth to it."""
+    inputs = random_inputs(1, 500, 70, step_bias=step_bias)
+    rounded = [t.bfloat16() if place in (0, 3) else t for place, t in enumerate(inputs)]
+    found = backend.bidirectional_selective_scan(*rounded)
+    in_float32 = backend.bidirectional_selective_scan(*(t.float() for t in rounded))
+    expected = bidirectional_selective_scan_reference(*(t.double() for t in rounded), dtype=torch.float64)
+    assert found.dtype == torch.bfloat16 and relative_error(in_float32, expected) < 1e-5
+    assert relative_error(found, expected) < 5e-3
+
+
+def test_short_exponential():
+    """Against float64; near 1, what counts is how far from 1 a decay is, which many steps multiply."""
+    exponents = torch.cat([torch.linspace(-126, 0, 4001), -torch.logspace(-7, -0.31, 400)])
+    found = torch.tensor([kernels._rough_exp2_above(x) for x in exponents.numpy()], dtype=torch.float64)
+    expected = torch.exp2(exponents.double())
+    assert ((found - expected).abs() < 2.7e-4 * expected).all() and found[4000] == 1
+    small = (exponents > -0.5) & (exponents < -1e-3)  # nearer to 1, float32 has too few digits to tell
+    lacking = -torch.expm1(exponents[small].double() * math.log(2))
+    assert ((1 - found[small] - lacking).abs() < 3.5e-4 * lacking).all()
 
 
 def test_takes_strided_inputs():

@@ -8,6 +8,7 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,9 +16,9 @@ import torch
 
 from browser import open_browser, wait_for
 from make_camera_motion_clips import write_demo_clip
-from modeling_videomamba import VideoMambaForVideoFrameClassification
+from modeling_videomamba import VideoMambaForVideoFrameClassification, VideoMambaVideoProcessor
 from modeling_videomamba.video_decoding import decode_video
-from video_files import write_video
+from video_files import STORED, STORED_SAMPLES, read_numbers, write_video
 
 
 pytest.importorskip("gradio", reason="needs Gradio: pip install gradio")
@@ -79,12 +80,23 @@ def upload(browser, url, path):
     wait_for(lambda: "scores and maps" in text(browser, "#summary") or find(browser, "#problem .message"))
 
 
+def test_the_page_sees_one_clip_stored_in_many_ways_the_same(app, stored):
+    checkpoint = app.Checkpoint(str(CAMERA_MOTION))
+    checkpoint.processor = VideoMambaVideoProcessor(
+        num_frames=8, sampling_fps=5, size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}
+    )
+    for name in STORED:
+        pixel_values, _ = checkpoint.read(str(stored / name))
+        assert read_numbers(checkpoint.pictures(pixel_values)) == STORED_SAMPLES
+
+
 def test_upload_and_phone(browser, url, tmp_path, app):
     upload(browser, url, EXAMPLE)
     assert "zoom out" in text(browser, "#scores")
     assert "16 of 48 frames" in text(browser, "#summary")
     assert not find(browser, "#problem .message")
-    assert [figure.text for figure in find(browser, "#frames figcaption")] == [str(i) for i in range(8, 40, 2)]
+    assert "9 labels" in text(browser, "#known") and "roll counter-clockwise" in text(browser, "#known")
+    assert [figure.text for figure in find(browser, "#frames figcaption")] == [str(i) for i in range(1, 48, 3)]
     # The video plays in the page, and holds the frames, the Delta map and the reading map side by side.
     video = wait_for(lambda: find(browser, "#overlay video"))[0]
     wait_for(lambda: browser.execute_script("return arguments[0].readyState >= 2", video))
@@ -92,7 +104,7 @@ def test_upload_and_phone(browser, url, tmp_path, app):
     (tmp_path / "overlay.mp4").write_bytes(httpx.get(video.get_attribute("src")).content)
     overlay, _ = decode_video(str(tmp_path / "overlay.mp4"))
     assert overlay.shape == (16, 224, 672, 3)
-    seen, _ = decode_video(str(EXAMPLE), lambda metadata: np.arange(8, 40, 2))
+    seen, _ = decode_video(str(EXAMPLE), lambda metadata: np.arange(1, 48, 3))
     seen = seen[:, :, 40:280]  # the middle square, of which the model gets 112 x 112 pixels
     shown = overlay[:, :, :224]
     for got, expected in zip(shown, seen, strict=True):
@@ -107,6 +119,11 @@ def test_upload_and_phone(browser, url, tmp_path, app):
         width = "return [document.scrollingElement.scrollWidth, document.querySelector('#scores').offsetWidth]"
         wait_for(lambda: browser.execute_script(width)[1] < 390)
         assert browser.execute_script(width)[0] <= 390
+        upload(browser, url, write_video(tmp_path / "clip.avi", 40, codec="mpeg4"))
+        assert "do not play .avi files" in text(browser, "#summary")
+        in_view = """const {top, bottom} = document.querySelector('#scores').getBoundingClientRect();
+            return top >= 0 && bottom <= innerHeight"""
+        wait_for(lambda: browser.execute_script(in_view))
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
@@ -275,12 +292,18 @@ def test_uploads_are_deleted(app, tmp_path, monkeypatch):
     monkeypatch.setattr(app, "KEPT_SECONDS", 1)
     monkeypatch.setattr(app, "SWEEP_SECONDS", 1)
     monkeypatch.setattr(app, "HERE", tmp_path)  # no examples, which stay
-    server, address, _ = app.launch(
-        {"camera motion": None}, prevent_thread_lock=True, quiet=True, server_port=free_port()
-    )
+
+    class Checkpoint:
+        model = SimpleNamespace(config=SimpleNamespace(id2label={0: "nothing"}))
+
+        def read(self, path):
+            raise ValueError("this one reads nothing")
+
+    checkpoints = {"camera motion": Checkpoint()}
+    server, address, _ = app.launch(checkpoints, prevent_thread_lock=True, quiet=True, server_port=free_port())
     try:
         assert Path(send(address, EXAMPLE).json()[0]).exists()
-        assert "There is no such checkpoint" in message(ask(address, send(address, EXAMPLE).json()[0]))
+        assert "this one reads nothing" in message(ask(address, send(address, EXAMPLE).json()[0]))
         wait_for(lambda: not list(tmp_path.iterdir()), 30)
     finally:
         server.get_blocks().close()

@@ -53,10 +53,9 @@ def test_frame_orders(name):
             evaluation.frame_order(name, 5)
 
 
-def test_an_evaluation_shows_the_frames_in_their_order(monkeypatch):
+def test_an_evaluation_shows_the_frames_in_their_order():
     """A clip that grows lighter, of which each view is shown in the order asked for."""
     frames = torch.arange(40)[:, None, None, None].expand(40, 3, 32, 32).byte() * 6
-    monkeypatch.setattr(evaluation, "read_frames", lambda reader, video, sample: frames[sample(Metadata)])
     processor = VideoMambaVideoProcessor(
         num_frames=8, frame_stride=2, size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
     )
@@ -65,8 +64,8 @@ def test_an_evaluation_shows_the_frames_in_their_order(monkeypatch):
         total_num_frames = 40
 
     for name, pattern in PATTERNS.items():
-        transform = evaluation.ViewsTransform(processor, processor, 2, 1, name)
-        light = transform(None, 0)["views"].float().mean((2, 3, 4))
+        views = evaluation.Views(processor, processor, 2, 1, name)
+        light = views([frames[views.sample_frames(Metadata)]])["pixel_values"][0].float().mean((2, 3, 4))
         assert light.shape == (2, 8)
         for view in light:
             assert view.argsort().argsort().tolist() == [place - 1 for place in pattern]

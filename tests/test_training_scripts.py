@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import ModelCard
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import (
@@ -43,6 +44,7 @@ from video_files import write_video
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "training"
 TINY = ["--hidden_size", 16, "--num_hidden_layers", 1, "--image_size", 32, "--num_frames", 4, "--frame_stride", 2]
+CPU = torch.device("cpu")
 AUGMENTED = ["--rand_augment", 1, "--random_erasing", 0.5, "--mirror_swaps", "to the left:to the right"]
 
 
@@ -151,7 +153,7 @@ def test_recipes_of_long_videos_train_and_are_tested_as_their_authors_do(
     reader = models.load_model(model, ["a", "b"], training=True)[2]
     plain = dataclasses.replace(clips, rand_augment=0, random_erasing=0.0)
     splits, names = data.load_clips(plain, ["train"], 0, DecodeFailures(str(tmp_path), 0))
-    seen = data.transform_clips(splits, names, plain, reader, tiny_processor(), None, 0)["train"][0]
+    seen = data.transform_clips(splits, names, plain, reader, tiny_processor(), None, 0, CPU)[0]["train"][0]
     numbers = frame_numbers(seen["pixel_values"])
     assert len(numbers) == 32 and (numbers[0], numbers[-1]) == (0, count - 1)
     assert set(numbers.diff().tolist()) == {1, 2}  # 56 / 31 apart
@@ -202,7 +204,7 @@ def test_recipes_train_as_the_paper_says(name, mirrored, tmp_path, monkeypatch):
     reader = tiny_processor()
     plain = dataclasses.replace(clips, rand_augment=0, random_erasing=0.0, min_crop_area=1.0)
     splits = {"train": [{"video": {"path": write_video(tmp_path / "bar.mp4", 8), "bytes": None}, "label": 0}] * 40}
-    seen = data.transform_clips(splits, ["a", "b"], plain, reader, reader, None, 0)["train"]
+    seen = data.transform_clips(splits, ["a", "b"], plain, reader, reader, None, 0, CPU)[0]["train"]
     clips = (seen[index]["pixel_values"].int() for index in range(40))
     red_is_left = {bool(clip[0, 0, 4, 1] > clip[0, 0, 4, -2] + 60) for clip in clips}
     assert red_is_left == ({True, False} if mirrored else {True})
@@ -409,6 +411,10 @@ def test_trains_on_a_data_set_of_the_hub_and_pushes_what_others_can_load(bars, h
         assert {result.metric_name for result in card.eval_results} == {
             *("accuracy", "mean_class_accuracy"),  # of two labels, five guesses say nothing
         }
+        (entry,) = parse_eval_result_entries(yaml.safe_load(files[".eval_results/you--clips.yaml"]))
+        accuracy = next(result for result in card.eval_results if result.metric_name == "accuracy")
+        assert (entry.dataset_id, entry.value) == ("you/clips", accuracy.metric_value)
+        assert entry.notes == f"accuracy on the split {accuracy.dataset_split}"
         assert card.datasets == ["you/clips"] and card.pipeline_tag == "video-classification"
 
     model = AutoModelForVideoClassification.from_pretrained(tmp_path / "trained").eval()

@@ -228,6 +228,30 @@ def test_augmentation_is_the_same_for_all_frames_and_repeats_with_the_seed(tmp_p
     assert not torch.equal(again[5]["pixel_values"], seen[5])
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("options", [{"jitter": 0.6}, {"rand_augment": 2, "random_erasing": 0.5, "jitter": 0.0}])
+def test_a_batch_augmented_on_the_device_is_what_workers_make_of_each_clip(device, options, tmp_path):
+    """Against the same clips, each augmented by itself on the CPU."""
+    processor, rows = tiny_processor(), [{"video": still_clip(tmp_path), "label": 0}] * 24
+    args, made = DataArguments(mirror_swaps="", **options), []
+    for defers in (False, True):
+        transform = data.TrainTransform(processor, processor, args, [0], None, defers)
+        clips = data.Clips(rows, transform, None, seed=1, training=True)
+        made.append(torch.utils.data.default_collate([clips[index] for index in range(24)]))
+    whole, deferred = made
+    assert not torch.equal(whole["pixel_values"], deferred["pixel_values"])
+    expected = data.Normalize(processor, "cpu")(whole["pixel_values"])
+    state = torch.get_rng_state()
+    finish = data.DeviceTransform(processor, torch.device(device), transform.augment)
+    found = finish(deferred)
+    assert torch.equal(state, torch.get_rng_state())
+    assert set(found) == {"pixel_values", "labels"} and found["pixel_values"].device.type == device
+    difference = (found["pixel_values"].cpu() - expected).abs() * 255 * torch.tensor(processor.image_std).view(3, 1, 1)
+    # Where a frame is turned, a pixel half way between two may become either.
+    assert (difference > 1.01).float().mean() < (1e-3 if device == "cuda" and "rand_augment" in options else 1e-9)
+    assert torch.equal(finish(whole)["pixel_values"].cpu(), expected) or device == "cuda"
+
+
 def test_bytes_normalized_on_the_device_are_what_the_processor_gives(tmp_path):
     """The path of the frames as uint8 against that of float32: the processor's for users, and torchvision's."""
     processor, clip = tiny_processor(), still_clip(tmp_path)

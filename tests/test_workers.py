@@ -21,9 +21,7 @@ from modeling_videomamba import (
 from training_clips import NAMES, tiny_processor
 
 
-ROOT = Path(__file__).resolve().parent.parent
-EXAMPLES = ROOT / "examples"
-CAMERA_MOTION = ROOT / "model_cards" / "videomamba-tiny-camera-motion"
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 # As Python runs a script, whose file the workers import anew.
 RUN = """
@@ -77,8 +75,6 @@ def command(script, bars, start, output):
         "tools/classify_clips.py": [bars / "validation", "--model", start, "--output", output, "--num_workers", 2],
         "made_clips/make_camera_motion_clips.py": make,
         "made_clips/make_object_motion_clips.py": [*make, "--held_out", 0],
-        "made_clips/measure_camera_motion.py": [pictures, "--model", CAMERA_MOTION, "--output", output]
-        + ["--clips_per_label", 1, "--num_workers", 2],
         "made_clips/measure_streaming.py": [bars / "train", "--model", streams, "--minutes", 0.1, "--streams", 2]
         + ["--num_workers", 2],
     }[script]
@@ -107,7 +103,6 @@ def pictures(bars):
         "tools/classify_clips.py",
         "made_clips/make_camera_motion_clips.py",
         "made_clips/make_object_motion_clips.py",
-        "made_clips/measure_camera_motion.py",
         "made_clips/measure_streaming.py",
     ],
 )

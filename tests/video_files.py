@@ -4,6 +4,7 @@ The number is drawn as ten black or white blocks over the full height of the fra
 compression, odd sizes, chroma subsampling and grey formats: a test reads from the pixels alone which frame it got.
 """
 
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -134,6 +135,61 @@ FILES = {
     "grey_16_bit.mkv": {"codec": "ffv1", "pix_fmt": "gray16le"},
     "animation.gif": {"codec": "gif", "pix_fmt": "rgb8"},
 }
+
+
+# Ways to store one clip for `write_stored`: {file name: options of `write_video`}.
+STORED = {
+    "15.mp4": {"rate": 15},
+    "24.mp4": {"rate": 24},
+    "30.mp4": {"rate": 30},
+    "60.mp4": {"rate": 60},
+    "120.mp4": {"rate": 120},
+    "no-edit-list.mp4": {"rate": 30, "b_frames": 0},
+    "cut.mp4": {"rate": 30, "b_frames": 0},
+    "turned.mp4": {"rate": 30, "rotation": 90},
+    "30.mkv": {"rate": 30},
+    "24.webm": {"rate": 24, "codec": "libvpx"},
+    "30.avi": {"rate": 30, "codec": "mpeg4"},
+    "30.ts": {"rate": 30},
+    "uneven.mp4": {"rate": 30, "pts": [round(1000 * i / 30 + 8 * (-1) ** i * (i > 0)) for i in range(120)]},
+    "uneven.mkv": {"rate": 30, "pts": [round(1000 * i / 30 - 8 * (-1) ** i * (i > 0)) for i in range(120)]},
+}
+# The pictures on screen at eight times of these clips, 0.2 s apart around the middle: after 1.3 s (picture 19.5),
+# 1.5 s (22.5) ... 2.7 s (40.5). A processor with `num_frames=8, sampling_fps=5` takes them.
+STORED_SAMPLES = [19, 22, 25, 28, 31, 34, 37, 40]
+
+
+def write_stored(path) -> str:
+    """
+    Writes four seconds of 15 numbered pictures each, 64 x 96 with the number in the central square, in the way of
+    `STORED` that the path's name tells. Of `cut.mp4`, an edit list cuts off another half a second before them.
+    """
+    options = STORED[Path(path).name]
+    rate = options["rate"]
+    numbers = [15 * i // rate for i in range(4 * rate)]
+    if Path(path).name == "cut.mp4":
+        numbers = [500] * (rate // 2) + numbers
+    frames = [stored_picture(number) for number in numbers]
+    if "rotation" in options:
+        frames = [np.rot90(frame, -options["rotation"] // 90) for frame in frames]
+    write_video(path, frames, **options)
+    if Path(path).name == "cut.mp4":
+        clock = 512 * rate  # of the track: ticks a second, which libav chooses
+        change_edit_list(path, lambda duration, begin: (duration - 500, begin + clock // 2))
+    return str(path)
+
+
+def stored_picture(number: int) -> np.ndarray:
+    """A picture of the clips of `STORED`."""
+    return np.pad(numbered_frame(number, 64, 64), ((0, 0), (16, 16), (0, 0)), constant_values=128)
+
+
+def change_edit_list(path, change) -> None:
+    """Changes the one entry of an MP4's edit list, (duration, beginning) in units of 1/1000 s and of the track."""
+    data = bytearray(Path(path).read_bytes())
+    entry = data.index(b"elst") + 12
+    data[entry : entry + 8] = struct.pack(">Ii", *change(*struct.unpack(">Ii", data[entry : entry + 8])))
+    Path(path).write_bytes(data)
 
 
 def write_moving_bars(root, counts) -> Path:

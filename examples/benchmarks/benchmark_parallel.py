@@ -214,8 +214,8 @@ class Benchmark:
         row |= dict(zip(COLUMNS[4:8], (f"{n:.4g}" for n in numbers), strict=False))
         alone = [r for r in self.rows if (r["task"], r["frames"], r["processes"]) == (task, frames, 1)]
         if alone:
-            row["speedup"] = f"{float(alone[0]['median_ms']) / numbers[0]:.3f}"
-            row["memory"] = f"{numbers[3] / float(alone[0]['peak_gib']):.3f}"
+            row["speedup"] = f"{float(alone[0]['median_ms']) / numbers[0]:.4g}"
+            row["memory"] = f"{numbers[3] / float(alone[0]['peak_gib']):.4g}"
         if errors is not None:
             row |= dict(zip(COLUMNS[10:], (f"{e:.2g}" for e in errors), strict=True))
         self.rows.append(row)

@@ -56,6 +56,30 @@ def frame_times(frames, rate):
     return (np.array([*starts, starts[-1] + last]) - starts[0]) * unit
 
 
+def shrink(frame, settings):
+    """A decoded frame, turned upright, resized and cropped: (H, W, 3) uint8."""
+    pixels = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+    image = PIL.Image.fromarray(np.ascontiguousarray(pixels))
+    edge, height, width = settings["size"]["shortest_edge"], *settings["crop_size"].values()
+    scale = edge / min(image.size)
+    size = tuple(edge if side == min(image.size) else int(side * scale) for side in image.size)
+    filter = PIL.Image.Resampling(settings["resample"])
+    if settings.get("antialias", True):
+        image = image.resize(size, filter)
+    elif filter != PIL.Image.Resampling.BILINEAR:
+        raise ValueError(
+            f"`resample` is {filter}, but without `antialias` Pillow resizes as the processor if it is 2."
+        )
+    else:
+        places = image.width / size[0], 0, 0, 0, image.height / size[1], 0
+        image = image.transform(size, PIL.Image.Transform.AFFINE, places, filter)
+    left, top = (image.width - width) / 2, (image.height - height) / 2
+    if settings.get("crop_rounds_down"):
+        left, top = left // 1, top // 1
+    left, top = round(left), round(top)
+    return np.asarray(image.crop((left, top, left + width, top + height)))
+
+
 def read_clip(video, settings):
     """The frames that the processor samples from a video, (1, T, 3, H, W) float32, normalised."""
     with av.open(video) as container:
@@ -63,15 +87,8 @@ def read_clip(video, settings):
         indices = choose_frames(frame_times(container.decode(stream), stream.average_rate or 25), settings)
     wanted = set(indices.tolist())
     with av.open(video) as container:  # once more, so that a film's frames need not all be kept
-        frames = {i: frame.to_image() for i, frame in enumerate(container.decode(video=0)) if i in wanted}
-    edge, height, width = settings["size"]["shortest_edge"], *settings["crop_size"].values()
-    clip = []
-    for frame in (frames[i] for i in indices.tolist()):
-        scale = edge / min(frame.size)
-        size = [edge if side == min(frame.size) else int(side * scale) for side in frame.size]
-        frame = frame.resize(size, PIL.Image.Resampling(settings["resample"]))
-        left, top = round((frame.width - width) / 2), round((frame.height - height) / 2)
-        clip.append(np.asarray(frame.crop((left, top, left + width, top + height))))
+        frames = {i: shrink(frame, settings) for i, frame in enumerate(container.decode(video=0)) if i in wanted}
+    clip = [frames[i] for i in indices.tolist()]
     clip = np.stack(clip).astype(np.float32) * settings["rescale_factor"]
     clip = (clip - settings["image_mean"]) / settings["image_std"]
     return clip.transpose(0, 3, 1, 2)[None].astype(np.float32)

@@ -41,6 +41,7 @@ from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
 from modeling_videomamba import VideoMambaCache, VideoMambaConfig
 from modeling_videomamba.configuration_videomamba import unstreamable_reason
+from modeling_videomamba.loading_videomamba import unloadable_reason
 
 
 TOLERANCE = 1e-4  # largest difference of a logit, in float32, between PyTorch and ONNX Runtime
@@ -186,17 +187,22 @@ def largest_difference_of_streams(model, path):
 
 def main():
     args = parse_arguments()
+    if reason := unloadable_reason(args.model):
+        sys.exit(reason)
     model = AutoModelForVideoClassification.from_pretrained(args.model, dtype=torch.float32).eval()
     if args.browser and isinstance(model.config, VideoMambaConfig) and unstreamable_reason(model.config) is None:
         args.stream, model.config.pooling_window = True, 1  # stream.js makes the means
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "model.onnx"
+    print(f"Exporting {args.model}: half a minute for a small model, minutes for a large one ...", flush=True)
     if args.stream:
         export_step(model, path)
     else:
         export_onnx(model, path, args.any_length)
-    model.config.save_pretrained(args.output)
-    AutoVideoProcessor.from_pretrained(args.model).save_pretrained(args.output)
+    # All fields, so that readers need no defaults; and none of the code that `save_pretrained` puts beside a model.
+    model.config.to_json_file(args.output / "config.json", use_diff=False)
+    AutoVideoProcessor.from_pretrained(args.model).to_json_file(args.output / "video_preprocessor_config.json")
+    print("Comparing the file's logits with PyTorch's ...", flush=True)
     if args.stream:
         difference = largest_difference_of_streams(model, path)
     else:

@@ -42,6 +42,7 @@ from transformers import AutoVideoProcessor
 
 from modeling_videomamba import ClipLoader, VideoMambaForVideoFrameClassification
 from modeling_videomamba.cache_videomamba import pool_steps
+from modeling_videomamba.loading_videomamba import unloadable_reason
 
 
 WINDOWS = (None, 2, 4, 8)  # steps that are classified together; None: all since the beginning
@@ -172,6 +173,8 @@ def table(head, rows):
 
 def main():
     args = parse_arguments()
+    if reason := unloadable_reason(args.model):
+        sys.exit(reason)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = VideoMambaForVideoFrameClassification.from_pretrained(args.model).to(device).eval()
     processor = AutoVideoProcessor.from_pretrained(args.model)

@@ -26,15 +26,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-
-CAMERA_MOTION = Path(__file__).resolve().parents[2] / "model_cards" / "videomamba-tiny-camera-motion"
+from tool_models import add_model
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("film", nargs="?", type=Path, help="a video file of any length")
     parser.add_argument("--live", metavar="SOURCE", help="a camera's number or an address, such as rtsp://...")
-    parser.add_argument("--model", default=str(CAMERA_MOTION), help="a folder or a Hub repository")
+    add_model(parser)
     parser.add_argument("--output", type=Path, help="folder to write to (default: FILM-tags)")
     parser.add_argument("--window", type=float, help="seconds per window (default: as in training)")
     parser.add_argument("--step", type=float, default=1.0, help="seconds from one window to the next (not streaming)")
@@ -64,7 +63,10 @@ from transformers import AutoConfig, AutoModelForVideoClassification, AutoVideoP
 
 from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoFrameClassification
 from modeling_videomamba.configuration_videomamba import unstreamable_reason
+from modeling_videomamba.loading_videomamba import unloadable_reason
 from modeling_videomamba.video_decoding import DecodedVideoMetadata, decoded_frames, open_pyav, read_packets
+from segments import Segment as LabelledSegment
+from segments import label_studio_task, report
 
 
 # The film is worked through in parts, each of which ends at the first cut after PART seconds, at the latest after
@@ -686,6 +688,7 @@ def compare(truth, segments):
     )
     if errors := boundary_errors(rows, segments):
         print(f"{len(errors)} changes of the label: found {np.median(errors):.2f} s off in the median.")
+    print(report([LabelledSegment(*row) for row in rows], segments))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -861,6 +864,8 @@ def tag_film(args, device):
 
     segments = to_segments(journal.windows)
     write_tables(folder, args.film, args.model, segments, journal.windows)
+    task = label_studio_task(args.film, args.model, segments, float(rate))
+    write(folder / "label_studio.json", json.dumps([task], indent=1) + "\n")
     draw_timeline(folder / "timeline.png", args.film, segments)
     if interrupted:
         print(f"Stopped; {folder} holds the result up to {clock(segments[-1].end)}. Run the command again to go on.")
@@ -880,6 +885,8 @@ def tag_film(args, device):
 
 def main():
     args = parse_arguments()
+    if reason := unloadable_reason(args.model):
+        sys.exit(reason)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.live is not None:
         tag_live(args, device)

@@ -47,19 +47,18 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch.utils.data import DataLoader, Subset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 from finetune import IGNORED, DecodeFailures
+from modeling_videomamba import ClipLoader, predict_clips
 from modeling_videomamba.video_decoding import DecodedVideoMetadata
 from video_classification_data import (
-    Clips,
     Normalize,
+    clip_name,
     load_accuracy,
     load_clips,
     match_labels,
-    read_frames,
 )
 from video_classification_model import load_model, write_json, write_predictions
 
@@ -98,16 +97,39 @@ def frame_order(name, num_frames):
     raise ValueError(f"{name!r} is not an order of frames: sequential, block-wise, pairwise or interleaved.")
 
 
-class ViewsTransform:
-    """Reads a video once and cuts its views out of it: uint8 (views, T, C, H, W), which `Normalize` takes."""
+class Videos:
+    """The files of a data set, by number: paths, URLs or bytes."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, number):
+        video = self.rows[number]["video"]
+        return video["path"] if video["bytes"] is None else video["bytes"]
+
+
+class Views:
+    """
+    In a processor's place in `ClipLoader`: of a video it reads, once, the frames of all clips, resizes them, and cuts
+    the views out of them where they are to be seen: uint8 (B, views, T, C, H, W), which `Normalize` takes.
+    """
+
+    start_seconds = stop_seconds = None
+    do_center_crop = True  # for the loader, which reserves memory for frames of `crop_size`
 
     def __init__(self, reader, processor, num_clips, num_crops, order="sequential"):
-        self.reader, self.processor, self.num_clips, self.num_crops = reader, processor, num_clips, num_crops
-        self.order = frame_order(order, reader.num_frames)
+        self.reader, self.num_clips, self.num_crops = reader, num_clips, num_crops
+        self.order, self.decoder = frame_order(order, reader.num_frames), reader.decoder
         self.size = (processor.crop_size["height"], processor.crop_size["width"])
         self.shortest_edge = processor.size.get("shortest_edge") or max(self.size)
+        self.antialias = getattr(processor, "antialias", True)
+        self.num_frames = num_clips * reader.num_frames
+        self.crop_size = {"height": self.shortest_edge, "width": 2 * self.shortest_edge}
 
-    def sample(self, metadata):
+    def sample_frames(self, metadata):
         """Frame indices (num_clips · T,). A video shorter than a part is spread over it, as the reader does."""
         total, (frames, stride) = metadata.total_num_frames, (self.reader.num_frames, self.reader.frame_stride)
         if getattr(self.reader, "sampling_fps", None) and self.num_clips > 1:
@@ -136,53 +158,66 @@ class ViewsTransform:
             indices.append(self.reader.sample_frames(section))
         return np.concatenate(indices)
 
-    def __call__(self, video, label):
-        views = self.num_clips * self.num_crops
-        if label == IGNORED:
-            empty = torch.zeros(views, self.reader.num_frames, 3, *self.size, dtype=torch.uint8)
-            return {"views": empty, "labels": label}
-        frames = read_frames(self.reader, video, self.sample)
-        frames = v2.functional.resize(frames, self.shortest_edge, antialias=getattr(self.processor, "antialias", True))
+    def frame_transform(self, device=None):
+        def resize(frames):
+            return v2.functional.resize(frames.to(device), self.shortest_edge, antialias=self.antialias)
+
+        return resize
+
+    def crops(self, frames):
+        """Squares of (num_clips · T, C, height, width), along the longer side and in the middle of the shorter one."""
         height, width = self.size
         spare = (max(0, frames.shape[-2] - height), max(0, frames.shape[-1] - width))
-        crops = []
         for share in np.linspace(0, 1, self.num_crops) if self.num_crops > 1 else [0.5]:
-            # The places along the longer side; in the middle of the shorter one.
             top = spare[0] * (share if spare[0] > spare[1] else 0.5)
             left = spare[1] * (share if spare[1] >= spare[0] else 0.5)
-            crops.append(v2.functional.crop(frames, round(top), round(left), height, width))
-        views = torch.stack(crops)
-        return {"views": views.unflatten(1, (self.num_clips, -1)).flatten(0, 1)[:, self.order], "labels": label}
+            yield v2.functional.crop(frames, round(top), round(left), height, width)
+
+    def __call__(self, videos, **options):
+        shape = (len(videos), self.num_crops, self.num_clips, len(self.order), 3, *self.size)
+        views = videos[0].new_empty(shape)
+        for video, frames in enumerate(videos):
+            for number, crop in enumerate(self.crops(frames)):
+                for place, source in enumerate(self.order):
+                    views[video, number, :, place] = crop[source :: len(self.order)]
+        return {"pixel_values": views.flatten(1, 2)}
 
 
-@torch.no_grad()
-def score(model, processor, dataset, args, process):
-    """The scores of the clips, the mean over their views, and their labels; None where another process has them."""
+def score(model, processor, clips, views, failures, args, process):
+    """
+    The scores of the clips, the mean over their views, and their labels; None where another process has them. A clip
+    that cannot be read has the label -100, and is written down.
+    """
     # Each process takes every n-th clip: none twice, none left out, whatever the number of processes.
-    own = range(process.process_index, len(dataset), process.num_processes)
-    on_gpu = process.device.type == "cuda"
-    loader = DataLoader(
-        Subset(dataset, own),
-        args.per_device_eval_batch_size,
+    own, count = list(range(process.process_index, len(clips), process.num_processes)), args.per_device_eval_batch_size
+    loader = ClipLoader(
+        Videos(clips),
+        views,
+        batch_sampler=[own[start : start + count] for start in range(0, len(own), count)],
         num_workers=args.dataloader_num_workers,
-        pin_memory=on_gpu,
+        device=process.device,
     )
     key, normalize = processor.model_input_names[0], Normalize(processor, process.device)
-    scores, labels = [], []
-    for batch in tqdm(loader, desc="evaluation", disable=not process.is_main_process):
-        chunks = []
-        for views in batch["views"].flatten(0, 1).split(args.max_views_per_step):
+
+    def look(pixel_values):
+        scores = []
+        for part in pixel_values.flatten(0, 1).split(args.max_views_per_step):
             with torch.autocast(process.device.type, torch.bfloat16, enabled=args.bf16):
-                logits = model(**{key: normalize(views.to(process.device, non_blocking=True))}).logits
-            chunks.append(logits.float().softmax(-1))
-        scores.append(torch.cat(chunks).unflatten(0, (len(batch["labels"]), -1)).mean(1).cpu())
-        labels += batch["labels"].tolist()
-    parts = list(zip(own, torch.cat(scores).numpy() if scores else [], labels, strict=True))
+                scores.append(model(**{key: normalize(part)}).logits.float().softmax(-1))
+        return {"scores": torch.cat(scores).unflatten(0, pixel_values.shape[:2]).mean(1)}
+
+    parts, shown = [], process.is_main_process
+    for batch, outputs in tqdm(predict_clips(look, loader), "evaluation", len(loader), disable=not shown):
+        for number, reason in batch.errors.items():
+            failures.record(clip_name(clips[number]["video"]), reason)
+            parts.append((number, np.zeros(model.config.num_labels, np.float32), IGNORED))
+        found = outputs["scores"].numpy() if outputs else ()
+        parts += [(number, row, clips[number]["label"]) for number, row in zip(batch.clips, found, strict=True)]
     parts = sorted(gather_object(parts) if process.num_processes > 1 else parts, key=lambda part: part[0])
     if not process.is_main_process:
         return None, None
-    if [part[0] for part in parts] != list(range(len(dataset))):
-        raise RuntimeError(f"{len(parts)} results came back for {len(dataset)} clips.")
+    if [part[0] for part in parts] != list(range(len(clips))):
+        raise RuntimeError(f"{len(parts)} results came back for {len(clips)} clips.")
     return np.stack([part[1] for part in parts]), np.array([part[2] for part in parts])
 
 
@@ -223,15 +258,14 @@ def main():
         splits, names = load_clips(data_args, ["validation"], 0, failures)
     model, names, reader, processor, _ = load_model(model_args, names, training=False)
     clips = match_labels(splits["validation"], names)
-    transform = ViewsTransform(reader, processor, args.num_clips, args.num_crops, args.frame_order)
-    dataset = Clips(clips, transform, failures)
-    scores, labels = score(model.eval().to(process.device), processor, dataset, args, process)
+    views = Views(reader, processor, args.num_clips, args.num_crops, args.frame_order)
+    scores, labels = score(model.eval().to(process.device), processor, clips, views, failures, args, process)
     if not process.is_main_process:
         return
 
     results = summarise(scores, labels)
     results |= {"views": f"{args.num_clips} x {args.num_crops}", "frame_order": args.frame_order}
-    write_predictions(args.output_dir, dataset.names(len(scores)), labels, scores, names)
+    write_predictions(args.output_dir, [clip_name(video) for video in clips["video"]], labels, scores, names)
     np.savez_compressed(f"{args.output_dir}/scores.npz", scores=scores, labels=labels)
     write_json(f"{args.output_dir}/results.json", results)
     print(report(results))

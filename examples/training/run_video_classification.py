@@ -32,11 +32,11 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from torch.utils.data import default_collate
 from transformers import Trainer, TrainerCallback, set_seed
 
 from finetune import DecodeFailures, keep_settings, tell_place
 from video_classification_data import (
-    Normalize,
     Stopwatch,
     load_accuracy,
     load_clips,
@@ -65,9 +65,16 @@ class ClipTrainer(Trainer):
 
     part = None  # the folder for a checkpoint while it is written
 
+    def get_train_dataloader(self):
+        # What is augmented on the device goes there on a stream of its own.
+        placement = self.accelerator.device_placement
+        self.accelerator.device_placement = placement and self.finish.augment is None
+        loader = super().get_train_dataloader()
+        self.accelerator.device_placement = placement
+        return loader
+
     def _prepare_inputs(self, inputs):
-        inputs = super()._prepare_inputs(inputs)
-        return {**inputs, self.key: self.normalize(inputs[self.key])}
+        return super()._prepare_inputs(self.finish(inputs))
 
     def floating_point_ops(self, inputs):
         return 0  # the Trainer would count all weights in each step, to report a figure that is of tokens, not pixels
@@ -132,7 +139,7 @@ def check(model_args, data_args, training_args):
         raise ValueError("--lora_rank and --fsdp do not work together. Adapters take little memory: leave --fsdp out.")
 
 
-def make_trainer(model, processor, clips, training_args, layer_decay):
+def make_trainer(model, processor, clips, finish, training_args, layer_decay):
     optimizer = None
     if training_args.do_train:
         groups = parameter_groups(model, training_args.learning_rate, training_args.weight_decay, layer_decay)
@@ -144,13 +151,14 @@ def make_trainer(model, processor, clips, training_args, layer_decay):
         args=training_args,
         train_dataset=clips.get("train"),
         eval_dataset=clips.get("validation"),
+        data_collator=default_collate,
         compute_metrics=lambda p: metric.compute(predictions=p.predictions, references=p.label_ids),
         # A config may ask for hidden states as well.
         preprocess_logits_for_metrics=lambda outputs, _: outputs[0] if isinstance(outputs, tuple) else outputs,
         processing_class=processor,
         optimizer_cls_and_kwargs=optimizer,
     )
-    trainer.key, trainer.normalize = processor.model_input_names[0], Normalize(processor, training_args.device)
+    trainer.finish = finish
     if training_args.do_train:
         trainer.stopwatch = Stopwatch(clips["train"], training_args.dataloader_num_workers)
         trainer.add_callback(EpochCallback(trainer))
@@ -223,11 +231,13 @@ def main():
         keep_settings(output_dir, found, training_args.process_index == 0)
     model, names, reader, *processors = load_model(model_args, names, training_args.do_train)
     splits = {split: match_labels(clips, names) for split, clips in splits.items()}
-    clips = transform_clips(splits, names, data_args, reader, processors[0], failures, training_args.seed)
+    clips, finish = transform_clips(
+        splits, names, data_args, reader, processors[0], failures, training_args.seed, training_args.device
+    )
     if training_args.do_train:
         model = add_adapters(model, model_args.lora_rank)
 
-    trainer = make_trainer(model, processors[0], clips, training_args, model_args.layer_decay)
+    trainer = make_trainer(model, processors[0], clips, finish, training_args, model_args.layer_decay)
     if training_args.do_train:
         train(trainer, processors, checkpoint)
     metrics = evaluate(trainer, clips, names) if training_args.do_eval else None

@@ -68,7 +68,6 @@ from transformers import get_scheduler
 
 from finetune import DecodeFailures, keep_settings
 from video_classification_data import (
-    Normalize,
     Stopwatch,
     load_accuracy,
     load_clips,
@@ -96,14 +95,16 @@ from video_classification_model import (
 class Training:
     """A run: what trains the model, and `state`, which is all there is to know about the place in it besides."""
 
-    def __init__(self, accelerator, args, model, clips, processors, layer_decay):
+    def __init__(self, accelerator, args, model, clips, finish, processors, layer_decay):
         self.accelerator, self.args, self.clips, self.processors = accelerator, args, clips, processors
-        self.key, self.normalize = processors[0].model_input_names[0], Normalize(processors[0], accelerator.device)
+        self.key, self.finish = processors[0].model_input_names[0], finish
         on_gpu = accelerator.device.type == "cuda"
         groups = parameter_groups(model, args.learning_rate, args.weight_decay, layer_decay)
         loaders = make_loaders(clips, args, pin_memory=on_gpu)
+        # What is augmented on the device goes there on a stream of its own.
+        placement = [None, None, None if finish.augment is None else False, None]
         self.model, self.optimizer, self.loader, self.eval_loader = accelerator.prepare(
-            model, torch.optim.AdamW(groups, fused=on_gpu), *loaders
+            model, torch.optim.AdamW(groups, fused=on_gpu), *loaders, device_placement=placement
         )
         self.total, warmup = count_steps(args, self.loader)
         self.scheduler = get_scheduler(args.lr_scheduler_type, self.optimizer, warmup, self.total)
@@ -162,13 +163,14 @@ class Training:
         """One step of the optimizer, on the mean loss of the clips of these batches (fewer at the end of an epoch)."""
         accelerator, args, state = self.accelerator, self.args, self.state
         count = sum(len(batch["labels"]) for batch in group)
-        for batch in group:
+        for number, batch in enumerate(group, 1):
             # What is random in a batch follows from its place in the run, so that a resumed one repeats it.
             torch.manual_seed(number_from(args.seed, state["epoch"], state["batch"], accelerator.process_index))
             state["batch"] += 1
+            batch = self.finish(batch)
             # Processes add up their gradients once, at the last batch.
-            with contextlib.nullcontext() if batch is group[-1] else accelerator.no_sync(self.model):
-                logits = self.model(**{self.key: self.normalize(batch[self.key])}).logits.float()
+            with contextlib.nullcontext() if number == len(group) else accelerator.no_sync(self.model):
+                logits = self.model(**{self.key: batch[self.key]}).logits.float()
                 loss = F.cross_entropy(logits, batch["labels"], label_smoothing=args.label_smoothing_factor)
                 loss = loss * (len(batch["labels"]) / count)
                 accelerator.backward(loss)
@@ -201,7 +203,7 @@ class Training:
         metric = load_accuracy()
         scores, labels = [], []
         for batch in tqdm(self.eval_loader, desc="evaluation", disable=not accelerator.is_main_process, leave=False):
-            logits = self.model(**{self.key: self.normalize(batch[self.key])}).logits.float()
+            logits = self.model(**{self.key: self.finish(batch)[self.key]}).logits.float()
             logits, expected = accelerator.gather_for_metrics((logits, batch["labels"]))
             scores.append(logits.cpu())
             labels.append(expected.cpu())
@@ -275,13 +277,14 @@ def load(model_args, data_args, args, accelerator, fresh):
     keep_settings(args.output_dir, found, accelerator.is_main_process)
     model, names, reader, *processors = load_model(model_args, names, training=True)
     splits = {split: match_labels(clips, names) for split, clips in splits.items()}
-    clips = transform_clips(splits, names, data_args, reader, processors[0], failures, args.seed)
+    settings = (data_args, reader, processors[0], failures, args.seed, accelerator.device)
+    clips, finish = transform_clips(splits, names, *settings)
     model = add_adapters(model, model_args.lora_rank)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if args.torch_compile:
         model.compile()
-    return clips, model, processors
+    return clips, finish, model, processors
 
 
 def main():
@@ -300,8 +303,8 @@ def main():
     set_seed(args.seed)
 
     checkpoint = newest_checkpoint(args.output_dir)
-    clips, model, processors = load(model_args, data_args, args, accelerator, fresh=checkpoint is None)
-    training = Training(accelerator, args, model, clips, processors, model_args.layer_decay)
+    clips, finish, model, processors = load(model_args, data_args, args, accelerator, fresh=checkpoint is None)
+    training = Training(accelerator, args, model, clips, finish, processors, model_args.layer_decay)
     if checkpoint is not None:
         training.resume(checkpoint)
     if accelerator.log_with:

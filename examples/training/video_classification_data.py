@@ -311,19 +311,20 @@ def read_frames_once(reader, video, folder, shortest_edge):
 
 
 class TrainTransform:
-    """Reads a clip and augments it, all its frames alike: uint8 (T, C, H, W), for `Normalize` on the device."""
+    """
+    Reads a clip and augments it, all its frames alike: uint8 (T, C, H, W), for `DeviceTransform`. If it `defers`, the
+    steps after the crop are left to that, which gets the state of the random numbers.
+    """
 
-    def __init__(self, reader, processor, args, mirror_swaps, reversal_swaps):
+    def __init__(self, reader, processor, args, mirror_swaps, reversal_swaps, defers=False):
         self.reader, self.cache, self.key = reader, args.frame_cache, processor.model_input_names[0]
         self.mirror_swaps, self.reversal_swaps, self.repeat_frames = mirror_swaps, reversal_swaps, args.repeat_frames
         size = (processor.crop_size["height"], processor.crop_size["width"])
-        self.shortest_edge = round(1.15 * max(size))
-        steps = [
-            v2.RandomResizedCrop(size, scale=(args.min_crop_area, 1), antialias=True),
-            v2.ColorJitter(brightness=args.jitter, contrast=args.jitter),
-        ]
+        self.shortest_edge, self.defers = round(1.15 * max(size)), defers
+        self.crop = v2.RandomResizedCrop(size, scale=(args.min_crop_area, 1), antialias=True)
+        steps = [v2.ColorJitter(brightness=args.jitter, contrast=args.jitter)]
         if args.rand_augment:
-            steps.insert(1, v2.RandAugment(num_ops=args.rand_augment, magnitude=args.rand_augment_magnitude))
+            steps.insert(0, v2.RandAugment(num_ops=args.rand_augment, magnitude=args.rand_augment_magnitude))
         if args.random_erasing:
             mean_colour = [round(255 * mean) for mean in processor.image_mean]
             steps.append(v2.RandomErasing(p=args.random_erasing, value=mean_colour))
@@ -340,6 +341,9 @@ class TrainTransform:
             frames, label = frames.flip(0), self.reversal_swaps[label]
         if torch.rand(()) < self.repeat_frames:
             frames = frames[filmed_at(0.25 ** torch.rand(()), torch.rand(()), len(frames))]
+        frames = self.crop(frames)
+        if self.defers:
+            return {self.key: frames, "labels": label, "random_state": torch.get_rng_state().numpy().tobytes()}
         return {self.key: self.augment(frames), "labels": label}
 
 
@@ -389,22 +393,59 @@ class Normalize:
         return frames.to(self.mean.dtype).sub_(self.mean).div_(self.std)
 
 
-def transform_clips(splits, names, args, reader, processor, failures, seed):
+class DeviceTransform:
+    """
+    The last steps, for a batch that is to go, or is, on the model's device: what `TrainTransform` deferred, with each
+    clip's own random numbers, and `Normalize`. A GPU copies and augments on a stream of its own, beside the model.
+    """
+
+    def __init__(self, processor, device, augment=None):
+        self.key, self.device, self.augment = processor.model_input_names[0], device, augment
+        self.normalize = Normalize(processor, device)
+        # Some of torchvision's steps wait for all that their stream has been given: not for the model's, too.
+        self.stream = torch.cuda.Stream(device) if augment is not None and device.type == "cuda" else None
+
+    def __call__(self, batch):
+        if "random_state" not in batch:
+            return {**batch, self.key: self.normalize(batch[self.key])}
+        states = batch["random_state"]
+        with torch.cuda.stream(self.stream):  # None: nothing
+            batch = {name: batch[name].to(self.device, non_blocking=True) for name in (self.key, "labels")}
+            for frames, state in zip(batch[self.key], states, strict=True):
+                with torch.random.fork_rng(devices=[]):
+                    torch.set_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+                    frames.copy_(self.augment(frames))
+            batch[self.key] = self.normalize(batch[self.key])
+        if self.stream is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self.stream)
+            for tensor in batch.values():
+                tensor.record_stream(current)
+        return batch
+
+
+def transform_clips(splits, names, args, reader, processor, failures, seed, device):
     """
     The clips of each split as a data set that reads them, and augments those for training, when they are asked for;
     of the validation clips also "mirrored" and "reversed", where `args` says what these do to the labels.
+
+    Returns:
+        `dict` of data sets, and the `DeviceTransform` for batches of them.
     """
     mirror, reversal = parse_swaps(args.mirror_swaps, names), parse_swaps(args.reversal_swaps, names)
-    make, clips = ClipStream if args.streaming else Clips, {}
+    make, clips, augment = ClipStream if args.streaming else Clips, {}, None
     if "train" in splits:
-        augment = TrainTransform(reader, processor, args, mirror, reversal)
-        clips["train"] = make(splits["train"], augment, failures, seed, training=True)
+        # Accelerate joins and splits the batches of a stream, which must be tensors.
+        defers = device.type == "cuda" and not args.streaming
+        transform = TrainTransform(reader, processor, args, mirror, reversal, defers)
+        clips["train"] = make(splits["train"], transform, failures, seed, training=True)
+        augment = transform.augment if defers else None
     if "validation" in splits:
         clips["validation"] = make(splits["validation"], EvalTransform(reader, processor), failures)
         for view, flip, swaps in (("mirrored", (-1,), mirror), ("reversed", (0,), reversal)):
             if swaps is not None and swaps != list(range(len(names))):
                 clips[view] = make(splits["validation"], EvalTransform(reader, processor, flip, swaps), failures)
-    return clips
+    return clips, DeviceTransform(processor, device, augment)
 
 
 def parse_swaps(text, names):

@@ -23,15 +23,30 @@ async function load() {
   const session = await ort.InferenceSession.create("model.onnx");
   if (canStream(session) && config.pooling_window !== 1) throw new Error("export it with --browser.");
   classifier = { labels: config.id2label, settings, session };
+  const names = Object.values(config.id2label);
+  element("knows").textContent =
+    `This model knows ${names.length} labels and answers with one of them, whatever a clip shows: ` +
+    names.slice(0, 12).join(", ") + (names.length > 12 ? " and so on." : ".");
   fileInput.disabled = cameraButton.disabled = false;
   say("Ready.");
 }
 
+// Width and height of a picture as it is stored. Where a file says that its pixels are not square, the browser stretches
+// the picture, and the processor does not.
+function storedSize(picture) {
+  const { videoWidth: width, videoHeight: height } = video;
+  if (picture === video) return [width, height];
+  const sides = [picture.visibleRect.width, picture.visibleRect.height];
+  return sides[0] > sides[1] === width > height ? sides : sides.reverse(); // a phone's film is stored on its side
+}
+
 function grab() {
-  canvas.width = video.videoWidth;
-  canvas.height = video.videoHeight;
+  // Without WebCodecs (old browsers) the picture is as stretched as it is shown.
+  const picture = "VideoFrame" in window ? new VideoFrame(video) : video;
+  [canvas.width, canvas.height] = storedSize(picture);
   const context = canvas.getContext("2d", { willReadFrequently: true });
-  context.drawImage(video, 0, 0);
+  context.drawImage(video, 0, 0, canvas.width, canvas.height);
+  picture.close?.();
   return context.getImageData(0, 0, canvas.width, canvas.height);
 }
 
@@ -72,7 +87,8 @@ const event = (name) => new Promise((resolve, reject) => {
     "This browser cannot play the file. Convert it to H.264 in MP4 or VP9 in WebM.")));
 });
 
-// The browser does not tell the frame rate: play the beginning and look at when its frames are shown.
+// The browser does not tell the frame rate: play the beginning, slowly so that no frame is skipped, and look at when
+// its frames are shown.
 async function frameInterval() {
   const times = [];
   const seen = new Promise((resolve) => {
@@ -83,11 +99,23 @@ async function frameInterval() {
     video.requestVideoFrameCallback(look);
   });
   const ended = event("ended");
+  video.playbackRate = 0.25;
   await video.play();
   await Promise.race([seen, ended]);
   video.pause();
   const steps = times.slice(1).map((time, i) => time - times[i]).filter((step) => step > 1e-4).sort((a, b) => a - b);
-  return steps.length ? steps[0] : 1 / 25; // the shortest: longer ones skipped a frame
+  if (!steps.length) return 1 / 25;
+  const span = times.at(-1) - times[0];
+  return span / Math.round(span / steps[0]); // longer steps than the shortest skipped frames; times may be rounded
+}
+
+// Shows the picture of a time. "seeked" may come before the picture does.
+async function seek(time) {
+  const shown = new Promise((resolve) => video.requestVideoFrameCallback(resolve));
+  const arrived = event("seeked");
+  video.currentTime = time;
+  await arrived;
+  await Promise.race([shown, new Promise((resolve) => setTimeout(resolve, 500))]); // none comes for the same picture
 }
 
 async function timesToSample(settings) {
@@ -100,6 +128,7 @@ async function timesToSample(settings) {
 async function classifyFile(file) {
   const mine = ++turn;
   stopCamera();
+  video.hidden = false;
   element("labels").replaceChildren();
   say("Reading …");
   const url = URL.createObjectURL(file);
@@ -110,17 +139,14 @@ async function classifyFile(file) {
     const frames = [];
     for (const wanted of await timesToSample(classifier.settings)) {
       const time = Math.min(wanted, video.duration);
-      if (video.currentTime !== time) {
-        const arrived = event("seeked");
-        video.currentTime = time;
-        await arrived;
-      }
+      if (video.currentTime !== time) await seek(time);
       if (mine !== turn) return;
       frames.push(grab());
     }
     const took = await classify(frames);
     say(`${frames.length} frames, ${Math.round(took)} ms`);
   } catch (error) {
+    video.hidden = true; // rather than an empty player
     say(error.message, true);
   } finally {
     URL.revokeObjectURL(url);
@@ -141,6 +167,7 @@ async function toggleCamera() {
   } catch (error) {
     return say(`No camera: ${error.message}`, true);
   }
+  video.hidden = false;
   cameraButton.textContent = "Stop";
   video.srcObject = cameraStream;
   await video.play();

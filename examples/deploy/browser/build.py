@@ -53,6 +53,7 @@ def main():
     for name in ("index.html", "app.js", "preprocessing.js", "stream.js", "README.md"):
         shutil.copy(HERE / name, args.output)
     if not all((args.output / "ort" / name).exists() for name in RUNTIME_FILES):
+        print(f"Fetching {RUNTIME} with npm, 15 MB to keep ...", flush=True)
         fetch_runtime(args.output / "ort")
     print(f"Serve it: python -m http.server --directory {args.output}")
 

@@ -56,6 +56,7 @@ except ModuleNotFoundError:
     sys.exit("The page needs Gradio: pip install 'gradio>=6,<7'")
 try:
     import modeling_videomamba  # noqa: F401  registers VideoMamba in transformers' Auto classes
+    from modeling_videomamba.loading_videomamba import unloadable_reason
 
     OWN_CODE = False
 except ImportError:
@@ -70,6 +71,7 @@ KEPT_SECONDS, SWEEP_SECONDS = (
     300,
     30,
 )  # clips and results older than the first are deleted every time the second passes
+PLAYED = {".mp4", ".webm", ".mov", ".m4v", ".ogv"}  # by browsers, as far as their codecs are known to them
 PANE = 224  # pixels of each picture in the overlay
 LIVE_SECONDS = 60  # a camera is looked at for so long, then again if asked
 LIVE_FPS = 8  # frames a second of a camera, if the checkpoint does not say
@@ -200,6 +202,13 @@ def draw_frames(pictures, indices):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def knowledge(checkpoint):
+    """What a checkpoint can answer, in a sentence."""
+    names = list(checkpoint.model.config.id2label.values())
+    shown = ", ".join(names[:12]) + (" and so on" if len(names) > 12 else "")
+    return f"It knows {len(names)} labels, and answers with one of them whatever the clip shows: *{shown}*."
+
+
 def message(text):
     return gr.update(value=f'<div class="message">{html.escape(text)}</div>', visible=True)
 
@@ -233,6 +242,10 @@ def classify(path, checkpoint, folder):
         f"**{done - start:.2f} s**: {read - start:.2f} s to read {read_frames}, {done - read:.2f} s for scores and "
         f"maps. For *{labels[int(scores.argmax())]}*:"
     )
+    if Path(path).suffix.lower() not in PLAYED:
+        summary = (
+            f"Browsers do not play {Path(path).suffix} files: the player stays empty, the scores hold.\n\n{summary}"
+        )
     confidences = {labels[i]: float(score) for i, score in enumerate(scores)}
     return gr.update(visible=False), confidences, summary, draw_frames(pictures, indices), overlay
 
@@ -303,8 +316,15 @@ def remove_empty_folders(folder):
 CSS = """
 .frames {display: grid; grid-template-columns: repeat(auto-fill, minmax(56px, 1fr)); gap: 4px}
 .frames figure {margin: 0} .frames img {width: 100%} .frames figcaption {font-size: 11px; text-align: center}
+@media (max-width: 640px) {#clip {height: 220px !important} #introduction h1 {margin: 0}}
 .message {padding: 12px; border-left: 4px solid #dc2626; background: #fef2f2; color: #7f1d1d; overflow-wrap: anywhere}
 """
+
+# Where the page is one column, as on a phone, the answer is brought into view.
+SHOW_SCORES = """() => {
+    const scores = document.querySelector("#scores");
+    if (innerWidth < 640 && scores) scores.scrollIntoView({block: "center", behavior: "smooth"});
+}"""
 
 INTRODUCTION = f"""
 # VideoMamba
@@ -346,7 +366,7 @@ def build_live(checkpoints):
 def build_page(checkpoints):
     """The page, a `gr.Blocks`, for a dictionary of `Checkpoint`s by name."""
     with gr.Blocks(title="VideoMamba", delete_cache=(SWEEP_SECONDS, KEPT_SECONDS)) as page:
-        gr.Markdown(INTRODUCTION)
+        gr.Markdown(INTRODUCTION, elem_id="introduction")
         with gr.Tab("Clip"):
             build_clip(checkpoints)
         with gr.Tab("Live"):
@@ -362,7 +382,10 @@ def build_clip(checkpoints):
             # which PyAV does not need: the event below hands over files as they came.
             sources = ["upload", "webcam"]
             clip = gr.Video(label="Clip", sources=sources, include_audio=False, height=400, elem_id="clip")
-            choice = gr.Dropdown(list(checkpoints), value=next(iter(checkpoints)), label="Checkpoint")
+            several = len(checkpoints) > 1
+            first = next(iter(checkpoints))
+            choice = gr.Dropdown(list(checkpoints), value=first, label="Checkpoint", visible=several)
+            known = gr.Markdown(knowledge(checkpoints[first]), elem_id="known")
             examples = sorted(str(path) for path in (HERE / "examples").glob("*.mp4"))
             if examples:
                 gr.Examples([[path] for path in examples], clip, cache_examples=False, label="Examples")
@@ -377,7 +400,8 @@ def build_clip(checkpoints):
     def answer(file, name):
         return classify(file and file["path"], checkpoints.get(name), overlay.GRADIO_CACHE)
 
-    gr.on(
+    choice.change(lambda name: knowledge(checkpoints[name]), choice, known, api_visibility="private")
+    answered = gr.on(
         [clip.change, choice.change],
         answer,
         [clip, choice],
@@ -387,6 +411,7 @@ def build_clip(checkpoints):
         trigger_mode="always_last",
         api_visibility="private",
     )
+    answered.then(None, js=SHOW_SCORES)
 
 
 def launch(checkpoints, **options):
@@ -417,6 +442,8 @@ def main():
         named = [str(folder) for folder in folders if folder.is_dir()][:1]
     if not named:
         sys.exit("Name a checkpoint: a Hub repository or a folder.")
+    for reason in filter(None, [] if OWN_CODE else map(unloadable_reason, named)):
+        sys.exit(reason)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # as Ctrl-C does: the folder below is removed
     with tempfile.TemporaryDirectory(prefix="videomamba-page-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
