@@ -2,11 +2,12 @@
 # make test [ARGS="-k name"]   runs the tests in two processes; with ARGS, which goes to pytest, in one
 # make hub-repo CARD=videomamba-tiny-camera-motion OUTPUT=folder [REPO=you/name]
 #                              assembles a checkpoint's complete Hub repository, and pushes it to REPO
+# make dist                    writes the sdist and the wheel to dist/, and checks them
 # make lint                    checks style, format, types and the pages' figures; needs no PyTorch
 # make kernel-report           prints registers, spills and shared memory of the GPU kernels
 # Each makes .venv on first use, with PYTHON=... if given, else the first Python >= 3.11 it finds.
 
-.PHONY: demo hub-repo kernel-report lint test
+.PHONY: demo dist hub-repo kernel-report lint test
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # never two pips at once
 
@@ -22,6 +23,12 @@ hub-repo: .venv/demo-installed
 
 test: .venv/test-installed
 	$(venv) -m pytest $(or $(ARGS),-n 2 --dist loadfile)
+
+dist: $(venv)
+	$(venv) -m pip install --upgrade build twine
+	rm -rf dist
+	$(venv) -m build
+	$(venv) -m twine check --strict dist/*
 
 lint: .venv/lint-installed
 	$(venv) -m ruff check .

@@ -38,6 +38,9 @@ TRAINING_HEADS = re.compile(r"(clip_decoder|distill_head)\.")
 # Their evaluation's frames: those in the middle of equal segments, shrunk by OpenCV.
 EVALUATION = {"frame_stride": None, "spread_in_segments": True, "antialias": False}
 KNOWN_LABELS = {400: "kinetics-400", 1000: "imagenet-1k"}
+# How the name of a file, or its training script's `--data_set`, says what it was trained on.
+DATA_SETS = {"kinetics-400": r"k400|kinetics", "imagenet-1k": r"in1k|imnet|imagenet"}
+OTHER_DATA_SETS = r"k600|k700|k710|ssv[12]|sth|mit|anet|hacs|ucf|hmdb|breakfast|coin|lvu"
 
 
 def join_positions(spatial, temporal):
@@ -102,6 +105,32 @@ def convert_state_dict(state_dict, config):
     return remap
 
 
+def guess_labels(checkpoint, num_labels):
+    """
+    The label names of a file that holds none, and what is not sure about them.
+
+    Returns:
+        What `read_labels` takes, or None; and a sentence, or None if the file's name says the data set.
+    """
+    known = KNOWN_LABELS.get(num_labels)
+    if known is None:
+        return None, None
+    said = f"{checkpoint.origin} {getattr(checkpoint.args, 'data_set', '')}".lower()
+    words = r"(?<![a-z0-9])({})(?![a-z0-9])"
+    if re.search(words.format(DATA_SETS[known]), re.sub("_", " ", said)):
+        return known, None
+    others = "|".join([*(DATA_SETS[name] for name in DATA_SETS if name != known), OTHER_DATA_SETS])
+    if found := re.search(words.format(others), re.sub("_", " ", said)):
+        return None, (
+            f"The labels have numbers for names: there are as many as in {known}, but the file speaks of {found[0]}. "
+            "`--labels` names a list."
+        )
+    return known, (
+        f"The label names are those of {known}, assumed because there are {num_labels}: the file does not say what it "
+        "was trained on. `--labels` names another list."
+    )
+
+
 def convert(options):
     """From the command line's options to what `run` writes."""
     checkpoint = load_checkpoint(options.checkpoint)
@@ -114,10 +143,12 @@ def convert(options):
     patches, temporal = tensors["patch_embed.proj.weight"], tensors.get("temporal_pos_embedding")
     tubelet_size = patches.shape[2] if patches.ndim == 5 else 1
     source_frames = tubelet_size * (temporal.shape[1] if temporal is not None else 1)
-    fields = {}
+    fields, unsure = {}, None
     if "head.weight" in tensors:
         num_labels = len(tensors["head.weight"])
-        names = options.labels or KNOWN_LABELS.get(num_labels)
+        names, unsure = (options.labels, None) if options.labels else guess_labels(checkpoint, num_labels)
+        if unsure:
+            print(f"note: {unsure}", file=sys.stderr)
         fields = label_fields(read_labels(names, num_labels)) if names else {"num_labels": num_labels}
     elif options.labels:
         raise CheckpointError(f"{checkpoint.origin} has no classifier (`head.weight`), so that --labels has no use.")
@@ -144,6 +175,7 @@ def convert(options):
             else f"{frames}; the checkpoint's {source_frames} were interpolated in time.",
             "Spatial and temporal position embeddings were added up into one table.",
             "`out_proj` was doubled: the original sums the two directions, this model averages them.",
+            *[unsure] * bool(unsure),
         ],
     )
     return remap, model, EVALUATION, card

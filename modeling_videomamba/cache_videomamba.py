@@ -87,7 +87,11 @@ class VideoMambaCache:
 
     def update(self, layer_idx, state):
         """Keeps what a layer's scan ended with."""
-        self._keep({f"states.{layer_idx}.conv": state[0], f"states.{layer_idx}.recurrent": state[1]})
+        if torch.is_grad_enabled() or any(tensor.requires_grad for tensor in self.states[layer_idx]):
+            self.states[layer_idx] = ScanState(*state)
+            return
+        for tensor, new in zip(self.states[layer_idx], state, strict=True):
+            tensor.copy_(new)
 
     def pool(self, features):
         """

@@ -106,7 +106,8 @@ class ClipLoader:
             in_order=False,
             multiprocessing_context=self.context if self.num_workers else None,
         )
-        arrivals = iter(workers)  # starts the processes, before the memory is page-locked
+        with torch.device("cpu"):  # in the workers, too, whatever the default is here
+            arrivals = iter(workers)  # starts the processes, before the memory is page-locked
         device = _Device(self.device, self.processor, ring.bytes)
         begun: dict[int, tuple[ClipBatch, dict[int, torch.Tensor]]] = {}
         try:
@@ -289,7 +290,7 @@ def _fetch(outputs: dict[str, torch.Tensor]) -> tuple:
     for name, tensor in outputs.items():
         if tensor.is_cuda:
             stream = torch.cuda.current_stream(tensor.device)
-            copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
             copies[name].copy_(tensor, non_blocking=True)
     return copies, stream and stream.record_event()
 

@@ -1,6 +1,8 @@
 """How a model is loaded and saved, beyond what transformers does: other sizes, quantised weights, NaN refused."""
 
 import copy
+import difflib
+from pathlib import Path
 
 from torch import nn
 
@@ -95,4 +97,25 @@ def spare_classifier(quantization_config):
     return quantization_config
 
 
-__all__ = ["VideoMambaLoadingMixin"]
+def unloadable_reason(name):
+    """
+    Why `name` (`str` or `Path`) is neither a folder with a model nor the name of a Hub repository, or None.
+
+    transformers would ask the Hub for a mistyped folder: a minute without a network, which it then blames.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        if any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
+            return None
+        inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        hint = f" Name one of the folders in it: {', '.join(inside[:5])}." if inside else ""
+        return f"The folder {name} holds no model: it has no config.json.{hint}"
+    models = {path.parent.name: path.parent for path in folder.parent.glob("*/config.json")}
+    near = [str(models[found]) for found in difflib.get_close_matches(folder.name, models, 3)]
+    if near or str(name).count("/") != 1 or str(name).startswith(("/", ".", "~")):
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        return f"There is no folder {name}, and a Hub repository has a name of the form owner/name.{hint}"
+    return None
+
+
+__all__ = ["VideoMambaLoadingMixin", "unloadable_reason"]

@@ -39,6 +39,7 @@ from .tokens_videomamba import (
     backward_order,
     checked_clips,
     class_token_index,
+    cut_tubelets,
     interpolate_positions,
     sinusoidal_positions,
 )
@@ -72,11 +73,9 @@ class VideoMambaTubeletProjection(nn.Conv3d):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, C, T, H, W) to (B, D, n_t, n_h, n_w); what does not fill a tubelet is left out."""
-        frames, rows, columns = self.kernel_size
-        # Views (B, C, n_t, n_h, n_w, frames, rows, columns).
-        tubelets = pixel_values.unfold(2, frames, frames).unfold(3, rows, rows).unfold(4, columns, columns)
-        tubelets = tubelets.permute(0, 2, 3, 4, 1, 5, 6, 7).flatten(4)
-        return F.linear(tubelets, self.weight.flatten(1), self.bias).permute(0, 4, 1, 2, 3)
+        tubelets = cut_tubelets(pixel_values, self.kernel_size)
+        tokens = F.linear(tubelets, self.weight.transpose(1, 2).flatten(1), self.bias)
+        return tokens.unflatten(0, (pixel_values.shape[0], -1)).permute(0, 4, 1, 2, 3)
 
 
 class VideoMambaPatchEmbeddings(nn.Module):
@@ -150,7 +149,7 @@ class VideoMambaEmbeddings(nn.Module):
             wanted = (1, *grid[1:]) if shared else grid
             if wanted != self.config.position_grid:
                 positions = interpolate_positions(positions, self.config.position_grid, wanted)
-            if shared:
+            if shared and grid[0] > 1:
                 positions = positions.repeat(1, grid[0], 1)
             if self.has_class_token:
                 class_token = class_token + self.position_embeddings[:, :1]

@@ -25,6 +25,7 @@ import os
 import torch
 from torch.autograd.function import once_differentiable
 
+from .selective_scan_check import mistrust_reason
 from .selective_scan_cuda_plan import kept_states, scan_plan, split_length, state_shape
 from .selective_scan_cuda_runtime import (
     KernelArguments,
@@ -50,7 +51,9 @@ PARAMETER_NAMES = ("conv_w", "conv_b", "dt_w", "dt_b", "a_log", "skip")  # the k
 @torch.compiler.assume_constant_result
 def unusable_reason(device, dtype):
     """Why this backend cannot run on `device` with activations of `dtype`, or None."""
-    return _unusable_reason(device, dtype)
+    if (reason := _unusable_reason(device, dtype)) is not None:
+        return reason
+    return mistrust_reason("cuda", bidirectional_selective_scan, device, dtype)
 
 
 @functools.cache

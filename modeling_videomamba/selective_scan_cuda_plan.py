@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from .selective_scan_cuda_runtime import DTYPES, Launch, source_constant
+from .selective_scan_cuda_runtime import BLOCK_OVERHEAD, DTYPES, Launch, check_shared_memory, source_constant
 
 
 TILE, RUN = source_constant("TILE"), source_constant("RUN")
@@ -81,6 +81,7 @@ class ScanPlan:
         options = {**self.options, **(options or {})}
         if self.stateful and name not in ELEMENTWISE:
             options["STATEFUL"] = 1
+        check_shared_memory(name, shared, shared_memory_of(self.device))
         return Launch(name, options, grid, threads, shared, self.device, numbers)
 
     def walk(self, name, side_by_side=1, joined=False, keep=False, **numbers):
@@ -258,7 +259,7 @@ def shared_memory_of(device):
     """Bytes of a multiprocessor."""
     if device.type != "cuda":
         return SHARED_OF_HOPPER
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin + 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin + BLOCK_OVERHEAD
 
 
 def split_length(batch, length, channels, multiprocessors, turn_tokens):
@@ -332,7 +333,7 @@ WALKS = {
     ("adjoint", 2): (1, 7),
     ("backward", 1): (6, 1),
 }
-SHARED_OF_HOPPER = 233_472  # bytes of a multiprocessor; a thread block takes 1,024 more than it asks for
+SHARED_OF_HOPPER = 233_472  # bytes of a multiprocessor
 
 
 TEAMS = 6, 3, 2, 1  # warps a direction in a thread block of the adjoint walk
@@ -374,11 +375,15 @@ def walk_settings(
     Returns:
         its options (`dict`), threads of a block, bytes of shared memory of a block.
     """
+    if share > 1 and 2 * shared_bytes(kernel, share, 0, rank, states, dtype, tf32) + BLOCK_OVERHEAD > capacity:
+        share = 1
     blocks, split = max(share, 1), int(share < 1)
     # What the settings promise does not hold for float32 and many states, which want more registers.
     plain = dtype == torch.float32 or states > 16
     warps, resident = (1, 1) if plain else WALKS[kernel, share]
     shared = shared_bytes(kernel, blocks, split, rank, states, dtype, tf32)
+    if kernel != "backward" and 2 * warps * shared + BLOCK_OVERHEAD > capacity:
+        warps = 1  # of many states or a high rank, one warp a direction may fit where two do not
     options = {"BLOCKS": blocks, "W": warps, "MINBLOCKS": resident, "SPLIT": split}
     size = shared * 2 * warps
     if kernel == "backward":
@@ -404,12 +409,12 @@ def team_settings(most, shared, rank, states, channels, dtype, capacity, widest)
     def filling(warps, buffers):
         """Of warps that have channels, how many a multiprocessor takes; bytes of a block; blocks there."""
         size = 2 * warps * shared + 2 * team_bytes(warps, buffers, rank, states, dtype)
-        resident = max(1, min(most // warps, capacity // (size + 1024)))
+        resident = max(1, min(most // warps, capacity // (size + BLOCK_OVERHEAD)))
         groups = -(-channels // 16)
         return resident * warps * groups / (-(-groups // warps) * warps), size, resident
 
     choices = [(w, buffers) for w in TEAMS if w <= min(most, widest) for buffers in (2, 1)]
-    choices = [c for c in choices if filling(*c)[1] + 1024 <= capacity] or choices[-1:]
+    choices = [c for c in choices if filling(*c)[1] + BLOCK_OVERHEAD <= capacity] or choices[-1:]
     warps, buffers = max(choices, key=lambda choice: filling(*choice)[0])
     _, size, resident = filling(warps, buffers)
     return {"W": warps, "MINBLOCKS": resident, "BUFFERS": buffers}, size

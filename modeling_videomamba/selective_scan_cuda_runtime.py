@@ -30,6 +30,7 @@ KERNEL_FILES = {
     **dict.fromkeys(("simt_ends", "simt_pass", "simt_scan", "simt_backward"), "simt.cu"),
 }
 PLAIN_TENSORS = {torch.Tensor, torch.nn.Parameter, type(None)}
+BLOCK_OVERHEAD = 1024  # bytes of shared memory that a thread block takes beside those that it asks for
 INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the option IO of csrc/primitives.cuh
 
@@ -160,15 +161,24 @@ def compiler_arguments(name, options, architecture):
     return [f"-arch={architecture}", "-std=c++17", *(f"-D{macro}={value}" for macro, value in macros.items()), *extra]
 
 
-def cubin_path(name, options, architecture):
-    """Where the machine code of a kernel is kept: named by all that goes into it."""
+def nvrtc_version():
+    """Of the compiler: (13, 0)."""
     version = ctypes.c_int(), ctypes.c_int()
     nvrtc().nvrtcVersion(*(ctypes.byref(v) for v in version))
-    sources = included_sources(KERNEL_FILES[name])
-    key = repr((sources, compiler_arguments(name, options, architecture), [v.value for v in version]))
+    return tuple(v.value for v in version)
+
+
+def cache_folder():
+    """Where machine code is kept, and what is known of it."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get("VIDEOMAMBA_CACHE") or Path(cache) / "videomamba")
-    return folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()}.cubin"
+    return Path(os.environ.get("VIDEOMAMBA_CACHE") or Path(cache) / "videomamba")
+
+
+def cubin_path(name, options, architecture):
+    """Where the machine code of a kernel is kept: named by all that goes into it."""
+    sources = included_sources(KERNEL_FILES[name])
+    key = repr((sources, compiler_arguments(name, options, architecture), list(nvrtc_version())))
+    return cache_folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()}.cubin"
 
 
 def _cached_cubin(name, options, architecture):
@@ -177,14 +187,29 @@ def _cached_cubin(name, options, architecture):
         return path.read_bytes()
     except OSError:
         cubin, _ = compile_kernel(name, options, architecture)
+    write_whole(path, cubin)
+    return cubin
+
+
+def write_whole(path, content):
+    """Keep bytes in a file, whole or not at all. In a folder that cannot be written they are made at each start."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(cubin)
+            file.write(content)
         os.replace(file.name, path)
     except OSError:
-        pass  # a folder that cannot be written costs a compilation at each start, no more
-    return cubin
+        pass
+
+
+def check_shared_memory(name, wanted, capacity):
+    """Refuse a kernel whose thread block wants more shared memory than the GPU gives one."""
+    if wanted > capacity - BLOCK_OVERHEAD:
+        raise ValueError(
+            f"The kernel {name} wants {wanted:,} bytes of shared memory for these sizes of states and time-step rank, "
+            f"but this GPU gives a thread block {capacity - BLOCK_OVERHEAD:,}. Scan with another backend: "
+            '`VideoMambaConfig(scan_backend="torch")`.'
+        )
 
 
 @functools.cache

@@ -12,9 +12,12 @@ import functools
 
 import torch
 
+from .selective_scan_check import mistrust_reason
+from .selective_scan_cuda_plan import shared_memory_of
 from .selective_scan_cuda_runtime import (
     DTYPES,
     Launch,
+    check_shared_memory,
     compiled_architectures,
     driver,
     multiprocessors_of,
@@ -33,7 +36,9 @@ PASS_THREADS = 128
 @torch.compiler.assume_constant_result
 def unusable_reason(device, dtype):
     """Why this backend cannot run on `device` with activations of `dtype`, or None."""
-    return _unusable_reason(device, dtype)
+    if (reason := _unusable_reason(device, dtype)) is not None:
+        return reason
+    return mistrust_reason("cuda_simt", bidirectional_selective_scan, device, dtype)
 
 
 @functools.cache
@@ -100,6 +105,7 @@ class _Walks:
         options = {"IO": DTYPES[torch.float32], "PT": DTYPES[torch.float32], "N": self.states}
         if self.stateful:
             options["STATEFUL"] = 1
+        check_shared_memory(name, shared, shared_memory_of(self.device))
         launch = Launch(name, options, grid, threads, shared, self.device, {})
         stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
         launch(SimtArguments(**pointers, **sizes, adjoint=adjoint), stream)

@@ -16,6 +16,8 @@ import torch
 
 HUB_KERNELS = "VIDEOMAMBA_HUB_KERNELS"
 HUB_VERSION = 5  # of kernels-community/mamba-ssm, which transformers takes too
+# What each package compiles; without nvcc it may be installed without that.
+COMPILED = {"causal_conv1d_cuda": "causal-conv1d", "selective_scan_cuda": "mamba-ssm"}
 
 causal_conv1d_fn = selective_scan_fn = None
 try:
@@ -30,6 +32,8 @@ try:
     _import_error = None
 except Exception as error:  # a build against another PyTorch fails with an OSError, a lack of it with an ImportError
     _import_error = f"{type(error).__name__}: {error}"
+    if (package := COMPILED.get(getattr(error, "name", None))) is not None:
+        _import_error = f"{package} is installed without its CUDA kernel {error.name}: build it again, with nvcc"
 
 
 def unusable_reason(device, dtype):

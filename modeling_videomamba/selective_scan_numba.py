@@ -19,6 +19,7 @@ import torch
 from transformers.utils import logging
 
 from .forked_process import after_fork
+from .selective_scan_cuda_runtime import autograd_looks_on, nobody_traces
 from .selective_scan_numba_kernels import (
     BLOCK,
     CHUNK,
@@ -61,9 +62,11 @@ def bidirectional_selective_scan(
         scanned = bidirectional_selective_scan(xz.float(), *(p.float() for p in parameters), order, state)
         return scanned.half() if state is None else (scanned[0].half(), (scanned[1][0].half(), scanned[1][1]))
     before, start = (None, None) if state is None else state
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (xz, *parameters, *(state or ())))
     visits = None if order is None else order.visits
-    out, _, after, end = _mixer(xz, *parameters, visits, before, start, keep)
+    tensors = (xz, *parameters, *(state or ()))
+    keep = autograd_looks_on(tensors)
+    scan = _mixer if keep or not nobody_traces(tensors) else _scan_now  # a step of a stream is short
+    out, _, after, end = scan(xz, *parameters, visits, before, start, keep)
     return out if state is None else (out, (after, end))
 
 
@@ -121,7 +124,7 @@ class _Workspace(threading.local):
     Fresh memory costs a page fault for every 4 KiB, and those took a third of the time of a forward pass.
     """
 
-    memory = torch.empty(0, dtype=torch.uint8)
+    memory = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def take(self, *wanted):
         """Contiguous tensors for pairs of a shape and a dtype, which share nothing and hold anything."""
@@ -129,7 +132,7 @@ class _Workspace(threading.local):
         ends = list(itertools.accumulate(-(-size // 64) * 64 for size in sizes))
         memory = self.memory
         if memory.numel() < ends[-1]:
-            memory = torch.empty(ends[-1], dtype=torch.uint8)
+            memory = torch.empty(ends[-1], dtype=torch.uint8, device="cpu")
             if ends[-1] <= WORKSPACE:
                 self.memory = memory
         starts = [0, *ends[:-1]]
@@ -155,7 +158,7 @@ def _blocks(channels):
 
 @functools.lru_cache(maxsize=8)
 def _full_reversal(length):
-    forward = torch.arange(length)
+    forward = torch.arange(length, device="cpu")
     return torch.stack([forward, forward.flip(0)])
 
 
@@ -163,8 +166,14 @@ def _visits(order, length):
     """What the kernels trust: both directions' order of visits (2, L), in which each token has its turn."""
     if order is None:
         return _full_reversal(length)
-    forward = torch.arange(length)
-    if not torch.equal(order.long().sort().values, forward):
+    return _checked_visits(order.long().numpy().tobytes(), length)
+
+
+@functools.lru_cache(maxsize=8)
+def _checked_visits(order, length):
+    """The same for an order given as bytes, which nobody changes later."""
+    order, forward = torch.frombuffer(bytearray(order), dtype=torch.long), torch.arange(length, device="cpu")
+    if not torch.equal(order.sort().values, forward):
         raise ValueError(
             f"`order` must hold each position from 0 to {length - 1} once, for {length} tokens; got the shape "
             f"{tuple(order.shape)} with {order.unique().numel()} positions from {order.min()} to {order.max()}."
@@ -178,13 +187,13 @@ def _shared_arguments(conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_
     def copy(parameter):  # a NumPy view would lock a parameter's own memory, which FSDP frees and fills
         return parameter.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
-    A = copy(-LOG2E * A_log.float().exp().transpose(1, 2))
+    A = copy(A_log.transpose(1, 2)).exp_().mul_(-LOG2E)
     return (copy(conv_weight.transpose(1, 2)), copy(conv_bias), visits), (A, copy(D), copy(dt_proj_bias), visits)
 
 
-def _project(xz, for_convolution, before, x_proj_weight, dt_proj_weight, u, delta):
-    """Fill u and delta (2, B, L, E); returns the time steps (2, B L, R) before `dt_proj` and BC (2, B, L, 2N)."""
-    _run(convolve, 2 * xz.shape[0] * ((xz.shape[1] + ROWS - 1) // ROWS), xz, *for_convolution, before, u)
+def _project(xz, for_convolution, before, after, x_proj_weight, dt_proj_weight, u, delta):
+    """Fill u, delta (2, B, L, E), `after`; returns time steps (2, B L, R) before `dt_proj`, and BC (2, B, L, 2N)."""
+    _run(convolve, 2 * xz.shape[0] * ((xz.shape[1] + ROWS - 1) // ROWS), xz, *for_convolution, before, u, after)
     rank = dt_proj_weight.shape[2]
     projected = torch.bmm(u.flatten(1, 2), x_proj_weight.to(u.dtype).transpose(1, 2)).float()
     time_step, BC = projected[..., :rank], projected[..., rank:]
@@ -192,16 +201,11 @@ def _project(xz, for_convolution, before, x_proj_weight, dt_proj_weight, u, delt
     return time_step, BC.contiguous().view(*u.shape[:3], -1)
 
 
-def _inputs_after(xz, before, visits):
-    """The last inputs of the convolution, (2, B, K - 1, E), after those `before` this part."""
-    length, count = visits.shape[1], before.shape[2]
-    latest = [xz[:, tokens, : xz.shape[2] // 2] for tokens in visits[:, max(0, length - count) :]]
-    return torch.cat([before[:, :, length:], torch.stack(latest)], dim=2)
-
-
 def _by_clip(tensor, batch, dtype=torch.float32):
     """A tensor of a state, (2, B, ...), as the kernels take it, (B, 2, ...)."""
-    return torch.empty(batch, 2, 0, 0, dtype=dtype) if tensor is None else tensor.transpose(0, 1).contiguous()
+    if tensor is None:
+        return torch.empty(batch, 2, 0, 0, dtype=dtype, device="cpu")
+    return tensor.transpose(0, 1).contiguous()
 
 
 def _forward(xz, *rest):
@@ -212,18 +216,19 @@ def _forward(xz, *rest):
     _, _, x_proj_weight, dt_proj_weight, _, A_log, _ = parameters
     out, states = _outputs(xz, A_log, keep_states)
     inputs, starts = _by_clip(before, batch, xz.dtype), _by_clip(start, batch)
-    ends = torch.empty_like(starts)
+    after, ends = torch.empty_like(inputs), torch.empty_like(starts)
     for clips in _groups(xz, 2):
         shape = (2, *out[clips].shape)
         u, delta = _workspace.take((shape, xz.dtype), (shape, torch.float32))
-        _, BC = _project(xz[clips], for_convolution, inputs[clips], x_proj_weight, dt_proj_weight, u, delta)
+        kept = inputs[clips], after[clips]
+        _, BC = _project(xz[clips], for_convolution, *kept, x_proj_weight, dt_proj_weight, u, delta)
         _run(
             scan, shape[1] * _blocks(shape[3]), xz[clips], u, delta, BC, *for_scan, starts[clips],
             out[clips], states[clips], ends[clips],
         )  # fmt: skip
     if start is None:
         return out, states, xz.new_empty(0), states.new_empty(0)
-    return out, states, _inputs_after(xz, before, visits), ends.transpose(0, 1).contiguous()
+    return out, states, *(tensor.transpose(0, 1).contiguous() for tensor in (after, ends))
 
 
 def _outputs(xz, A_log, keep_states):
@@ -245,11 +250,12 @@ def _backward(grad, d_after, d_end, states, xz, *rest):
     d_scan, d_conv, d_x_proj, d_dt_proj = 0, 0, 0, 0
     inputs, d_ends = _by_clip(before, batch, xz.dtype), _by_clip(d_end, batch)
     d_inputs = torch.empty_like(inputs)
-    d_starts = torch.empty((batch, 2, 0, 0) if before is None else (batch, 2, channels, num_states))
+    d_starts = d_ends.new_empty((batch, 2, 0, 0) if before is None else (batch, 2, channels, num_states))
     for clips in _groups(xz, 4):
         shape = (2, *grad[clips].shape)
         u, delta, d_u, d_delta = _workspace.take((shape, xz.dtype), *[(shape, torch.float32)] * 3)
-        time_step, BC = _project(xz[clips], for_convolution, inputs[clips], x_proj_weight, dt_proj_weight, u, delta)
+        kept = inputs[clips], _by_clip(None, 0, xz.dtype)
+        time_step, BC = _project(xz[clips], for_convolution, *kept, x_proj_weight, dt_proj_weight, u, delta)
         d_BC, d_params = BC.new_empty(blocks, *BC.shape), BC.new_empty(shape[1], 2, num_states + 2, channels)
         _run(
             scan_backward, shape[1] * blocks, xz[clips], grad[clips], u, delta, BC, *for_scan, states[clips],
@@ -290,9 +296,9 @@ def _compile(dtype, backward):
         return sum(len(kernel.signatures) - sum(kernel.stats.cache_hits.values()) for kernel in kernels)
 
     before, started = compiled(), time.perf_counter()
-    xz = torch.zeros(1, 1, 2, dtype=dtype)
+    xz = torch.zeros(1, 1, 2, dtype=dtype, device="cpu")
     shapes = ((2, 1, 1), (2, 1), (2, 3, 1), (2, 1, 1), (2, 1), (2, 1, 1), (2, 1))
-    parameters = (*(torch.zeros(shape) for shape in shapes), torch.zeros(1, dtype=torch.long), None)
+    parameters = (*(xz.new_zeros(shape, dtype=torch.float32) for shape in shapes), xz.new_zeros(1).long(), None)
     out, states, _, _ = _forward(xz, *parameters, None, True)
     if backward:
         _backward(out, None, None, states, xz, *parameters)
@@ -329,9 +335,14 @@ def _mixer(
     tensors of the state that it ends with if it began with one.
     """
     parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
+    return _scan_now(xz, *parameters, order, before, start, keep_states)
+
+
+def _scan_now(xz, *rest):
+    """What `_mixer` computes, without PyTorch's dispatcher."""
     _compile(xz.dtype, backward=False)
     with torch.autocast("cpu", enabled=False):
-        return _forward(xz, *parameters, order, before, start, keep_states)
+        return _forward(xz, *rest)
 
 
 @_mixer.register_fake

@@ -431,8 +431,11 @@ def _round(x, out):
 
 
 @_kernel
-def convolve(unit, xz, weight, bias, visits, before, u):
-    """u (2, B, L, E) = SiLU(causal convolution of x) in `ROWS` steps of a direction; weight (2, K, E), bias (2, E)."""
+def convolve(unit, xz, weight, bias, visits, before, u, after):
+    """
+    u (2, B, L, E) = SiLU(causal convolution of x) in `ROWS` steps of a direction; weight (2, K, E), bias (2, E).
+    Writes into `after`, shaped as `before`, the inputs before the step that would come next.
+    """
     _hot()
     _, batch, length, channels = u.shape
     taps = weight.shape[1]
@@ -448,6 +451,13 @@ def convolve(unit, xz, weight, bias, visits, before, u):
         for tap in range(skipped, taps):
             _add_product(weight[direction, tap], xz[clip, visits[direction, step - (taps - 1) + tap]], total)
         _silu(total, u[direction, clip, visits[direction, step]])
+    if after.size > 0 and tile == tiles - 1:
+        for tap in range(taps - 1):
+            step = length - (taps - 1) + tap
+            if step < 0:
+                _copy(before[clip, direction, length + tap], after[clip, direction, tap])
+            else:
+                _copy(xz[clip, visits[direction, step], :channels], after[clip, direction, tap])
 
 
 @_kernel

@@ -81,6 +81,20 @@ def checked_clips(config, pixel_values, interpolate_pos_encoding=False, are_part
     return pixel_values, grid
 
 
+def cut_tubelets(pixel_values, tubelet):
+    """
+    Clips `(B, C, T, H, W)` to the pixels of their tubelets, of (frames, rows, columns) `tubelet`: `(B · n_t, n_h, n_w,
+    frames · C · rows · columns)`. What does not fill a tubelet is left out.
+    """
+    frames, rows, columns = tubelet
+    batch, channels, *size = pixel_values.shape
+    n_t, n_h, n_w = (length // step for length, step in zip(size, tubelet, strict=True))
+    pixels = pixel_values.transpose(1, 2)[:, : n_t * frames, :, : n_h * rows, : n_w * columns]
+    # No more than six axes, which is what ExecuTorch's XNNPACK takes.
+    pixels = pixels.reshape(batch * n_t, frames * channels, n_h, rows, n_w, columns)
+    return pixels.permute(0, 2, 4, 1, 3, 5).flatten(3)
+
+
 def class_token_index(config, num_patches):
     """Where the class token stands among `num_patches` tubelet tokens: before the first, or before the middle one."""
     return num_patches // 2 if config.class_token_position == "middle" else 0

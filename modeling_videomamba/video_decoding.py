@@ -467,7 +467,11 @@ def _read_torchcodec(source, name, sample, transform):
     with _passing_failures_on():
         # "exact" reads through the file first, as the other decoders do, so that indices are right.
         decoder = importlib.import_module("torchcodec.decoders").VideoDecoder(
-            source, dimension_order="NHWC", seek_mode="exact", num_ffmpeg_threads=decoding_threads()
+            source,
+            dimension_order="NHWC",
+            seek_mode="exact",
+            num_ffmpeg_threads=decoding_threads(),
+            device="cpu",  # else PyTorch's default device
         )
         about = decoder.metadata
         metadata = _metadata_of_index(index, about.num_frames, about.average_fps, "torchcodec")

@@ -18,8 +18,8 @@ def find_browser() -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def open_browser(width=1280, height=1400):
-    """A browser with a made-up camera, which takes all rights."""
+def open_browser(width=1280, height=1400, camera=None):
+    """A browser with a made-up camera, which takes all rights; `camera` is a Y4M or MJPEG file that it shows."""
     selenium = pytest.importorskip("selenium.webdriver", reason="needs Selenium: pip install selenium")
     browser, driver = find_browser()
     options = selenium.ChromeOptions()
@@ -28,6 +28,8 @@ def open_browser(width=1280, height=1400):
         options.add_argument(f"--{argument}")
     options.add_argument("--use-fake-device-for-media-stream")
     options.add_argument("--use-fake-ui-for-media-stream")
+    if camera is not None:
+        options.add_argument(f"--use-file-for-fake-video-capture={camera}")
     page = selenium.Chrome(options=options, service=selenium.ChromeService(driver))
     try:
         page.set_script_timeout(30)

@@ -98,7 +98,7 @@ def on_cpu(monkeypatch):
     """Send launches to the CPU; gives a function that sets how many multiprocessors the scan shall plan for."""
 
     def new(call, *shape, dtype=torch.float32):
-        return torch.full(shape, float("nan"), dtype=dtype)
+        return torch.full(shape, float("nan"), dtype=dtype, device="cpu")
 
     monkeypatch.setattr(runtime.Launch, "queue", queue_on_cpu)
     monkeypatch.setattr(selective_scan_cuda._Call, "new", new)

@@ -13,7 +13,7 @@ EXAMPLES = ROOT / "examples"
 # Whatever can be run.
 ALL_SCRIPTS = sorted(
     str(path.relative_to(ROOT))
-    for folder in ("conversion", "csrc", "examples", "model_cards")
+    for folder in ("conversion", "csrc", "docs", "examples", "model_cards")
     for path in (ROOT / folder).rglob("*.py")
     if '\nif __name__ == "__main__":\n' in path.read_text(encoding="utf-8")
 )

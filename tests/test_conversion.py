@@ -155,6 +155,26 @@ def test_opengvlab_classifier_gives_its_own_logits(tmp_path, frames, depth):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "name, data_set, first, note",
+    [
+        ("videomamba_t16_k400_f8_res224.pth", None, "abseiling", None),
+        ("checkpoint.pth", "Kinetics_sparse", "abseiling", None),
+        ("checkpoint-best.pth", None, "abseiling", "assumed because there are 400"),
+        ("mamba_mit_f8.pth", None, "LABEL_0", "the file speaks of mit"),
+        ("checkpoint.pth", "SSV2", "LABEL_0", "the file speaks of ssv2"),
+    ],
+)
+def test_names_that_a_file_does_not_hold_are_said_to_be_assumed(tmp_path, capsys, name, data_set, first, note):
+    weights = random_weights("opengvlab", labels=400, hidden_size=192, depth=1)
+    args = {} if data_set is None else {"args": argparse.Namespace(data_set=data_set)}
+    torch.save({"model": weights, **args}, tmp_path / name)
+    folder = convert(convert_opengvlab_to_videomamba, tmp_path / name, tmp_path / "out")
+    assert AutoModelForVideoClassification.from_pretrained(folder).config.id2label[0] == first
+    for text in (capsys.readouterr().err, (folder / "README.md").read_text(encoding="utf-8")):
+        assert (note in text) if note else ("assumed" not in text and "speaks of" not in text)
+
+
 def test_opengvlab_mask_pt_becomes_a_backbone(tmp_path, capsys):
     weights = random_weights("opengvlab-mask", **TINY)
     torch.save({"model": weights}, tmp_path / "videomamba_m16_k400_mask_pt_f8_res224.pth")

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from accelerate.state import AcceleratorState
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -23,15 +25,30 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
+    LlavaOnevisionVideoProcessor,
+    PeVideoConfig,
+    PeVideoModel,
+    PeVideoProcessor,
+    PeVideoVideoProcessor,
+    PreTrainedTokenizerFast,
     ResNetConfig,
     ResNetModel,
     VideoMAEConfig,
     VideoMAEImageProcessor,
     VideoMAEModel,
+    VideoPrismClipModel,
+    VideoPrismConfig,
+    VideoPrismProcessor,
+    VideoPrismVisionConfig,
+    VideoPrismVisionModel,
     ViTConfig,
     ViTImageProcessor,
     ViTModel,
+    VJEPA2Config,
+    VJEPA2Model,
+    VJEPA2VideoProcessor,
 )
+from transformers.models.vjepa2.modeling_vjepa2 import VJEPA2Predictor
 
 import distill_video_classification as distill
 from modeling_videomamba import VideoMambaConfig, VideoMambaImageProcessor, VideoMambaModel
@@ -135,6 +152,99 @@ def test_teachers_of_other_kinds(tmp_path):
     own = teacher.model(pixel_values=(clips[0, [1, 3]] - teacher.mean) / teacher.std).last_hidden_state
     torch.testing.assert_close(tokens[0].permute(0, 3, 1, 2), own)
     torch.testing.assert_close(pooled[0], own.mean((0, 2, 3)))
+
+
+TINY = {"hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+@torch.no_grad()
+def test_v_jepa_2_sees_the_clip_without_its_predictor(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    predictor = {f"pred_{name}": value for name, value in TINY.items() if name != "intermediate_size"}
+    config = VJEPA2Config(
+        **TINY,
+        **predictor,
+        num_hidden_layers=1,
+        pred_num_hidden_layers=1,
+        crop_size=32,
+        patch_size=8,
+        frames_per_clip=4,
+    )
+    model = VJEPA2Model(config).eval()
+    model.save_pretrained(tmp_path)
+    VJEPA2VideoProcessor(crop_size=32, image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(tmp_path)
+    monkeypatch.setattr(VJEPA2Predictor, "forward", lambda *args, **kwargs: pytest.fail("the predictor ran"))
+    teacher = distill.Teacher(str(tmp_path), tubelet_size=2)
+    processor = AutoVideoProcessor.from_pretrained(tmp_path)
+    for frames, seen in ((4, [0, 1, 2, 3]), (2, [0, 1]), (1, [0, 0]), (7, [0, 2, 4, 6])):
+        clips = torch.rand(2, frames, 3, 32, 32)
+        tokens, pooled = teacher(clips)
+        assert tokens.shape == (2, len(seen) // 2, 4, 4, 24)
+        inputs = processor(list(clips[:, seen]), do_rescale=False, do_resize=False, return_tensors="pt")
+        own = model(**inputs, skip_predictor=True).last_hidden_state
+        torch.testing.assert_close(tokens.flatten(1, 3), own)
+        torch.testing.assert_close(pooled, own.mean(1))
+    # Tokens by place: rows from top to bottom, columns from left to right, and the two steps in their order.
+    changed = clips.clone()
+    changed[:, -1, :, 8:16, 24:] = 0
+    convolved = [model.get_input_embeddings()(c[:, seen].transpose(1, 2)) for c in (clips, changed)]
+    different = (convolved[0] != convolved[1]).any(-1).view(2, 2, 4, 4)
+    assert different.nonzero().tolist() == [[i, 1, 1, 3] for i in range(2)]
+
+
+@pytest.mark.parametrize("with_text", [False, True])
+@torch.no_grad()
+def test_videoprism_sees_frames_from_0_to_1(tmp_path, with_text):
+    torch.manual_seed(0)
+    layers = {"num_spatial_layers": 1, "num_temporal_layers": 1, "num_auxiliary_layers": 1}
+    config = VideoPrismVisionConfig(**TINY, **layers, image_size=32, num_frames=4, tubelet_size=(1, 8, 8))
+    if with_text:
+        text = {**TINY, "num_hidden_layers": 1, "vocab_size": 8}
+        model = VideoPrismClipModel(VideoPrismConfig(text_config=text, vision_config=config.to_dict()))
+        own = model.video_model
+        VideoPrismProcessor(LlavaOnevisionVideoProcessor(), tokenizer()).save_pretrained(tmp_path)
+    else:
+        model = own = VideoPrismVisionModel(config)
+        LlavaOnevisionVideoProcessor(do_normalize=False).save_pretrained(tmp_path)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)  # positions are 0 at first
+    model.eval().save_pretrained(tmp_path)
+    teacher = distill.Teacher(str(tmp_path), tubelet_size=2)
+    clips = torch.rand(2, 8, 3, 32, 32)
+    tokens, pooled = teacher(clips)
+    expected = own(pixel_values_videos=clips[:, [0, 2, 5, 7]])
+    assert tokens.shape == (2, 4, 4, 4, 24)
+    torch.testing.assert_close(tokens.flatten(1, 3), expected.last_hidden_state)
+    torch.testing.assert_close(pooled, expected.pooler_output if with_text else expected.last_hidden_state.mean(1))
+
+
+@torch.no_grad()
+def test_pe_video_has_one_feature_a_frame(tmp_path):
+    pytest.importorskip("timm", reason="PE-video's frames are seen by a model of timm")
+    torch.manual_seed(0)
+    model_args = {"img_size": 28, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    # Two labels: a saved config of another number comes back with two (transformers 5.24).
+    vision = {"architecture": "vit_pe_core_tiny_patch16_384", "num_labels": 2, "model_args": model_args}
+    video = {**TINY, "num_hidden_layers": 1, "head_dim": 12, "vision_config": vision}
+    text = {**TINY, "num_hidden_layers": 1, "vocab_size": 8, "model_type": "modernbert", "pad_token_id": 0}
+    model = PeVideoModel(PeVideoConfig(text_config=text, video_config=video)).eval()
+    model.save_pretrained(tmp_path)
+    size = {"height": 28, "width": 28}
+    processor = PeVideoVideoProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_normalize=True)
+    PeVideoProcessor(processor, tokenizer()).save_pretrained(tmp_path)
+    teacher = distill.Teacher(str(tmp_path), tubelet_size=2)
+    clips = torch.rand(2, 6, 3, 28, 28)
+    tokens, pooled = teacher(clips)
+    expected = model.video_encoder(pixel_values_videos=clips * 2 - 1)
+    assert tokens.shape == (2, 6, 1, 1, 24)
+    torch.testing.assert_close(tokens[:, :, 0, 0], expected.last_hidden_state)
+    torch.testing.assert_close(pooled, expected.pooler_output)
+
+
+def tokenizer():
+    """For processors that are not complete without."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>")
 
 
 @torch.no_grad()

@@ -1,10 +1,15 @@
-"""The Markdown pages: their links lead somewhere, and the README fits one screen."""
+"""The Markdown pages: their links lead somewhere, what they tell to run runs, and the README fits one screen."""
 
+import importlib.util
 import re
 import runpy
 from pathlib import Path
 
 import pytest
+import torch
+
+import docs_commands
+from docs_commands import LEFT_OUT, SHIPPED
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,3 +73,80 @@ def test_figures_are_compared_with_the_tables(rule, text, fault):
     found = list(faults(f"Before.\n\n<!-- figures h100\n{rule}\n-->\n{table}{text}\n\nAfter: 452.\n"))
     assert len(found) == (fault is not None)
     assert all(sentence.startswith(fault) for sentence in found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is fenced
+# ---------------------------------------------------------------------------------------------------------------------
+
+RUNNABLE = [page for page in PAGES if {language for _, language, _ in docs_commands.blocks(page)} & {"bash", "python"}]
+# What stands before a page's snippets: the names that its text has explained.
+BEFORE = f"""
+import torch, modeling_videomamba
+from transformers import AutoImageProcessor, AutoModelForVideoClassification, AutoVideoProcessor, pipeline
+folder = start = {SHIPPED!r}
+files = ["clip.mp4", "film.mkv"]
+model = AutoModelForVideoClassification.from_pretrained(folder)
+inputs = AutoVideoProcessor.from_pretrained(folder)("clip.mp4", return_tensors="pt")
+"""
+BEFORE_ON = {
+    "usage.md": """
+num_frames, clips = 16, torch.randn(1, 16, 3, 112, 112)
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+""",
+    "deploy.md": """
+clips = torch.randn(1, 16, 3, 112, 112)
+if TEXT.startswith("import openvino"):
+    clips = torch.randn(1, 4, 3, 32, 32).numpy()
+""",
+    "streaming.md": """
+folder = "my-streaming-checkpoint"
+camera = torch.randint(256, (3, 2, 64, 96, 3), dtype=torch.uint8).numpy()
+""",
+}
+# What a page makes itself.
+MADE = {
+    "docs/knowledge.md": ["pictures"],
+    "docs/streaming.md": ["clips"],
+    "docs/tools.md": ["clips"],
+    f"{SHIPPED}/README.md": ["clips"],
+}
+# Snippets of packages that the tests do not ask for.
+NEEDS = {"import openvino": "openvino", "from torchao": "torchao"}
+
+
+@pytest.fixture(scope="module")
+def pages_hub(hub, tmp_path_factory):
+    docs_commands.fill_hub(hub, tmp_path_factory.mktemp("hub"))
+    return hub
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_tells_to_run_runs(page, pages_hub, python, tmp_path):
+    """In the page's order, in one folder, with tiny models and clips; what must not fail is each command's exit."""
+    docs_commands.write_data(tmp_path, MADE.get(page.relative_to(ROOT).as_posix(), ()))
+    found = list(docs_commands.blocks(page))
+    scripts = iter(docs_commands.words_of([text for _, language, text in found if language == "bash"], tmp_path))
+    for line, language, text in found:
+        if language == "bash":
+            runs = [docs_commands.python_words(words) for words in next(scripts) if not left_out(words)]
+        elif language == "python" and not any(word in text and not installed(NEEDS[word]) for word in NEEDS):
+            before = f"TEXT = {text!r}\n{BEFORE}{BEFORE_ON.get(page.name, '')}"
+            runs = [["-c", before + (text if torch.cuda.is_available() else text.replace('"cuda"', '"cpu"'))]]
+        else:
+            runs = []
+        for words in runs:
+            try:
+                python.run(words, tmp_path, [tmp_path])
+            except AssertionError as error:
+                pytest.fail(f"{page.name}, line {line}: {words}\n{error}", pytrace=False)
+
+
+def left_out(words):
+    return any(f"{' '.join(words)} ".startswith(f"{beginning} ") for beginning in LEFT_OUT)
+
+
+def installed(package):
+    return importlib.util.find_spec(package) is not None

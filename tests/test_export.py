@@ -22,6 +22,7 @@ from make_camera_motion_clips import write_demo_clip
 from modeling_videomamba import (
     VideoMambaConfig,
     VideoMambaForVideoClassification,
+    VideoMambaForVideoFrameClassification,
     VideoMambaVideoProcessor,
     use_scan_backend,
 )
@@ -29,12 +30,14 @@ from modeling_videomamba.selective_scan import bidirectional_selective_scan
 from modeling_videomamba.selective_scan_export import softplus
 from modeling_videomamba.selective_scan_reference import bidirectional_selective_scan_reference
 from modeling_videomamba.tokens_videomamba import backward_order
-from video_files import STORED, STORED_SAMPLES, read_numbers, stored_picture
+from modeling_videomamba.video_decoding import decode_video
+from video_files import STORED, STORED_SAMPLES, read_numbers, stored_picture, write_video
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 EXAMPLES = REPOSITORY / "examples" / "deploy"
 CAMERA_MOTION = REPOSITORY / "model_cards" / "videomamba-tiny-camera-motion"
+CAMERA_STREAM = REPOSITORY / "model_cards" / "videomamba-tiny-camera-stream"
 
 needs_pytorch_2_11 = pytest.mark.skipif(
     torch.__version__ < (2, 11),
@@ -159,6 +162,60 @@ def test_exporter_of_transformers(tmp_path):
     np.testing.assert_allclose(found, model(clips).logits.detach().numpy(), atol=1e-4)
 
 
+@needs_pytorch_2_11
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"backward_scan": "temporal", "class_token_position": "middle", "position_embedding_type": "spatial"}],
+)
+def test_no_exported_tensor_has_more_than_six_axes(options):
+    """XNNPACK refuses to load a program with more, and TensorFlow Lite takes no more either."""
+    exported = torch.export.export(small_model(**options), (torch.randn(2, 4, 3, 32, 32),)).run_decompositions()
+    values = [
+        (module, node, node.meta["val"])
+        for module in (exported.graph_module, *exported.graph_module.children())
+        if isinstance(module, torch.fx.GraphModule)
+        for node in module.graph.nodes
+        if "val" in node.meta
+    ]
+    assert sum(module is not exported.graph_module for module, *_ in values) > 5  # the loop's body is among them
+    assert not [(node, value.shape) for _, node, value in values if isinstance(value, torch.Tensor) and value.ndim > 6]
+
+
+@needs_pytorch_2_11
+@pytest.mark.slow
+def test_executorch_loads_the_file_and_gives_the_logits_of_the_model(tmp_path):
+    runtime = pytest.importorskip("executorch.runtime", reason="needs the extra `runtimes`")
+    exporters = pytest.importorskip(
+        "transformers.exporters.exporter_executorch", reason="needs transformers' exporters"
+    )
+    model, clips = small_model(), torch.randn(2, 4, 3, 32, 32)
+    with torch.no_grad():
+        exported = exporters.ExecutorchExporter().export(
+            model, {"pixel_values": clips}, config=exporters.ExecutorchConfig()
+        )
+    exported.save_pretrained(tmp_path)
+    method = runtime.Runtime.get().load_program(tmp_path / "model.pte").load_method("forward")
+    for clips in torch.randn(2, 2, 4, 3, 32, 32):
+        (logits,) = method.execute([clips])
+        torch.testing.assert_close(logits, model(clips).logits, atol=1e-5, rtol=1e-4)
+
+
+@needs_pytorch_2_11
+@pytest.mark.slow
+def test_openvino_reads_the_file_and_gives_the_logits_of_the_model(tmp_path):
+    openvino = pytest.importorskip("openvino", reason="needs the extra `runtimes`")
+    pytest.importorskip("onnxscript", reason="needs onnxscript, which torch.onnx exports with")
+    from export_onnx import export_onnx
+
+    model = small_model()
+    export_onnx(model, tmp_path / "model.onnx")
+    compiled = openvino.Core().compile_model(tmp_path / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for batch in (1, 3):
+        clips = torch.randn(batch, 4, 3, 32, 32)
+        found = compiled({"pixel_values": clips.numpy()})[0]
+        np.testing.assert_allclose(found, model(clips).logits.detach().numpy(), atol=1e-4)
+
+
 def test_forced_backend_is_kept_while_exporting():
     model, clips = small_model(), torch.randn(2, 4, 3, 32, 32)
     with use_scan_backend("torch"):
@@ -174,6 +231,9 @@ def test_script_without_pytorch_prints_what_the_pipeline_says(python, tmp_path):
     clip, exported = tmp_path / "pan-right.mp4", tmp_path / "onnx"
     write_demo_clip(str(clip), motion="pan right")
     python.run([EXAMPLES / "export_onnx.py", tmp_path / "checkpoint", exported])
+    # No code, which nothing here runs.
+    files = ["config.json", "model.onnx", "video_preprocessor_config.json"]
+    assert sorted(path.name for path in exported.iterdir()) == files
     without_torch = (
         "import runpy, sys\n"
         "sys.modules['torch'] = sys.modules['transformers'] = None\n"
@@ -295,13 +355,14 @@ CanvasRenderingContext2D.prototype.getImageData = function (...args) {
 
 
 @pytest.fixture
-def page(python, tmp_path):
-    """Address and checkpoint of the browser page with a small model, served from this machine."""
+def page(python, tmp_path, request):
+    """Address and checkpoint of the browser page, served from this machine: with a small model, or the one named."""
     pytest.importorskip("onnxscript", reason="needs onnxscript, which torch.onnx exports with")
     if shutil.which("npm") is None:
         pytest.skip("needs npm, which fetches ONNX Runtime's files for the browser")
-    checkpoint, folder = tmp_path / "checkpoint", tmp_path / "page"
-    save_small_checkpoint(checkpoint)
+    checkpoint, folder = getattr(request, "param", tmp_path / "checkpoint"), tmp_path / "page"
+    if not hasattr(request, "param"):
+        save_small_checkpoint(checkpoint)
     python.run([EXAMPLES / "browser" / "build.py", checkpoint, folder])
     handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -370,3 +431,51 @@ def test_browser_page_sees_one_clip_stored_in_many_ways_the_same(page, stored):
         assert read_numbers([frame[:, 16:80] for frame in frames]) == STORED_SAMPLES[2:6]
         for frame, number in zip(frames, STORED_SAMPLES[2:6], strict=True):
             assert np.abs(frame - stored_picture(number).astype(int)).mean() < 12
+
+
+# Keeps what goes into the model and what comes out, in the order of the steps.
+RECORDER = """
+    const prototype = ort.InferenceSession.prototype ?? Object.getPrototypeOf(arguments[0]);
+    const run = prototype.run;
+    window.steps = [];
+    prototype.run = async function (feeds, ...rest) {
+        const outputs = await run.call(this, feeds, ...rest);
+        window.steps.push([Array.from(feeds.pixel_values.data), Array.from(outputs.logits.data)]);
+        return outputs;
+    };
+"""
+
+
+@needs_pytorch_2_11
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [CAMERA_STREAM], indirect=True)
+def test_browser_page_streams_the_camera(page, tmp_path):
+    """The shipped checkpoint that streams: a file, step by step, and a camera that turns to the right."""
+    address, checkpoint = page
+    clip, camera = tmp_path / "pan-right.mp4", tmp_path / "camera.mjpeg"
+    write_demo_clip(str(clip), motion="pan right")
+    write_video(camera, list(decode_video(str(clip))[0]), codec="mjpeg", pix_fmt="yuvj420p", rate=24)
+    model = VideoMambaForVideoFrameClassification.from_pretrained(checkpoint, pooling_window=4).eval()
+    with open_browser(camera=camera) as browser:
+        browser.get(address)
+        wait_for(lambda: browser.find_element("id", "status").text == "Ready.")
+        browser.find_element("id", "file").send_keys(str(clip))
+        status = wait_for(lambda: (text := browser.find_element("id", "status").text).endswith(" ms") and text)
+        assert status.startswith("16 frames")
+        rows = [row.text.rsplit(" ", 2) for row in browser.find_elements("css selector", "#labels tr")]
+        (best,) = pipeline("video-classification", model=str(checkpoint))(str(clip), top_k=1)
+        assert rows[0][0] == best["label"] == "pan right"
+        assert float(rows[0][1]) / 100 == pytest.approx(best["score"], abs=0.03)
+
+        browser.execute_script(RECORDER)
+        browser.find_element("id", "camera").click()
+        wait_for(lambda: browser.execute_script("return window.steps.length") >= 12)
+        browser.find_element("id", "camera").click()
+        pixels, logits = zip(*browser.execute_script("return window.steps.slice(0, 12)"), strict=True)
+        label = browser.find_element("css selector", "#labels td").text
+    pixels = torch.tensor(pixels).view(1, -1, 3, 112, 112)
+    with torch.no_grad():
+        expected = model(pixels, interpolate_pos_encoding=True).logits[0]
+    assert label == "pan right" and expected.argmax(-1).tolist()[4:] == 8 * [model.config.label2id[label]]
+    window = torch.tensor(logits).unfold(0, 4, 1).mean(-1)
+    torch.testing.assert_close(window, expected[3:], atol=1e-3, rtol=1e-3)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from huggingface_hub import HfApi, ModelCard
-from transformers import AutoModelForVideoClassification, pipeline
+from transformers import AutoModelForVideoClassification, AutoVideoProcessor, pipeline
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_imports
 
 import make_camera_motion_clips as clips
@@ -21,6 +21,7 @@ from hub_server import HubServer
 
 
 CARD = "videomamba-tiny-camera-motion"
+STREAM = "videomamba-tiny-camera-stream"
 FOLDER = Path(make_hub_repo.__file__).parent / CARD
 PACKAGE = Path(modeling_videomamba.__file__).parent
 # Everything travels but the registration with the Auto classes and the loader of many files.
@@ -108,10 +109,12 @@ def test_the_shipped_model_can_be_trained_for_other_kinds_of_labels(labels, loss
     torch.testing.assert_close(outputs.loss, loss_of(outputs.logits, labels))
 
 
-def test_the_folder_in_git_has_no_code_and_no_links():
-    assert not [path.name for path in FOLDER.iterdir() if path.is_symlink() or path.suffix == ".py"]
-    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 16e6
-    config = json.loads((FOLDER / "config.json").read_text())
+@pytest.mark.parametrize("card", [CARD, STREAM])
+def test_the_folder_in_git_has_no_code_and_no_links(card):
+    folder = FOLDER.parent / card
+    assert not [path.name for path in folder.iterdir() if path.is_symlink() or path.suffix == ".py"]
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 16e6
+    config = json.loads((folder / "config.json").read_text())
     assert sorted(config["label2id"]) == sorted(clips.LABELS)
 
 
@@ -172,6 +175,23 @@ def test_copies_of_the_code_in_one_process(repository, tmp_path, monkeypatch):
         operators[namespace].add(name)
     spaces = {name.__module__.rpartition(".")[0].replace(".", "_") for name in remote}
     assert all(operators[space] == operators["videomamba"] for space in spaces)
+
+
+def test_the_streaming_checkpoint_streams_with_the_code_that_it_brings(videos, tmp_path, monkeypatch):
+    monkeypatch.setenv("VIDEOMAMBA_SCAN_BACKEND", "torch")
+    make(STREAM, tmp_path / "stream")
+    code = "modeling_videomamba.VideoMambaForVideoFrameClassification"
+    model = get_class_from_dynamic_module(code, tmp_path / "stream").from_pretrained(tmp_path / "stream").eval()
+    processor = AutoVideoProcessor.from_pretrained(tmp_path / "stream")
+    for path in videos:
+        frames, cache = processor(path, return_tensors="pt")["pixel_values"], None
+        for step in frames.split(2, dim=1):
+            with torch.no_grad():
+                output = model(step, cache=cache, use_cache=True)
+            cache = output.cache
+        assert model.config.id2label[output.logits[0, -1].argmax().item()] == Path(path).stem
+    answers = pipeline("video-classification", model=str(FOLDER.parent / STREAM))(videos, top_k=1)
+    assert [answer[0]["label"] for answer in answers] == [Path(path).stem for path in videos]
 
 
 @pytest.mark.parametrize("name", ["my classifier", "model (1)", "lr=1e-4", "modèle", "2nd.model"])

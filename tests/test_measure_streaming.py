@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 import measure_streaming
 from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoFrameClassification, VideoMambaVideoProcessor
@@ -50,8 +51,14 @@ def test_command(model, bars, tmp_path, monkeypatch, capsys):
     )
     processor.save_pretrained(tmp_path / "a model")
     command = ["measure_streaming.py", str(bars / "train"), "--model", str(tmp_path / "a model"), "--num_workers", "0"]
-    monkeypatch.setattr("sys.argv", [*command, "--minutes", "0.1", "--streams", "2"])
+    monkeypatch.setattr(
+        "sys.argv", [*command, "--minutes", "0.1", "--streams", "2", "--output", str(tmp_path / "measured")]
+    )
     measure_streaming.main()
     printed = capsys.readouterr().out
     assert "| frames seen | 2 | 4 | 6 |" in printed and "| window of 4 |" in printed
     assert "on 8 clips" in printed and "| last minute |" in printed
+    assert "One step takes" in printed
+    assert (tmp_path / "measured" / "measured.md").read_text().strip() in printed
+    with Image.open(tmp_path / "measured" / "accuracy_by_frames.png") as picture:
+        assert picture.size == (900, 480)

@@ -5,7 +5,8 @@ import json
 import datasets
 import numpy as np
 import pytest
-from huggingface_hub import ModelCard
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from PIL import Image
 from transformers import AutoModelForImageClassification, pipeline
 
@@ -93,3 +94,6 @@ def test_a_data_set_of_the_hub_becomes_a_classifier_on_the_hub(folder, hub, pyth
     assert {"model.safetensors", "preprocessor_config.json", "modeling_videomamba.py"} <= pushed.keys()
     assert json.loads(pushed["config.json"])["id2label"] == {"0": "red", "1": "green"}
     assert ModelCard(pushed["README.md"].decode()).data.datasets == ["you/colors"]
+    (entry,) = parse_eval_result_entries(yaml.safe_load(pushed[".eval_results/you--colors.yaml"]))
+    results = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    assert (entry.dataset_id, entry.value) == ("you/colors", round(results["eval_accuracy"], 4))

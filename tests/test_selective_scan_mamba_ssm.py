@@ -59,3 +59,22 @@ def test_kernels_of_a_local_folder_match_the_reference(tmp_path):
     found = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     assert found.stdout.splitlines()[1:] == ["True", "True"], found.stderr
     assert "needs an NVIDIA GPU" in found.stdout.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    "package, kernel", [("mamba-ssm", "selective_scan_cuda"), ("causal-conv1d", "causal_conv1d_cuda")]
+)
+def test_a_package_without_its_kernel_is_named(package, kernel, tmp_path):
+    """As `pip install` leaves it where it found no nvcc: the Python files alone."""
+    interface = tmp_path / "mamba_ssm" / "ops"
+    interface.mkdir(parents=True)
+    (tmp_path / "causal_conv1d.py").write_text("causal_conv1d_fn = None")
+    (interface / "selective_scan_interface.py").write_text("selective_scan_fn = None")
+    broken = interface / "selective_scan_interface.py" if package == "mamba-ssm" else tmp_path / "causal_conv1d.py"
+    broken.write_text(f"import {kernel}")
+    ask = "import torch\nfrom modeling_videomamba.selective_scan_mamba_ssm import unusable_reason\n"
+    command = [sys.executable, "-c", ask + "print(unusable_reason(torch.device('cuda'), torch.float32))"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    environment.pop("VIDEOMAMBA_HUB_KERNELS", None)
+    found = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert f"({package} is installed without its CUDA kernel {kernel}: build it" in found.stdout, found.stderr

@@ -8,12 +8,15 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from browser import open_browser, wait_for
-from modeling_videomamba import VideoMambaVideoProcessor
+from make_camera_motion_clips import write_demo_clip
+from modeling_videomamba import VideoMambaForVideoFrameClassification, VideoMambaVideoProcessor
 from modeling_videomamba.video_decoding import decode_video
 from video_files import STORED, STORED_SAMPLES, read_numbers, write_video
 
@@ -22,6 +25,7 @@ pytest.importorskip("gradio", reason="needs Gradio: pip install gradio")
 httpx = pytest.importorskip("httpx", reason="Gradio brings httpx")
 SPACE = Path(__file__).resolve().parent.parent / "examples" / "tools" / "space"
 CAMERA_MOTION = SPACE.parents[2] / "model_cards" / "videomamba-tiny-camera-motion"
+CAMERA_STREAM = CAMERA_MOTION.with_name("videomamba-tiny-camera-stream")
 EXAMPLE = SPACE / "examples" / "zoom-out.mp4"
 
 
@@ -91,7 +95,8 @@ def test_upload_and_phone(browser, url, tmp_path, app):
     assert "zoom out" in text(browser, "#scores")
     assert "16 of 48 frames" in text(browser, "#summary")
     assert not find(browser, "#problem .message")
-    assert [figure.text for figure in find(browser, "#frames figcaption")] == [str(i) for i in range(8, 40, 2)]
+    assert "9 labels" in text(browser, "#known") and "roll counter-clockwise" in text(browser, "#known")
+    assert [figure.text for figure in find(browser, "#frames figcaption")] == [str(i) for i in range(1, 48, 3)]
     # The video plays in the page, and holds the frames, the Delta map and the reading map side by side.
     video = wait_for(lambda: find(browser, "#overlay video"))[0]
     wait_for(lambda: browser.execute_script("return arguments[0].readyState >= 2", video))
@@ -99,7 +104,7 @@ def test_upload_and_phone(browser, url, tmp_path, app):
     (tmp_path / "overlay.mp4").write_bytes(httpx.get(video.get_attribute("src")).content)
     overlay, _ = decode_video(str(tmp_path / "overlay.mp4"))
     assert overlay.shape == (16, 224, 672, 3)
-    seen, _ = decode_video(str(EXAMPLE), lambda metadata: np.arange(8, 40, 2))
+    seen, _ = decode_video(str(EXAMPLE), lambda metadata: np.arange(1, 48, 3))
     seen = seen[:, :, 40:280]  # the middle square, of which the model gets 112 x 112 pixels
     shown = overlay[:, :, :224]
     for got, expected in zip(shown, seen, strict=True):
@@ -114,6 +119,11 @@ def test_upload_and_phone(browser, url, tmp_path, app):
         width = "return [document.scrollingElement.scrollWidth, document.querySelector('#scores').offsetWidth]"
         wait_for(lambda: browser.execute_script(width)[1] < 390)
         assert browser.execute_script(width)[0] <= 390
+        upload(browser, url, write_video(tmp_path / "clip.avi", 40, codec="mpeg4"))
+        assert "do not play .avi files" in text(browser, "#summary")
+        in_view = """const {top, bottom} = document.querySelector('#scores').getBoundingClientRect();
+            return top >= 0 && bottom <= innerHeight"""
+        wait_for(lambda: browser.execute_script(in_view))
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
@@ -141,6 +151,61 @@ def test_webcam(browser, url):
     time.sleep(3)
     press("Stop")
     wait_for(lambda: "scores and maps" in text(browser, "#summary"))
+
+
+@pytest.fixture(scope="module")
+def streaming(app):
+    return app.Checkpoint(str(CAMERA_STREAM))
+
+
+def test_a_camera_is_looked_at_step_by_step(app, streaming):
+    """Labels after every second frame, those of the last four steps; and of windows, where the model cannot stream."""
+    pictures = np.random.default_rng(0).integers(0, 256, (12, 60, 80, 3), dtype=np.uint8)
+    camera, found = None, []
+    for picture in pictures:
+        scores, camera = app.watch(picture, camera, streaming)
+        found.append(scores if "__type__" not in scores else None)
+    assert [index for index, scores in enumerate(found) if scores] == [1, 3, 5, 7, 9, 11]
+    pixels = streaming.processor(list(pictures), do_sample_frames=False, return_tensors="pt")["pixel_values"]
+    model = VideoMambaForVideoFrameClassification.from_pretrained(CAMERA_STREAM, pooling_window=4)
+    with torch.no_grad():
+        expected = model(pixels, interpolate_pos_encoding=True).logits[0].softmax(-1)
+    for step, scores in enumerate(found[1::2]):
+        assert list(scores.values()) == pytest.approx(expected[step].tolist(), abs=1e-4)
+
+    windows = app.Checkpoint(str(CAMERA_MOTION))
+    answers, camera = [], None
+    for picture in np.repeat(pictures, 2, axis=0):
+        scores, camera = app.watch(picture, camera, windows)
+        answers.append("__type__" not in scores)
+    assert [index for index, answered in enumerate(answers) if answered] == [15, 23]
+
+
+@pytest.mark.slow
+def test_live(app, streaming, tmp_path, monkeypatch):
+    """Chromium's camera turns to the right."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    clip, camera = tmp_path / "pan-right.mp4", tmp_path / "camera.mjpeg"
+    write_demo_clip(str(clip), motion="pan right")
+    write_video(camera, list(decode_video(str(clip))[0]), codec="mjpeg", pix_fmt="yuvj420p", rate=24)
+    server, address, _ = app.launch(
+        {"stream": streaming}, prevent_thread_lock=True, quiet=True, server_port=free_port()
+    )
+    try:
+        with open_browser(camera=camera) as browser:
+
+            def press(name):
+                wait_for(lambda: [b for b in find(browser, "button") if name in b.text and b.is_displayed()])[
+                    0
+                ].click()
+
+            browser.get(address)
+            press("Live")
+            press("Access Webcam")
+            press("Record")
+            wait_for(lambda: text(browser, "#live-scores").split("\n")[1:2] == ["pan right"], 30)
+    finally:
+        server.get_blocks().close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -227,12 +292,18 @@ def test_uploads_are_deleted(app, tmp_path, monkeypatch):
     monkeypatch.setattr(app, "KEPT_SECONDS", 1)
     monkeypatch.setattr(app, "SWEEP_SECONDS", 1)
     monkeypatch.setattr(app, "HERE", tmp_path)  # no examples, which stay
-    server, address, _ = app.launch(
-        {"camera motion": None}, prevent_thread_lock=True, quiet=True, server_port=free_port()
-    )
+
+    class Checkpoint:
+        model = SimpleNamespace(config=SimpleNamespace(id2label={0: "nothing"}))
+
+        def read(self, path):
+            raise ValueError("this one reads nothing")
+
+    checkpoints = {"camera motion": Checkpoint()}
+    server, address, _ = app.launch(checkpoints, prevent_thread_lock=True, quiet=True, server_port=free_port())
     try:
         assert Path(send(address, EXAMPLE).json()[0]).exists()
-        assert "There is no such checkpoint" in message(ask(address, send(address, EXAMPLE).json()[0]))
+        assert "this one reads nothing" in message(ask(address, send(address, EXAMPLE).json()[0]))
         wait_for(lambda: not list(tmp_path.iterdir()), 30)
     finally:
         server.get_blocks().close()

@@ -30,7 +30,6 @@ from video_files import numbered_frame, read_number, write_video
 pytest.importorskip("scenedetect", reason="needs PySceneDetect: pip install scenedetect")
 import tag_video  # noqa: E402
 from tag_video import (  # noqa: E402
-    CAMERA_MOTION,
     Journal,
     Point,
     Sampler,
@@ -41,6 +40,7 @@ from tag_video import (  # noqa: E402
     Window,
     make_tagger,
 )
+from tool_models import CAMERA_MOTION  # noqa: E402
 
 
 class NumberTagger:
@@ -103,6 +103,21 @@ def test_cuts_are_found_and_a_later_part_finds_the_same(tmp_path, monkeypatch):
     whole = cuts_of(frames)
     assert [index for index, _, new_part in whole if new_part] == [70, 120]
     assert cuts_of(frames[70:])[1:] == whole[71:]
+
+
+def test_a_film_of_one_shot_has_no_cuts(tmp_path, monkeypatch):
+    monkeypatch.setattr(tag_video, "LONGEST_PART", 1.0)
+    frames = tag_video.read_frames(shots_film(tmp_path / "film.mp4", [40, 20]), Point())
+    found = list(tag_video.find_cuts(frames, 25, tag_video.NoCuts))
+    assert [frame.index for frame, _, _ in found] == list(range(60))
+    assert [frame.index for frame, is_cut, new_part in found if is_cut or new_part] == [25, 50]
+
+
+def test_errors_of_boundaries():
+    truth = [(0, 2, "a"), (2, 3, "a"), (3, 5, "b"), (5, 8, "a"), (8, 9, "c")]
+    parts = ((0, 3.5, "a"), (3.5, 4, "b"), (4, 4.25, "a"), (4.25, 5.5, "b"), (5.5, 9, "a"))
+    segments = [Segment(start, end, 0, label, 1.0) for start, end, label in parts]
+    assert tag_video.boundary_errors(truth, segments) == [0.5, 0.5, float("inf")]
 
 
 def test_a_part_without_a_cut_ends_too(tmp_path, monkeypatch):
@@ -173,16 +188,18 @@ def test_going_on_gives_the_same_result_to_the_bit(tmp_path, monkeypatch):
 
 
 def test_scores_are_those_of_the_frames_by_themselves(tmp_path):
-    film = shots_film(tmp_path / "film.mp4", [45, 20])
+    film = shots_film(tmp_path / "film.mp4", [80, 20])
     windows = tag_all(film, Tagger(str(CAMERA_MOTION), "cpu", 25, step=0.4), Journal(tmp_path / "j", {}))
+    # 16 frames at 6 a second take 2.67 seconds, which are 67 frames of 25 a second.
     assert [(w.shot, w.start, round(w.end, 3)) for w in windows] == [
-        (0, 0.0, 1.24), (0, 0.4, 1.64), (0, 0.56, 1.8), (1, 1.8, 2.6)
+        (0, 0.0, 2.68), (0, 0.4, 3.08), (0, 0.52, 3.2), (1, 3.2, 4.0)
     ]  # fmt: skip
     model = AutoModelForVideoClassification.from_pretrained(str(CAMERA_MOTION))
     processor = AutoVideoProcessor.from_pretrained(str(CAMERA_MOTION))
     frames, _ = decode_video(film)
-    for window, clip in zip(windows, [frames[0:31], frames[10:41], frames[14:45], frames[45:65]], strict=True):
-        shown = clip[::2] if len(clip) == 31 else clip[np.linspace(0, 19, 16).round().astype(int)]
+    for window, clip in zip(windows, [frames[0:67], frames[10:77], frames[13:80], frames[80:100]], strict=True):
+        middle, distance = len(clip) / 2, min(25 / 6, len(clip) / 16)  # in frames
+        shown = clip[[int(middle + distance * (i - 7.5) + 0.01) for i in range(16)]]
         with torch.no_grad():
             scores = model(**processor(list(shown), return_tensors="pt")).logits.softmax(-1)[0]
         for label, score in window.scores.items():
@@ -227,6 +244,7 @@ def test_a_film_is_tagged_by_a_stream_in_one_pass(streaming, tmp_path, batch_siz
     film = shots_film(tmp_path / "film.mp4", [75, 22])
     tagger = make_tagger(streaming, "cpu", 25)
     assert tagger.streams and not make_tagger(str(CAMERA_MOTION), "cpu", 25).streams
+    assert not make_tagger(streaming, "cpu", 25, windows=True).streams
     seen, forward = [], tagger.model.forward
     tagger.model.forward = lambda pixels, **kwargs: seen.append(pixels.shape[1]) or forward(pixels, **kwargs)
     parts = tag_video.tag_parts(film, tagger, Point(), batch_size, lambda _: None)
@@ -336,6 +354,11 @@ def test_command_overlay_and_timeline(tmp_path, monkeypatch, capsys):
     assert (
         "0.0% of 2 seconds have the right label. 1 of 1 cuts were found at the right frame. False cuts: 0" in printed
     )
+    assert "F1@10/25/50 0.000/0.000/0.000, edit 0.000, mAP 0.000" in printed
+    (task,) = json.loads((out / "label_studio.json").read_text())
+    regions = [region["value"]["ranges"][0] for region in task["predictions"][0]["result"]]
+    assert task["data"]["video"] == film and (regions[0]["start"], regions[-1]["end"]) == (1, 70)
+    assert all(after["start"] == before["end"] + 1 for before, after in zip(regions, regions[1:], strict=False))
     assert Image.open(out / "timeline.png").width > 600
     overlay, metadata = decode_video(str(out / "overlay.mp4"))
     assert overlay.shape == (70, 96, 126, 3) and metadata.fps == 25

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import ModelCard
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import (
@@ -410,6 +411,10 @@ def test_trains_on_a_data_set_of_the_hub_and_pushes_what_others_can_load(bars, h
         assert {result.metric_name for result in card.eval_results} == {
             *("accuracy", "mean_class_accuracy"),  # of two labels, five guesses say nothing
         }
+        (entry,) = parse_eval_result_entries(yaml.safe_load(files[".eval_results/you--clips.yaml"]))
+        accuracy = next(result for result in card.eval_results if result.metric_name == "accuracy")
+        assert (entry.dataset_id, entry.value) == ("you/clips", accuracy.metric_value)
+        assert entry.notes == f"accuracy on the split {accuracy.dataset_split}"
         assert card.datasets == ["you/clips"] and card.pipeline_tag == "video-classification"
 
     model = AutoModelForVideoClassification.from_pretrained(tmp_path / "trained").eval()

@@ -7,9 +7,20 @@
 its pictures was in the model's training data.
 """
 
+import argparse
 import sys
 import tempfile
 from pathlib import Path
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("caltech101", help="the folder of the classes, with its pictures in it")
+    return parser.parse_args()
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    parse_arguments()  # before the imports below, which take seconds
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -78,4 +89,4 @@ def main(caltech101):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(parse_arguments().caltech101)

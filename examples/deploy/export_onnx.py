@@ -25,9 +25,10 @@ def parse_arguments():
     parser.add_argument("output", type=Path, help="folder to write")
     parser.add_argument("--any_length", action="store_true", help="take clips of any number of frames")
     parser.add_argument("--stream", action="store_true", help="write a step of a stream (docs/streaming.md)")
+    parser.add_argument("--browser", action="store_true", help="as the page takes it: single steps if it can stream")
     args = parser.parse_args()
-    if args.stream and args.any_length:
-        parser.error("--stream takes one step at a time, and --any_length whole clips: give one of the two")
+    if args.any_length and (args.stream or args.browser):
+        parser.error("--any_length is of whole clips: leave out --stream and --browser")
     return args
 
 
@@ -38,7 +39,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
-from modeling_videomamba import VideoMambaCache
+from modeling_videomamba import VideoMambaCache, VideoMambaConfig
+from modeling_videomamba.configuration_videomamba import unstreamable_reason
+from modeling_videomamba.loading_videomamba import unloadable_reason
 
 
 TOLERANCE = 1e-4  # largest difference of a logit, in float32, between PyTorch and ONNX Runtime
@@ -184,15 +187,22 @@ def largest_difference_of_streams(model, path):
 
 def main():
     args = parse_arguments()
+    if reason := unloadable_reason(args.model):
+        sys.exit(reason)
     model = AutoModelForVideoClassification.from_pretrained(args.model, dtype=torch.float32).eval()
+    if args.browser and isinstance(model.config, VideoMambaConfig) and unstreamable_reason(model.config) is None:
+        args.stream, model.config.pooling_window = True, 1  # stream.js makes the means
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "model.onnx"
+    print(f"Exporting {args.model}: half a minute for a small model, minutes for a large one ...", flush=True)
     if args.stream:
         export_step(model, path)
     else:
         export_onnx(model, path, args.any_length)
-    model.config.save_pretrained(args.output)
-    AutoVideoProcessor.from_pretrained(args.model).save_pretrained(args.output)
+    # All fields, so that readers need no defaults; and none of the code that `save_pretrained` puts beside a model.
+    model.config.to_json_file(args.output / "config.json", use_diff=False)
+    AutoVideoProcessor.from_pretrained(args.model).to_json_file(args.output / "video_preprocessor_config.json")
+    print("Comparing the file's logits with PyTorch's ...", flush=True)
     if args.stream:
         difference = largest_difference_of_streams(model, path)
     else:

@@ -5,12 +5,15 @@
 
 `clips/validation` has a folder for each label (`make_camera_motion_clips.py` makes such clips). Prints three tables in
 Markdown: the accuracy by the number of frames seen; the steps between a change of motion and the change of the label,
-for the running mean and for windows; and the accuracy in a stream that never begins anew, by its age.
+for the running mean and for windows; and the accuracy in a stream that never begins anew, by its age. Before them,
+what a step of a stream costs beside a whole clip. With `--output`, all is written, too, and a picture of the first.
 """
 
 import argparse
 import os
+import statistics
 import sys
+import time
 from pathlib import Path
 
 
@@ -25,6 +28,7 @@ def parse_arguments():
     parser.add_argument("--streams", type=int, default=8, help="Long streams at once. Default: %(default)s.")
     parser.add_argument("--batch_size", type=int, default=16, help="Default: %(default)s.")
     parser.add_argument("--seed", type=int, default=0, help="Order of the clips. Default: %(default)s.")
+    parser.add_argument("--output", type=Path, help="Folder for measured.md and accuracy_by_frames.png.")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="Processes that read clips.")
     return parser.parse_args()
 
@@ -38,6 +42,7 @@ from transformers import AutoVideoProcessor
 
 from modeling_videomamba import ClipLoader, VideoMambaForVideoFrameClassification
 from modeling_videomamba.cache_videomamba import pool_steps
+from modeling_videomamba.loading_videomamba import unloadable_reason
 
 
 WINDOWS = (None, 2, 4, 8)  # steps that are classified together; None: all since the beginning
@@ -120,14 +125,56 @@ def measure_ages(model, frames, labels, streams, minutes, fps):
     return torch.stack(right, dim=1)
 
 
-def print_table(head, rows):
-    print("\n".join(["", "| " + " | ".join(map(str, head)) + " |", "| --- " * len(head) + "|"]))
-    for row in rows:
-        print("| " + " | ".join(map(str, row)) + " |")
+@torch.inference_mode()
+def time_steps(model, frame, turns=100):
+    """Median milliseconds of a step of a stream and of a whole clip, taken in turns; `frame` (C, height, width)."""
+    clip = frame.to(model.device, model.dtype).expand(1, model.config.num_frames, -1, -1, -1)
+    step, model.config.pooling_window = clip[:, : model.config.tubelet_size], None
+    cache, taken = model(step, use_cache=True).cache, ([], [])
+
+    def wait():
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    for turn in range(turns + 5):
+        for times, pixels, options in zip(taken, (step, clip), ({"cache": cache, "use_cache": True}, {}), strict=True):
+            wait()
+            started = time.perf_counter()
+            model(pixels, **options)
+            wait()
+            if turn >= 5:  # the first ones warm up
+                times.append(1000 * (time.perf_counter() - started))
+    return tuple(map(statistics.median, taken))
+
+
+def draw_accuracy(path, seen, fps):
+    """The accuracy by the number of frames seen (and seconds), of `accuracy_by_frames`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    axes.plot(list(seen), [100 * value for value in seen.values()], marker="o", color="#0072b2")
+    for frames, value in seen.items():
+        axes.annotate(f"{100 * value:.1f}", (frames, 100 * value), (0, -12), textcoords="offset points", ha="center")
+    axes.set(xlabel="frames seen", ylabel="accuracy (%)", xticks=list(seen), ylim=(None, 100))
+    axes.secondary_xaxis("top", (lambda x: x / fps, lambda x: x * fps)).set_xlabel("seconds")
+    axes.grid(alpha=0.3)
+    axes.spines["right"].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def table(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def main():
     args = parse_arguments()
+    if reason := unloadable_reason(args.model):
+        sys.exit(reason)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = VideoMambaForVideoFrameClassification.from_pretrained(args.model).to(device).eval()
     processor = AutoVideoProcessor.from_pretrained(args.model)
@@ -137,21 +184,34 @@ def main():
     frames, labels = load(clips, processor, args.num_workers)
 
     features = torch.cat([step_features(model, part)[0] for part in frames.split(args.batch_size)])
-    print(f"\n{args.model} on {len(labels)} clips of {args.clips}, {fps:g} frames a second, on {device}")
+    report = [f"{args.model} on {len(labels)} clips of {args.clips}, {fps:g} frames a second, on {device}"]
+    step, clip = time_steps(model, frames[0, 0])
+    threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
+    report.append(
+        f"One step takes {step:.1f} ms, a whole clip {clip:.1f} ms: {step / clip:.2f} of it (median{threads})."
+    )
     seen = accuracy_by_frames(model, features, labels)
-    print_table(["frames seen", *seen], [["accuracy", *(f"{value:.1%}" for value in seen.values())]])
+    report.append(table(["frames seen", *seen], [["accuracy", *(f"{value:.1%}" for value in seen.values())]]))
 
     rows, count = [], model.config.grid_size[0]
     for window, steps in measure_changes(model, frames, labels, args.batch_size).items():
         stands = steps <= count
         name = "running mean" if window is None else f"window of {window}"
         rows.append((name, f"{steps.double().median():g}", f"{stands.double().mean():.1%}", len(steps)))
-    print_table(["steps classified together", "median steps to the change", f"stands within {count}", "changes"], rows)
+    report.append(
+        table(["steps classified together", "median steps to the change", f"stands within {count}", "changes"], rows)
+    )
 
     right = measure_ages(model, frames, labels, args.streams, args.minutes, fps).double()
     minute = max(1, round(60 * fps / frames.shape[1]))
     ages = [("first clips", right[:, :1]), ("first minute", right[:, :minute]), ("last minute", right[:, -minute:])]
-    print_table(["age of the stream", "accuracy", "clips"], [(name, f"{r.mean():.1%}", r.numel()) for name, r in ages])
+    rows = [(name, f"{r.mean():.1%}", r.numel()) for name, r in ages]
+    report.append(table(["age of the stream", "accuracy", "clips"], rows))
+    print("\n" + "\n\n".join(report))
+    if args.output is not None:
+        args.output.mkdir(parents=True, exist_ok=True)
+        (args.output / "measured.md").write_text("\n\n".join(report) + "\n", encoding="utf-8")
+        draw_accuracy(args.output / "accuracy_by_frames.png", seen, fps)
 
 
 if __name__ == "__main__":

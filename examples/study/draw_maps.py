@@ -50,6 +50,7 @@ from matplotlib.figure import Figure
 from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
 import modeling_videomamba  # noqa: F401  registers VideoMamba in transformers' Auto classes
+from modeling_videomamba.loading_videomamba import unloadable_reason
 
 
 # Both keep their order for colour-blind readers; the second is white at zero.
@@ -198,6 +199,8 @@ def delta_map(model, pixel_values, layers, direction="mean"):
 
 def main():
     args = parse_arguments()
+    if reason := unloadable_reason(args.model_name_or_path):
+        sys.exit(reason)
     if not os.path.isfile(args.video):
         sys.exit(f"There is no file {args.video}.")
     trust = {"trust_remote_code": args.trust_remote_code}

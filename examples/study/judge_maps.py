@@ -40,6 +40,7 @@ from tqdm import tqdm
 from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
 import modeling_videomamba  # noqa: F401  registers VideoMamba in transformers' Auto classes
+from modeling_videomamba.loading_videomamba import unloadable_reason
 
 
 SUFFIXES = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v"}
@@ -192,6 +193,8 @@ def plot(results, path, title):
 
 def main():
     args = parse_arguments()
+    if reason := unloadable_reason(args.model_name_or_path):
+        sys.exit(reason)
     paths, trust = find_clips(args.clips, args.max_clips), {"trust_remote_code": args.trust_remote_code}
     model = AutoModelForVideoClassification.from_pretrained(args.model_name_or_path, **trust)
     if not hasattr(model, "delta_maps"):
@@ -200,6 +203,8 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).eval()
     rng, results = np.random.default_rng(args.seed), []
+    passes = 2 * (STEPS + 1) * (5 + RANDOM_ORDERS)
+    print(f"Clips: {len(paths)}. The model judges each {passes} times: on a CPU a minute a clip or more.")
     for path in tqdm(paths, unit="clip"):
         clip = processor(str(path), return_tensors="pt")["pixel_values"][0].to(device)
         with torch.no_grad():

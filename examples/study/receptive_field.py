@@ -36,6 +36,7 @@ from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
 import modeling_videomamba  # noqa: F401  registers VideoMamba in transformers' Auto classes
 from judge_maps import find_clips, sum_over_tubelets
+from modeling_videomamba.loading_videomamba import unloadable_reason
 from modeling_videomamba.tokens_videomamba import class_token_index
 
 
@@ -93,6 +94,9 @@ def figure(fields, path):
 
 def main():
     args = parse_arguments()
+    for source in args.models:
+        if reason := unloadable_reason(source):
+            sys.exit(reason)
     paths, fields = find_clips(args.clips, args.max_clips), {}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for source in args.models:

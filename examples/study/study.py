@@ -318,7 +318,10 @@ def read_config(path):
     from transformers import AutoConfig
 
     import modeling_videomamba  # noqa: F401  registers VideoMamba in transformers' Auto classes
+    from modeling_videomamba.loading_videomamba import unloadable_reason
 
+    if reason := unloadable_reason(path):
+        sys.exit(f"The checkpoint {path} cannot be read: {reason}")
     try:
         return AutoConfig.from_pretrained(path)
     except StrictDataclassError as error:

@@ -6,13 +6,16 @@
     accelerate launch examples/tools/classify_clips.py you/clips --split test --output scores   # a data set, all GPUs
 
 Each part of `--part_size` clips is a file, written whole or not at all. After an interruption, the same command does
-the missing parts, on any number of processes, with the same result. Clips that cannot be
-read are skipped and listed in `unreadable.csv`.
+the missing parts, on any number of processes, with the same result. Clips that have come to the source since are done
+in new parts. Clips that cannot be read are skipped and listed in `unreadable.csv`.
+
+Columns: `clip` (its path, or row:name in a data set), `label` (the name of its folder, or the data set's), `scores` (a
+probability for each label of the model, in the order of its config), `prediction` and `score` (the largest of them),
+`pooled` (what the classifier reads, hidden size) and `tokens` (the last layer's, tokens x hidden size, float16).
 """
 
 import argparse
 import csv
-import hashlib
 import json
 import os
 import sys
@@ -21,8 +24,9 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from tool_models import add_model
 
-CAMERA_MOTION = Path(__file__).resolve().parents[2] / "model_cards" / "videomamba-tiny-camera-motion"
+
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".ts", ".flv", ".3gp"}
 
 
@@ -30,7 +34,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a folder, a .csv with path (and label), a text file of paths, or a data set")
     parser.add_argument("--split", default="train", help="split of a data set")
-    parser.add_argument("--model", default=str(CAMERA_MOTION), help="a folder or a Hub repository")
+    add_model(parser)
     parser.add_argument("--output", type=Path, required=True, help="folder for the Parquet files")
     choices = ["scores", "pooled", "tokens"]
     parser.add_argument("--columns", nargs="+", choices=choices, default=["scores"], help="what to keep of each clip")
@@ -53,6 +57,7 @@ from tqdm import tqdm
 from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
 from modeling_videomamba import ClipLoader, predict_clips  # also registers VideoMamba with the Auto classes
+from modeling_videomamba.loading_videomamba import unloadable_reason
 
 
 try:
@@ -220,8 +225,44 @@ def classify_parts(args, clips, data, classifier, parts, state):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def list_runs(folder, clips):
+    """
+    The clips of each run that the folder has seen, `list[list[Clip]]`; those that are new come last.
+
+    Raises:
+        ValueError: a clip of an earlier run is no longer there.
+    """
+    path = folder / "clips.json"
+    runs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    by_name = {clip.name: clip for clip in clips}
+    known = {name for run in runs for name in run}
+    if gone := sorted(known - set(by_name)):
+        raise ValueError(
+            f"{folder} was begun with {gone[0]}{' and others' if len(gone) > 1 else ''}, no longer in the source. Put "
+            "that back, name another --output, or delete that folder."
+        )
+    new = [clip.name for clip in clips if clip.name not in known]
+    return [[by_name[name] for name in run] for run in [*runs, *[new] * bool(new)]]
+
+
+def numbers_of_parts(counts, part_size):
+    """The numbers of the clips of each file, `list[list[int]]`: no file has clips of two runs."""
+    parts, first = [], 0
+    for count in counts:
+        numbers = list(range(first, first + count))
+        parts += [numbers[start : start + part_size] for start in range(0, count, part_size)]
+        first += count
+    return parts
+
+
+def write_json(path, content):
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    os.replace(temporary, path)
+
+
 def check_settings(folder, settings):
-    """Parts of other clips or of another model must not come together in one folder."""
+    """Parts of another model must not come together in one folder."""
     path = folder / "settings.json"
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -231,9 +272,7 @@ def check_settings(folder, settings):
                     f"{folder} was begun with another {name} ({before.get(name)}, now {value}). Name another "
                     "--output, or delete that folder."
                 )
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(path, settings)
 
 
 def report(args, folder, clips, spent):
@@ -249,14 +288,18 @@ def report(args, folder, clips, spent):
         decoders = len(spent) * max(1, args.num_workers)
         bound = decoders * done / sum(process["decoding"] for process in spent)
         print(
-            f"{done} clips in {longest:.1f} s: {done / longest:.1f} clips a second, {done / longest / bound:.0%} of "
-            f"the {bound:.1f} that {decoders} process{'es' * (decoders > 1)} can decode."
+            f"{done} clip{'s' * (done != 1)} in {longest:.1f} s: {done / longest:.1f} clips a second, "
+            f"{done / longest / bound:.0%} of the {bound:.1f} that {decoders} process{'es' * (decoders > 1)} can "
+            "decode."
         )
-    print(f"{folder}: {len(clips) - len(listing)} clips; {len(listing)} could not be read (unreadable.csv).")
+    good = len(clips) - len(listing)
+    print(f"{folder}: {good} clip{'s' * (good != 1)}; {len(listing)} could not be read (unreadable.csv).")
 
 
 def main():
     args = parse_arguments()
+    if reason := unloadable_reason(args.model):
+        sys.exit(reason)
     # Without `cpu`, two processes on a machine without a GPU would not know of each other.
     state = PartialState(cpu=not torch.accelerator.is_available())
     datasets.disable_progress_bars()
@@ -264,20 +307,21 @@ def main():
         clips, data = list_clips(args.source, args.split)
         if not clips:
             raise ValueError(f"{args.source} names no clip.")
-        names = hashlib.sha256("\n".join(clip.name for clip in clips).encode()).hexdigest()[:16]
         classifier = Classifier(args, state.device)
-        settings = {"model": args.model, "dtype": args.dtype, "clips": [len(clips), names], "columns": args.columns}
+        settings = {"model": args.model, "dtype": args.dtype, "columns": args.columns}
         settings |= {"part_size": args.part_size, "batch_size": args.batch_size, "labels": classifier.labels}
         args.output.mkdir(parents=True, exist_ok=True)
+        runs = list_runs(args.output, clips)
         if state.is_main_process:
             check_settings(args.output, settings)
+            write_json(args.output / "clips.json", [[clip.name for clip in run] for run in runs])
     except (ValueError, StrictDataclassError) as error:
         sys.exit(str(error))
-    parts = []
-    for number, start in enumerate(range(0, len(clips), args.part_size)):
+    clips, parts = [clip for run in runs for clip in run], []
+    for number, numbers in enumerate(numbers_of_parts([len(run) for run in runs], args.part_size)):
         path = args.output / f"part-{number:05d}.parquet"
         if number % state.num_processes == state.process_index and not path.exists():
-            parts.append((path, list(range(start, min(start + args.part_size, len(clips))))))
+            parts.append((path, numbers))
     try:
         spent = classify_parts(args, clips, data, classifier, parts, state)
         spent = gather_object([spent])

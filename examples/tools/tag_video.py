@@ -26,20 +26,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-
-CAMERA_MOTION = Path(__file__).resolve().parents[2] / "model_cards" / "videomamba-tiny-camera-motion"
+from tool_models import add_model
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("film", nargs="?", type=Path, help="a video file of any length")
     parser.add_argument("--live", metavar="SOURCE", help="a camera's number or an address, such as rtsp://...")
-    parser.add_argument("--model", default=str(CAMERA_MOTION), help="a folder or a Hub repository")
+    add_model(parser)
     parser.add_argument("--output", type=Path, help="folder to write to (default: FILM-tags)")
     parser.add_argument("--window", type=float, help="seconds per window (default: as in training)")
     parser.add_argument("--step", type=float, default=1.0, help="seconds from one window to the next (not streaming)")
     parser.add_argument("--batch_size", type=int, default=8, help="windows or steps per batch")
     parser.add_argument("--device", help="cuda or cpu (default: a GPU if there is one)")
+    parser.add_argument("--windows", action="store_true", help="windows also of a model that can stream")
+    parser.add_argument("--no_cuts", action="store_true", help="the film is one shot: look for no cuts")
     parser.add_argument("--overlay", action="store_true", help="also write a copy with the labels in the picture")
     parser.add_argument("--truth", type=Path, help="CSV file with start, end, label, to compare with")
     args = parser.parse_args()
@@ -62,7 +63,10 @@ from transformers import AutoConfig, AutoModelForVideoClassification, AutoVideoP
 
 from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoFrameClassification
 from modeling_videomamba.configuration_videomamba import unstreamable_reason
+from modeling_videomamba.loading_videomamba import unloadable_reason
 from modeling_videomamba.video_decoding import DecodedVideoMetadata, decoded_frames, open_pyav, read_packets
+from segments import Segment as LabelledSegment
+from segments import label_studio_task, report
 
 
 # The film is worked through in parts, each of which ends at the first cut after PART seconds, at the latest after
@@ -151,9 +155,16 @@ def frame_rate(stream):
     return stream.average_rate or stream.base_rate or 25
 
 
-def find_cuts(frames, rate):
+class NoCuts:
+    """In the place of a detector, for a film of one shot."""
+
+    event_buffer_length = 0
+
+
+def find_cuts(frames, rate, make_detector=None):
     """Yields (frame, whether a shot begins with it, whether a part does), a few frames after they came in."""
-    detector, waiting, cuts, part = _detector(), collections.deque(), set(), None
+    make_detector = make_detector or adaptive_detector
+    detector, waiting, cuts, part = make_detector(), collections.deque(), set(), None
     for frame in itertools.chain(frames, [None]):
         if frame is not None:
             waiting.append(frame)
@@ -165,14 +176,14 @@ def find_cuts(frames, rate):
             is_cut = first.index in cuts
             new_part = first.time - part >= (PART if is_cut else LONGEST_PART)
             if new_part:
-                detector, part = _detector(), first.time
+                detector, part = make_detector(), first.time
                 for again in (first, *waiting):
                     _feed(detector, again, rate)
             yield first, is_cut, new_part
             cuts.discard(first.index)
 
 
-def _detector():
+def adaptive_detector():
     try:
         from scenedetect.detectors import AdaptiveDetector
     except ModuleNotFoundError:
@@ -181,6 +192,8 @@ def _detector():
 
 
 def _feed(detector, frame, rate):
+    if isinstance(detector, NoCuts):
+        return []
     from scenedetect import FrameTimecode
 
     cuts = detector.process_frame(FrameTimecode(frame.index, float(rate)), frame.small)
@@ -362,14 +375,14 @@ class StreamTagger(Tagger):
         return self.best(output.logits[0])
 
 
-def make_tagger(model, *arguments):
-    """A `StreamTagger` for a model that can stream, a `Tagger` for any other."""
+def make_tagger(model, *arguments, windows=False):
+    """A `StreamTagger` for a model that can stream, a `Tagger` for any other, or if `windows` are asked for."""
     config = AutoConfig.from_pretrained(model)
-    streams = isinstance(config, VideoMambaConfig) and unstreamable_reason(config) is None
+    streams = not windows and isinstance(config, VideoMambaConfig) and unstreamable_reason(config) is None
     return (StreamTagger if streams else Tagger)(model, *arguments)
 
 
-def tag_parts(film, tagger, point, batch_size, progress):
+def tag_parts(film, tagger, point, batch_size, progress, make_detector=None):
     """Yields, part by part, its `Window`s and the `Point` at which the next part begins, None at the film's end."""
     shot, origin = tagger.shot(tagger, point.shot), point.origin
     windows, places, clips = [], [], []
@@ -387,7 +400,7 @@ def tag_parts(film, tagger, point, batch_size, progress):
             windows.extend(Window(*place, s) for place, s in zip(places, scores, strict=True))
         places.clear(), clips.clear()
 
-    for frame, is_cut, new_part in find_cuts(read_frames(film, point), tagger.rate):
+    for frame, is_cut, new_part in find_cuts(read_frames(film, point), tagger.rate, make_detector):
         if origin is None:
             origin = frame.pts
         if (is_cut or new_part) and frame.index != point.index:
@@ -620,6 +633,18 @@ def burn(picture, text):
     return np.asarray(image)
 
 
+def boundary_errors(rows, segments):
+    """
+    For each change of label in a table of (start, end, label), the seconds to the nearest change of `segments` to the
+    same label; infinity if there is none.
+    """
+    changes = [(s.start, s.label) for before, s in itertools.pairwise(segments) if s.label != before.label]
+    wanted = [(row[0], row[2]) for before, row in itertools.pairwise(rows) if row[2] != before[2]]
+    return [
+        min((abs(start - s) for s, found in changes if found == label), default=math.inf) for start, label in wanted
+    ]
+
+
 def compare(truth, segments):
     """The share of seconds in which the label is that of a table with start, end, label; each second at its middle."""
     with open(truth, newline="", encoding="utf-8") as file:
@@ -642,6 +667,9 @@ def compare(truth, segments):
         f"{sum(right) / len(right):.1%} of {len(right)} seconds have the right label. {len(cuts & found)} of "
         f"{len(cuts)} cuts were found at the right frame. False cuts: {len(found - cuts)}."
     )
+    if errors := boundary_errors(rows, segments):
+        print(f"{len(errors)} changes of the label: found {np.median(errors):.2f} s off in the median.")
+    print(report([LabelledSegment(*row) for row in rows], segments))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -746,7 +774,9 @@ def stream_live(live, tagger, _):
 
 def tag_live(args, device):
     """Prints a line every `--step` seconds or after each step: time of day, label, score, latency, frames dropped."""
-    tagger = make_tagger(args.model, device, 25)  # first: a camera does not wait; and its kernels are compiled now
+    tagger = make_tagger(
+        args.model, device, 25, windows=args.windows
+    )  # first: a camera does not wait; and its kernels are compiled now
     some = np.zeros((tagger.processor.num_frames, 64, 64, 3), np.uint8)
     tagger.classify([tagger.prepare(some)])
     try:
@@ -782,13 +812,14 @@ def tag_film(args, device):
             duration = (container.duration or 0) / av.time_base
     except av.FFmpegError as error:
         raise ValueError(f"{args.film} cannot be read as a video ({error.strerror}).") from error
-    tagger = make_tagger(args.model, device, rate, args.window, args.step)
+    tagger = make_tagger(args.model, device, rate, args.window, args.step, windows=args.windows)
     folder = args.output or Path(f"{args.film.stem}-tags")
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
         "film": [str(args.film.resolve()), args.film.stat().st_size],
         "model": [str(args.model), tagger.model.config.to_dict()["id2label"]],
         "window": tagger.settings(),
+        "cuts": not args.no_cuts,
     }
     journal = Journal(folder / "journal.jsonl", json.loads(json.dumps(settings)))
     started, before, interrupted = time.perf_counter(), None if journal.finished else journal.point.time, False
@@ -796,8 +827,13 @@ def tag_film(args, device):
         if journal.point.index:
             print(f"Resuming at {clock(journal.point.time)}.")
         bar = tqdm(total=round(duration) or None, initial=int(journal.point.time), unit=" s of film", desc="tagging")
+
+        def advance(seconds):
+            bar.update(int(seconds) - bar.n)
+
         try:
-            parts = tag_parts(args.film, tagger, journal.point, args.batch_size, lambda t: bar.update(int(t) - bar.n))
+            detector = NoCuts if args.no_cuts else adaptive_detector
+            parts = tag_parts(args.film, tagger, journal.point, args.batch_size, advance, detector)
             for windows, point in parts:
                 journal.add(windows, point)
         except KeyboardInterrupt:
@@ -808,6 +844,8 @@ def tag_film(args, device):
 
     segments = to_segments(journal.windows)
     write_tables(folder, args.film, args.model, segments, journal.windows)
+    task = label_studio_task(args.film, args.model, segments, float(rate))
+    write(folder / "label_studio.json", json.dumps([task], indent=1) + "\n")
     draw_timeline(folder / "timeline.png", args.film, segments)
     if interrupted:
         print(f"Stopped; {folder} holds the result up to {clock(segments[-1].end)}. Run the command again to go on.")
@@ -827,6 +865,8 @@ def tag_film(args, device):
 
 def main():
     args = parse_arguments()
+    if reason := unloadable_reason(args.model):
+        sys.exit(reason)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.live is not None:
         tag_live(args, device)

@@ -7,11 +7,11 @@
         --teacher efficientnet-lite0 \
         --config_overrides num_frames=1,tubelet_size=1,hidden_size=192,num_hidden_layers=8,image_size=112
 
-The teacher is an image model of the Hub, which sees the middle frame of every tubelet, or a video model, which sees
-the clip. The student learns, through linear layers that are thrown away afterwards, the teacher's features at every
-tubelet (resized to the student's grid) and its pooled state. `--mask_rows` and `--mask_frames` hide tubelets from the
-student. `--objective autoregressive` shows it a random number of clusters of tubelets and asks for the next one's
-features. What is hidden is blanked before the model sees it.
+The teacher is an image model of the Hub, which sees the middle frame of every tubelet, or a video model (VideoMAE,
+V-JEPA 2, VideoPrism, PE-video), which sees the clip. The student learns, through linear layers that are thrown away
+afterwards, the teacher's features at every tubelet (resized to the student's grid) and its pooled state. `--mask_rows`
+and `--mask_frames` hide tubelets from the student. `--objective autoregressive` shows it a random number of clusters
+of tubelets and asks for the next one's features. What is hidden is blanked before the model sees it.
 
 `output_dir` is then an `AutoModel` backbone, which the other scripts fine-tune. The same command run again goes on
 where an interrupted run stopped. Several GPUs: `accelerate launch`.
@@ -164,24 +164,28 @@ def pair(size):
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def grid_of(config):
-    """Tokens of a transformers vision model along time, height and width."""
-    if not hasattr(config, "patch_size") or not hasattr(config, "image_size"):
+def grid_of(config, num_frames=None):
+    """Tokens of a transformers vision model along time, height and width; `num_frames` if not the config's."""
+    size = getattr(config, "image_size", None) or getattr(config, "crop_size", None)
+    tubelet = getattr(config, "tubelet_size", 1)
+    if isinstance(tubelet, int):
+        tubelet = (tubelet, *pair(config.patch_size)) if hasattr(config, "patch_size") else None
+    if size is None or tubelet is None:
         raise ValueError(
-            f"A {config.model_type} has no `patch_size` and `image_size`: its tokens are on no known grid."
+            f"The config of a {config.model_type} has no sizes of frames and patches: its tokens are on no known grid."
         )
-    (height, width), (rows, columns) = pair(config.image_size), pair(config.patch_size)
-    frames = getattr(config, "num_frames", 1)
-    return frames // getattr(config, "tubelet_size", 1), height // rows, width // columns
+    sizes = (getattr(config, "num_frames", 1) if num_frames is None else num_frames, *pair(size))
+    return tuple(length // step for length, step in zip(sizes, tubelet, strict=True))
 
 
-def tokens_on_grid(outputs, config):
+def tokens_on_grid(outputs, config, num_frames=None):
     """
     The last states of a model by place, and its pooled state.
 
     Args:
         outputs: with `last_hidden_state` (B, L, D), or (B, D, h, w) of a convolutional network.
         config: the model's.
+        num_frames (`int`, *optional*): how many frames a video model saw (default: as many as its config says).
 
     Returns:
         `tuple`: (B, n_t, n_h, n_w, D) and (B, D): `pooler_output`, else the class token, else the mean.
@@ -190,7 +194,8 @@ def tokens_on_grid(outputs, config):
     if hidden.ndim == 4:
         tokens = hidden.movedim(1, -1)[:, None]
         return tokens, hidden.mean((2, 3)) if pooled is None else pooled.flatten(1)
-    grid = grid_of(config)
+    one_a_frame = config.model_type == "pe_video_encoder"  # its tokens are whole frames
+    grid = (num_frames, 1, 1) if one_a_frame else grid_of(config, num_frames)
     extra = hidden.shape[1] - math.prod(grid)
     if extra < 0:
         raise ValueError(f"A {config.model_type} gave {hidden.shape[1]} tokens, fewer than its grid {grid} has.")
@@ -204,6 +209,25 @@ def tokens_on_grid(outputs, config):
     return tokens.unflatten(1, grid), pooled
 
 
+# Where the part that sees is, in models of several kinds of data; CLIP and its like call it `vision_model`.
+VISION_PARTS = {"pe_video": "video_encoder", "videoprism": "video_model"}
+
+
+def read_processor(processor):
+    """Mean, deviation and size of the frames that a processor of transformers makes."""
+    asked = (
+        getattr(processor, "video_kwargs", None) or {}
+    )  # by a processor of texts and videos, of its part for videos
+    for part in ("video_processor", "image_processor"):
+        processor = getattr(processor, part, None) or processor
+    mean, std = processor.image_mean, processor.image_std
+    if mean is None or not asked.get("do_normalize", processor.do_normalize):
+        mean, std = [0.0] * 3, [1.0] * 3
+    crop = processor.crop_size if getattr(processor, "do_center_crop", False) else None
+    size = dict(asked.get("size") or crop or processor.size)
+    return mean, std, (size["height"], size["width"]) if size.get("height") else size["shortest_edge"]
+
+
 class Teacher(nn.Module):
     """A frozen model: clips (B, T, 3, H, W) from 0 to 1 to features on a grid, and its pooled state."""
 
@@ -215,20 +239,18 @@ class Teacher(nn.Module):
             self.size = pair(image_size or 224)
         else:
             model, processor = AutoModel.from_pretrained(name), AutoProcessor.from_pretrained(name)
-            model = getattr(model, "vision_model", model)  # of CLIP and its like
-            processor = getattr(processor, "image_processor", processor)
-            self.model, self.config, mean, std = model, model.config, processor.image_mean, processor.image_std
-            self.size = pair(image_size or getattr(self.config, "image_size", 224))
-            if (
-                image_size is not None
-                and hasattr(self.config, "patch_size")
-                and self.size != pair(self.config.image_size)
-            ):
+            self.model = getattr(model, VISION_PARTS.get(model.config.model_type, "vision_model"), model)
+            self.config = self.model.config
+            mean, std, size = read_processor(processor)
+            own = getattr(self.config, "image_size", None) or getattr(self.config, "crop_size", None)
+            self.size = pair(image_size or own or size)
+            if own is not None and hasattr(self.config, "patch_size") and self.size != pair(own):
                 raise ValueError(
-                    f"{name} takes frames of {self.config.image_size} pixels, not {image_size}. Leave out "
+                    f"{name} takes frames of {own} pixels, not {image_size}. Leave out "
                     "--teacher_image_size: frames are resized for the teacher."
                 )
-        self.num_frames = getattr(self.config, "num_frames", 1)
+        self.input_name = getattr(self.model, "main_input_name", "pixel_values")
+        self.sees_clips = self.input_name == "pixel_values_videos" or getattr(self.config, "num_frames", 1) > 1
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
         self.requires_grad_(False).eval()
@@ -236,14 +258,20 @@ class Teacher(nn.Module):
     def train(self, mode=True):
         return super().train(False)
 
+    def frames_to_see(self, num_frames):
+        """Numbers of the frames, of a clip's `num_frames`, that the teacher is shown."""
+        if not self.sees_clips:
+            return torch.arange(num_frames // self.tubelet_size) * self.tubelet_size + self.tubelet_size // 2
+        wanted = getattr(self.config, "num_frames", None)
+        if wanted is None:  # it takes any number: the clip's, but no more than it has learned from
+            step = getattr(self.config, "tubelet_size", 1)
+            wanted = max(min(num_frames, getattr(self.config, "frames_per_clip", num_frames)) // step, 1) * step
+        return torch.linspace(0, num_frames - 1, wanted).round().long()
+
     @torch.no_grad()
     def forward(self, clips):
         """Returns (B, n_t, n_h, n_w, D) and (B, D), float32, on the teacher's own grid."""
-        batch, frames = clips.shape[:2]
-        if self.num_frames > 1:
-            places = torch.linspace(0, frames - 1, self.num_frames).round().long()
-        else:
-            places = torch.arange(frames // self.tubelet_size) * self.tubelet_size + self.tubelet_size // 2
+        batch, places = len(clips), self.frames_to_see(clips.shape[1])
         images = clips[:, places].flatten(0, 1)
         if images.shape[2:] != self.size:
             images = F.interpolate(images, self.size, mode="bicubic", antialias=True).clamp(0, 1)
@@ -253,10 +281,14 @@ class Teacher(nn.Module):
             tokens, pooled = features[:, None], features.mean((1, 2))
         else:
             # A video model's input has a time axis; so has VideoMamba's at one frame, but it takes images too.
-            inputs = images.unflatten(0, (batch, -1)) if self.num_frames > 1 else images
-            tokens, pooled = tokens_on_grid(self.model(pixel_values=inputs), self.config)
+            inputs = {self.input_name: images.unflatten(0, (batch, -1)) if self.sees_clips else images}
+            if self.config.model_type == "vjepa2":
+                inputs["skip_predictor"] = True
+            tokens, pooled = tokens_on_grid(
+                self.model(**inputs), self.config, len(places) if self.sees_clips else None
+            )
             tokens, pooled = tokens.float(), pooled.float()
-        if self.num_frames > 1:
+        if self.sees_clips:
             return tokens, pooled
         return tokens.squeeze(1).unflatten(0, (batch, -1)), pooled.unflatten(0, (batch, -1)).mean(1)
 

@@ -90,13 +90,15 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
     make_parser().parse_args()  # before the imports below, which take seconds
 
 import torch
-from huggingface_hub import ModelCard
+import yaml
+from huggingface_hub import EvalResultEntry, ModelCard, eval_result_entries_to_yaml
 from torchvision.transforms import v2
 from transformers import AutoConfig, AutoModelForVideoClassification, AutoVideoProcessor, Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from modeling_videomamba import VideoMambaImageProcessor, VideoMambaVideoProcessor
+from modeling_videomamba.loading_videomamba import unloadable_reason
 
 
 try:
@@ -164,9 +166,9 @@ def fit_processor(processor, config, frame_stride=None, sampling_fps=None):
         frame_stride (`int`, *optional*): another distance between sampled frames; 0 spreads them over the whole clip.
         sampling_fps (`float`, *optional*): so many sampled frames a second instead.
     """
-    height, width = [config.image_size] * 2 if isinstance(config.image_size, int) else config.image_size
-    crop = processor.crop_size
-    if crop and (crop["height"], crop["width"]) != (height, width):
+    image_size, crop = getattr(config, "image_size", None), processor.crop_size  # some models take any size
+    height, width = image_size if isinstance(image_size, list | tuple) else (image_size, image_size)
+    if image_size and crop and (crop["height"], crop["width"]) != (height, width):
         edge = (processor.size or {}).get("shortest_edge")  # it may be longer than the crop
         ratio = edge / min(crop["height"], crop["width"]) if edge else 1
         processor.size = {"shortest_edge": round(ratio * min(height, width))}
@@ -228,6 +230,14 @@ def licence(name):
     except Exception:  # without a card or a network: those of the network's client are not of one family
         return None
     return card.data.get("license")
+
+
+def write_eval_results(folder, data_set, accuracy, notes):
+    """`.eval_results/<data set>.yaml`, where the leaderboard of a data set of the Hub looks for a model's result."""
+    entry = EvalResultEntry(dataset_id=data_set, task_id="default", value=round(accuracy, 4), notes=notes)
+    path = Path(folder, ".eval_results", f"{data_set.replace('/', '--')}.yaml")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump(eval_result_entries_to_yaml([entry])), encoding="utf-8")
 
 
 def tell_place(checkpoint):
@@ -333,6 +343,10 @@ class FineTuner(Trainer):
         if os.path.isdir(start):
             kwargs["license"] = kwargs.get("license") or licence(start)
         super().create_model_card(*args, **kwargs)
+        measured = [entry["eval_accuracy"] for entry in self.state.log_history if "eval_accuracy" in entry]
+        if kwargs.get("dataset_tags") and measured and self.is_world_process_zero():
+            notes = "accuracy on what was kept for validation"
+            write_eval_results(self.args.output_dir, kwargs["dataset_tags"], measured[-1], notes)
         if os.path.isdir(start) and self.is_world_process_zero():
             path = Path(self.args.output_dir, "README.md")
             text, name = path.read_text(encoding="utf-8"), Path(start).absolute().name
@@ -362,6 +376,8 @@ def main():
     args, training_args = parser.parse_args_into_dataclasses()
     training_args.remove_unused_columns = False  # the transforms need the column `video`
     set_seed(training_args.seed)
+    if reason := unloadable_reason(args.model_name_or_path):
+        sys.exit(reason)
 
     clips = load_clips(args.dataset, args.validation_fraction, training_args.seed)
     names = clips["train"].features["label"].names

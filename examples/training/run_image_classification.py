@@ -75,6 +75,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_videomamba import VideoMambaConfig, VideoMambaImageProcessor
+from modeling_videomamba.loading_videomamba import unloadable_reason
 
 
 try:
@@ -149,6 +150,8 @@ def load_model(args, names):
     if path is None:
         config = VideoMambaConfig(num_frames=1, tubelet_size=1, **labels)
     else:
+        if reason := unloadable_reason(path):
+            raise ValueError(reason)
         config = AutoConfig.from_pretrained(path, **labels)
     if args.config_overrides:
         config.update_from_string(args.config_overrides)

@@ -53,15 +53,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, RandomSampler
 from tqdm import tqdm
 from transformers import (
-    AutoImageProcessor,
     AutoModelForVideoClassification,
     AutoVideoProcessor,
     get_cosine_schedule_with_warmup,
     set_seed,
 )
 
-from finetune import IGNORED, DecodeFailures
-from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoFrameClassification
+from finetune import IGNORED, DecodeFailures, keep_settings
+from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoFrameClassification, VideoMambaImageProcessor
 from modeling_videomamba.configuration_videomamba import unstreamable_reason
 from video_classification_data import load_clips, match_labels, transform_clips
 from video_classification_model import parameter_groups, save_for_users, write_results
@@ -147,26 +146,30 @@ class StreamTraining:
 
 def main():
     args, data_args = parse_arguments(StreamArguments, DataArguments)
-    os.makedirs(args.output_dir, exist_ok=True)
+    keep_settings(args.output_dir, vars(args) | vars(data_args))
+    path = f"{args.output_dir}/state.pt"
+    if os.path.exists(f"{args.output_dir}/train_results.json"):
+        print(f"Already done: {args.output_dir} holds the model of this training. Nothing is trained.")
+        return
     set_seed(args.seed)
     device = Accelerator().device
     model = load_streaming_model(args.model_name_or_path).to(device).train()
     window, model.config.pooling_window = model.config.pooling_window, args.pooling_window
-    processors = [kind.from_pretrained(args.model_name_or_path) for kind in (AutoVideoProcessor, AutoImageProcessor)]
+    processor = AutoVideoProcessor.from_pretrained(args.model_name_or_path)
     if args.sampling_fps is not None:
-        processors[0].sampling_fps = args.sampling_fps
+        processor.sampling_fps = args.sampling_fps
 
     failures = DecodeFailures(args.output_dir, data_args.max_decode_failures)
     splits, _ = load_clips(data_args, ["train"], args.seed, failures)
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
     splits["train"] = match_labels(splits["train"], names)
-    how = data_args, processors[0], processors[0], failures, args.seed, device
+    how = data_args, processor, processor, failures, args.seed, device
     clips, finish = transform_clips(splits, names, *how)
 
-    training, path = StreamTraining(model, finish, args), f"{args.output_dir}/state.pt"
+    training = StreamTraining(model, finish, args)
     if os.path.exists(path):
         training.load(path)
-        print(f"Going on from step {training.step}.")
+        print(f"Going on from {path}: {training.step} of {args.max_steps} steps are done.")
     remaining = args.max_steps - training.step
     loader = DataLoader(
         clips["train"],
@@ -188,7 +191,11 @@ def main():
     model.load_state_dict(training.average.module.state_dict())
     model.config.pooling_window = window
     model.config.architectures = ["VideoMambaForVideoClassification"]
-    save_for_users(model.eval(), processors, args.output_dir)
+    save_for_users(
+        model.eval(),
+        [processor, VideoMambaImageProcessor(size=processor.size, crop_size=processor.crop_size)],
+        args.output_dir,
+    )
     write_results(args.output_dir, "train", {"train_steps": training.step})
     if os.path.exists(path):
         os.remove(path)

@@ -23,8 +23,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from finetune import fit_processor, for_decoded_frames, licence
+from finetune import fit_processor, for_decoded_frames, licence, write_eval_results
 from modeling_videomamba import VideoMambaConfig, VideoMambaImageProcessor, VideoMambaVideoProcessor
+from modeling_videomamba.loading_videomamba import unloadable_reason
 from video_classification_data import first_line
 
 
@@ -71,15 +72,16 @@ def load_model(args, names, training):
             config = AutoConfig.from_pretrained(args.config_name, **own, **trust)
             config = override_config(config, args.config_overrides)
         model = AutoModelForVideoClassification.from_config(config, **trust)
-        geometry = {
-            "size": {"shortest_edge": config.image_size},
-            "crop_size": {"height": config.image_size, "width": config.image_size},
-        }
+        # Another architecture's config may have neither: its model takes clips of any size.
+        size, frames = (getattr(config, name, sizes[name]) for name in ("image_size", "num_frames"))
+        geometry = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
         processor = VideoMambaVideoProcessor(
-            num_frames=config.num_frames, frame_stride=stride, sampling_fps=args.sampling_fps, **geometry
+            num_frames=frames, frame_stride=stride, sampling_fps=args.sampling_fps, **geometry
         )
         return model, names, processor, processor, VideoMambaImageProcessor(**geometry)
 
+    if reason := unloadable_reason(args.model_name_or_path):
+        raise ValueError(reason)
     config = AutoConfig.from_pretrained(args.model_name_or_path, **trust)
     known = [config.id2label[number] for number in range(config.num_labels)]
     if not training or set(names) == set(known):
@@ -359,7 +361,8 @@ def draw_curve(folder, history):
 
 def write_card(folder, repo_id, model_args, data_args, metrics, settings):
     """
-    `README.md`: a model card with the metrics where the Hub looks for them, and `training_args.json`.
+    `README.md`: a model card with the metrics where the Hub looks for them, and `training_args.json`;
+    of clips that are a data set of the Hub, also `.eval_results/`.
 
     `repo_id` is where it will be on the Hub, or None; `metrics` are those of the validation clips, or None; `settings`
     are all arguments of the run.
@@ -382,6 +385,9 @@ def write_card(folder, repo_id, model_args, data_args, metrics, settings):
         for kind, name in (("accuracy", "accuracy"), ("accuracy", "top5_accuracy"), ("recall", "mean_class_accuracy"))
         if metrics and f"eval_{name}" in metrics
     ]
+    if hub_data and results:
+        notes = f"accuracy on the split {data_args.validation_split}"
+        write_eval_results(folder, hub_data, metrics["eval_accuracy"], notes)
     card = ModelCardData(
         model_name=title,
         license=licence(base),
@@ -455,7 +461,7 @@ def finish_push(repo_id, token, folder):
     return HfApi(token=token).upload_folder(
         repo_id=repo_id,
         folder_path=folder,
-        allow_patterns=["*.safetensors", "*.json", "*.py", "*.md", "*.png", "classes.csv"],
+        allow_patterns=["*.safetensors", "*.json", "*.py", "*.md", "*.png", "*.yaml", "classes.csv"],
         ignore_patterns=["checkpoint-*", "runs/*", "*.part/*", "_*"],
         commit_message="End of training",
     )

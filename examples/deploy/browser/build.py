@@ -4,6 +4,8 @@
     python examples/deploy/browser/build.py model_cards/videomamba-tiny-camera-motion page
     python -m http.server --directory page
 
+With a model that can stream (docs/streaming.md), the camera's labels come after every step of two frames.
+
 `npm` fetches ONNX Runtime's WebAssembly files. The model is exported by ../export_onnx.py, or taken from a folder
 that this script wrote.
 """
@@ -46,10 +48,12 @@ def main():
         for name in ("model.onnx", "config.json", "video_preprocessor_config.json"):
             shutil.copy(Path(args.model) / name, args.output)
     else:
-        subprocess.run([sys.executable, HERE.parent / "export_onnx.py", args.model, args.output], check=True)
-    for name in ("index.html", "app.js", "preprocessing.js", "README.md"):
+        export = [sys.executable, HERE.parent / "export_onnx.py", args.model, args.output, "--browser"]
+        subprocess.run(export, check=True)
+    for name in ("index.html", "app.js", "preprocessing.js", "stream.js", "README.md"):
         shutil.copy(HERE / name, args.output)
     if not all((args.output / "ort" / name).exists() for name in RUNTIME_FILES):
+        print(f"Fetching {RUNTIME} with npm, 15 MB to keep ...", flush=True)
         fetch_runtime(args.output / "ort")
     print(f"Serve it: python -m http.server --directory {args.output}")
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A page to try VideoMamba: a clip in; labels, the frames that were looked at and two maps of the model out.
+"""A page to try VideoMamba: a clip in; labels, the frames that were looked at and two maps of the model out. Or live.
 
     python examples/tools/space/app.py                                    # the camera-motion tagger of this repository
     python examples/tools/space/app.py you/videomamba-k400 my-classifier    # other checkpoints: repositories, folders
@@ -56,6 +56,7 @@ except ModuleNotFoundError:
     sys.exit("The page needs Gradio: pip install 'gradio>=6,<7'")
 try:
     import modeling_videomamba  # noqa: F401  registers VideoMamba in transformers' Auto classes
+    from modeling_videomamba.loading_videomamba import unloadable_reason
 
     OWN_CODE = False
 except ImportError:
@@ -70,7 +71,11 @@ KEPT_SECONDS, SWEEP_SECONDS = (
     300,
     30,
 )  # clips and results older than the first are deleted every time the second passes
+PLAYED = {".mp4", ".webm", ".mov", ".m4v", ".ogv"}  # by browsers, as far as their codecs are known to them
 PANE = 224  # pixels of each picture in the overlay
+LIVE_SECONDS = 60  # a camera is looked at for so long, then again if asked
+LIVE_FPS = 8  # frames a second of a camera, if the checkpoint does not say
+LIVE_STEPS = 4  # steps that a model that streams classifies together
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +88,13 @@ class Checkpoint:
         self.model = AutoModelForVideoClassification.from_pretrained(name, **options).eval()
         self.processor = AutoVideoProcessor.from_pretrained(name, **options)
         self.lock = threading.Lock()
+        # A model that streams computes each frame of a camera once.
+        reason = getattr(sys.modules[type(self.model.config).__module__], "unstreamable_reason", lambda _: "unknown")
+        self.streams = reason(self.model.config) is None
+        self.live = self.model
+        if self.streams:
+            options["pooling_window"] = self.model.config.pooling_window or LIVE_STEPS
+            self.live = AutoModelForVideoClassification.from_pretrained(name, **options).eval()
         # Once before the first visitor: the scan's kernels are compiled at their first call.
         size = self.processor.crop_size
         self.run(torch.zeros(1, self.model.config.num_frames, 3, size["height"], size["width"]))
@@ -114,6 +126,29 @@ class Checkpoint:
         std = torch.tensor(self.processor.image_std)[:, None, None]
         pictures = (pixel_values[0] * std + mean).clamp(0, 1) * 255
         return pictures.round().byte().permute(0, 2, 3, 1).numpy()
+
+
+class Camera:
+    """What a visitor's camera has shown to a checkpoint: frames that wait, and a stream's cache."""
+
+    def __init__(self, checkpoint):
+        self.checkpoint, self.frames, self.cache = checkpoint, [], None
+
+    def look(self, picture):
+        """Scores (labels,) after this next picture (H, W, 3), or None while it is too early for new ones."""
+        model, processor = self.checkpoint.live, self.checkpoint.processor
+        pixels = processor(picture[None], do_sample_frames=False, return_tensors="pt")["pixel_values"]
+        self.frames.append(pixels)
+        if len(self.frames) < (model.config.tubelet_size if self.checkpoint.streams else model.config.num_frames):
+            return None
+        clip, options = torch.cat(self.frames, dim=1), {}
+        if self.checkpoint.streams:
+            options = {"cache": self.cache, "use_cache": True}
+        with self.checkpoint.lock, torch.no_grad():
+            output = model(clip, **options)
+        self.cache = output.cache if self.checkpoint.streams else None
+        self.frames = [] if self.checkpoint.streams else self.frames[len(self.frames) // 2 :]
+        return output.logits.softmax(-1)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,6 +202,13 @@ def draw_frames(pictures, indices):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def knowledge(checkpoint):
+    """What a checkpoint can answer, in a sentence."""
+    names = list(checkpoint.model.config.id2label.values())
+    shown = ", ".join(names[:12]) + (" and so on" if len(names) > 12 else "")
+    return f"It knows {len(names)} labels, and answers with one of them whatever the clip shows: *{shown}*."
+
+
 def message(text):
     return gr.update(value=f'<div class="message">{html.escape(text)}</div>', visible=True)
 
@@ -200,8 +242,25 @@ def classify(path, checkpoint, folder):
         f"**{done - start:.2f} s**: {read - start:.2f} s to read {read_frames}, {done - read:.2f} s for scores and "
         f"maps. For *{labels[int(scores.argmax())]}*:"
     )
+    if Path(path).suffix.lower() not in PLAYED:
+        summary = (
+            f"Browsers do not play {Path(path).suffix} files: the player stays empty, the scores hold.\n\n{summary}"
+        )
     confidences = {labels[i]: float(score) for i, score in enumerate(scores)}
     return gr.update(visible=False), confidences, summary, draw_frames(pictures, indices), overlay
+
+
+def watch(picture, camera, checkpoint):
+    """The scores after the next picture of a camera, and the `Camera` that has seen it."""
+    if picture is None or checkpoint is None:
+        return gr.skip(), None
+    if camera is None or camera.checkpoint is not checkpoint:
+        camera = Camera(checkpoint)
+    scores = camera.look(picture)
+    if scores is None:
+        return gr.skip(), camera
+    labels = checkpoint.model.config.id2label
+    return {labels[i]: float(score) for i, score in enumerate(scores)}, camera
 
 
 class NoAddresses:
@@ -257,8 +316,15 @@ def remove_empty_folders(folder):
 CSS = """
 .frames {display: grid; grid-template-columns: repeat(auto-fill, minmax(56px, 1fr)); gap: 4px}
 .frames figure {margin: 0} .frames img {width: 100%} .frames figcaption {font-size: 11px; text-align: center}
+@media (max-width: 640px) {#clip {height: 220px !important} #introduction h1 {margin: 0}}
 .message {padding: 12px; border-left: 4px solid #dc2626; background: #fef2f2; color: #7f1d1d; overflow-wrap: anywhere}
 """
+
+# Where the page is one column, as on a phone, the answer is brought into view.
+SHOW_SCORES = """() => {
+    const scores = document.querySelector("#scores");
+    if (innerWidth < 640 && scores) scores.scrollIntoView({block: "center", behavior: "smooth"});
+}"""
 
 INTRODUCTION = f"""
 # VideoMamba
@@ -272,42 +338,80 @@ saw there. Right, the **reading map**: red spoke for the label, blue against it.
 """
 
 
+def build_live(checkpoints):
+    """The page's part for a camera: labels while it runs, after every step of a model that streams."""
+    with gr.Row():
+        # As the camera sees it: a mirror would swap left and right.
+        options = gr.WebcamOptions(mirror=False)
+        camera = gr.Image(
+            label="Camera", sources=["webcam"], streaming=True, webcam_options=options, height=400, elem_id="live"
+        )
+        with gr.Column():
+            choice = gr.Dropdown(list(checkpoints), value=next(iter(checkpoints)), label="Checkpoint")
+            scores = gr.Label(label="Scores", num_top_classes=5, elem_id="live-scores")
+    seen = gr.State()
+    first = next(iter(checkpoints.values()))
+    camera.stream(
+        lambda picture, seen, name: watch(picture, seen, checkpoints.get(name)),
+        [camera, seen, choice],
+        [scores, seen],
+        stream_every=1 / (getattr(first, "processor", None) and first.processor.sampling_fps or LIVE_FPS),
+        time_limit=LIVE_SECONDS,
+        concurrency_limit=VISITORS,
+        show_progress="hidden",
+        api_visibility="private",
+    )
+
+
 def build_page(checkpoints):
     """The page, a `gr.Blocks`, for a dictionary of `Checkpoint`s by name."""
     with gr.Blocks(title="VideoMamba", delete_cache=(SWEEP_SECONDS, KEPT_SECONDS)) as page:
-        gr.Markdown(INTRODUCTION)
-        with gr.Row():
-            with gr.Column():
-                # Without the microphone. Gradio would then take the sound out of every clip with the program ffmpeg,
-                # which PyAV does not need: the event below hands over files as they came.
-                sources = ["upload", "webcam"]
-                clip = gr.Video(label="Clip", sources=sources, include_audio=False, height=400, elem_id="clip")
-                choice = gr.Dropdown(list(checkpoints), value=next(iter(checkpoints)), label="Checkpoint")
-                examples = sorted(str(path) for path in (HERE / "examples").glob("*.mp4"))
-                if examples:
-                    gr.Examples([[path] for path in examples], clip, cache_examples=False, label="Examples")
-            with gr.Column():
-                problem = gr.HTML(elem_id="problem", visible=False)
-                scores = gr.Label(label="Scores", num_top_classes=5, elem_id="scores")
-                summary = gr.Markdown(elem_id="summary")
-                overlay = gr.Video(label="Maps", interactive=False, loop=True, autoplay=True, elem_id="overlay")
-                gr.Markdown(MAPS)
-                frames = gr.HTML(elem_id="frames")
-
-        def answer(file, name):
-            return classify(file and file["path"], checkpoints.get(name), overlay.GRADIO_CACHE)
-
-        gr.on(
-            [clip.change, choice.change],
-            answer,
-            [clip, choice],
-            [problem, scores, summary, frames, overlay],
-            preprocess=False,
-            concurrency_limit=VISITORS,
-            trigger_mode="always_last",
-            api_visibility="private",
-        )
+        gr.Markdown(INTRODUCTION, elem_id="introduction")
+        with gr.Tab("Clip"):
+            build_clip(checkpoints)
+        with gr.Tab("Live"):
+            build_live(checkpoints)
     return page.queue(max_size=WAITING)
+
+
+def build_clip(checkpoints):
+    """The page's part for a file."""
+    with gr.Row():
+        with gr.Column():
+            # Without the microphone. Gradio would then take the sound out of every clip with the program ffmpeg,
+            # which PyAV does not need: the event below hands over files as they came.
+            sources = ["upload", "webcam"]
+            clip = gr.Video(label="Clip", sources=sources, include_audio=False, height=400, elem_id="clip")
+            several = len(checkpoints) > 1
+            first = next(iter(checkpoints))
+            choice = gr.Dropdown(list(checkpoints), value=first, label="Checkpoint", visible=several)
+            known = gr.Markdown(knowledge(checkpoints[first]), elem_id="known")
+            examples = sorted(str(path) for path in (HERE / "examples").glob("*.mp4"))
+            if examples:
+                gr.Examples([[path] for path in examples], clip, cache_examples=False, label="Examples")
+        with gr.Column():
+            problem = gr.HTML(elem_id="problem", visible=False)
+            scores = gr.Label(label="Scores", num_top_classes=5, elem_id="scores")
+            summary = gr.Markdown(elem_id="summary")
+            overlay = gr.Video(label="Maps", interactive=False, loop=True, autoplay=True, elem_id="overlay")
+            gr.Markdown(MAPS)
+            frames = gr.HTML(elem_id="frames")
+
+    def answer(file, name):
+        return classify(file and file["path"], checkpoints.get(name), overlay.GRADIO_CACHE)
+
+    choice.change(lambda name: knowledge(checkpoints[name]), choice, known, api_visibility="private")
+    answered = gr.on(
+        [clip.change, choice.change],
+        answer,
+        [clip, choice],
+        [problem, scores, summary, frames, overlay],
+        preprocess=False,
+        concurrency_limit=VISITORS,
+        trigger_mode="always_last",
+        api_visibility="private",
+    )
+    answered.then(None, js=SHOW_SCORES)
 
 
 def launch(checkpoints, **options):
@@ -338,6 +442,8 @@ def main():
         named = [str(folder) for folder in folders if folder.is_dir()][:1]
     if not named:
         sys.exit("Name a checkpoint: a Hub repository or a folder.")
+    for reason in filter(None, [] if OWN_CODE else map(unloadable_reason, named)):
+        sys.exit(reason)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # as Ctrl-C does: the folder below is removed
     with tempfile.TemporaryDirectory(prefix="videomamba-page-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
