@@ -68,7 +68,7 @@ def test_extreme_steps(step_bias):
 
 @pytest.mark.parametrize("step_bias", [-12.0, -3.0, 5.0, 60.0])
 def test_bfloat16_loses_no_more_than_its_rounding(step_bias):
-    """Against float64. The convolved inputs, the projections and the output are rounded, which makes 4.5e-3 at most."""
+    """Against float64. Inputs, projections and output are rounded, which makes 4.5e-3 at most."""
     inputs = random_inputs(1, 500, 70, step_bias=step_bias)
     rounded = [t.bfloat16() if place in (0, 3) else t for place, t in enumerate(inputs)]
     found = backend.bidirectional_selective_scan(*rounded)
