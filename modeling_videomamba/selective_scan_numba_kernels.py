@@ -132,8 +132,9 @@ if IMPORT_ERROR is None:
 
 
 @_compiled("contract")
-def _exp2_above(x):
-    """2 to the power of x, for x from -126 to 127. NaN stays NaN."""
+def _exp2(x):
+    """2 to the power of x, for x up to 127; what would fall below 2**-126 becomes that. NaN stays NaN."""
+    x = np.float32(-126) if x < np.float32(-126) else x
     rounded = x + ROUNDER
     f = x - (rounded - ROUNDER)
     # Minimax on [-1/2, 1/2], and exactly 1 at 0, where the decays of small steps are.
@@ -146,15 +147,9 @@ def _exp2_above(x):
 
 
 @_compiled("contract")
-def _exp2(x):
-    """The same for any x up to 127; what would fall below 2**-126 becomes that."""
-    x = np.float32(-126) if x < np.float32(-126) else x
-    return _exp2_above(x)
-
-
-@_compiled("contract")
-def _rough_exp2_above(x):
+def _rough_exp2(x):
     """The same with two terms fewer: errors below 2.7e-4 of the result and, from -1/2 to 0, of what it lacks to 1."""
+    x = np.float32(-126) if x < np.float32(-126) else x
     rounded = x + ROUNDER
     f = x - (rounded - ROUNDER)
     p = np.float32(0.05392669) * f + np.float32(0.24174207)
@@ -163,19 +158,17 @@ def _rough_exp2_above(x):
     return _from_bits(np.int32(_bits(p) + np.int32(_bits(rounded) << np.int32(23))))
 
 
-def _decay(x, above):
-    """2 to the power of x; if `above` is an array, x is at least -126, and the accuracy is that array's."""
+def _decay(x, like):
+    """2 to the power of x, at the accuracy of the numbers of an array."""
 
 
 if IMPORT_ERROR is None:
 
     @overload(_decay)
-    def _(x, above):
-        if isinstance(above, types.NoneType):
-            return lambda x, above: _exp2(x)
-        if above.dtype == types.uint16:
-            return lambda x, above: _rough_exp2_above(x)
-        return lambda x, above: _exp2_above(x)
+    def _(x, like):
+        if like.dtype == types.uint16:
+            return lambda x, like: _rough_exp2(x)
+        return lambda x, like: _exp2(x)
 
 
 @_compiled("contract")
@@ -222,8 +215,8 @@ def _tables(count, rows):
 
 
 @_compiled("contract")
-def _walk(steps, size, size_u, y, BC, A, h, above):
-    """Advance h by some steps, in place, and add C h to y. For `above`, see `_decay`."""
+def _walk(steps, size, size_u, y, BC, A, h, like):
+    """Advance h by some steps, in place, and add C h to y; decays are as accurate as `like`."""
     _hot()
     _disjoint()
     num_states = BC.shape[1] // 2
@@ -233,7 +226,7 @@ def _walk(steps, size, size_u, y, BC, A, h, above):
             b, b_out = BC[k, n], BC[k, num_states + n]
             A_n, h_n = A[n], h[n]
             for c in range(BLOCK):
-                new = _decay(size_k[c] * A_n[c], above) * h_n[c] + size_u_k[c] * b
+                new = _decay(size_k[c] * A_n[c], like) * h_n[c] + size_u_k[c] * b
                 h_n[c] = new
                 y_k[c] += new * b_out
 
@@ -340,25 +333,6 @@ def _convert(source, target):
     _disjoint()
     for c in range(source.size):
         target[c] = _to_float(source[c])
-
-
-@_row
-def _largest(x, total):
-    _disjoint()
-    for c in range(x.size):
-        total[c] = x[c] if x[c] > total[c] else total[c]
-
-
-@_row
-def _are_above(steps, size, steepest, largest):
-    """Whether all decays of a chunk are above 2**-126; `steepest` is the largest -A log2(e) of each channel."""
-    _fill(np.float32(0), largest)
-    for k in range(steps):
-        _largest(size[k], largest)
-    for c in range(largest.size):
-        if not largest[c] * steepest[c] < np.float32(126):
-            return False
-    return True
 
 
 @_row
@@ -502,18 +476,14 @@ def scan(unit, xz, u, delta, BC, A, D, delta_bias, visits, start, out, states, e
     blocks = (channels + BLOCK - 1) // BLOCK
     clip, first = unit // blocks, unit % blocks * BLOCK
     last = min(first + BLOCK, channels)
-    by_state, by_token, of_block = _tables(2, num_states), _tables(3, CHUNK), _tables(1, 2)[0]
+    by_state, by_token = _tables(2, num_states), _tables(3, CHUNK)
     A_block, h = by_state[0], by_state[1]
-    steepest, largest = of_block[0], of_block[1]
     size, size_u, y = by_token[0], by_token[1], by_token[2]
     BC_chunk = np.empty((CHUNK, 2 * num_states), np.float32)
     for direction in range(2):
         D_block, bias_block = D[direction, first:last], delta_bias[direction, first:last]
-        _fill(np.float32(0), steepest)
         for n in range(num_states):
             _copy(A[direction, n, first:last], A_block[n])
-            for c in range(BLOCK):
-                steepest[c] = max(steepest[c], -A_block[n, c])
             _fill(np.float32(0), h[n])
         if start.size > 0:
             _load_state(start[clip, direction, first:last], h)
@@ -530,10 +500,7 @@ def scan(unit, xz, u, delta, BC, A, D, delta_bias, visits, start, out, states, e
                 _copy(BC[direction, clip, token], BC_chunk[k])
                 u_k, delta_k = u[direction, clip, token, first:last], delta[direction, clip, token, first:last]
                 _discretize(u_k, delta_k, bias_block, D_block, size[k], size_u[k], y[k])
-            if _are_above(steps, size, steepest, largest):
-                _walk(steps, size, size_u, y, BC_chunk, A_block, h, xz)
-            else:
-                _walk(steps, size, size_u, y, BC_chunk, A_block, h, None)
+            _walk(steps, size, size_u, y, BC_chunk, A_block, h, xz)
             for k in range(steps):
                 token = visits[direction, begin + k]
                 y_forward = delta[0, clip, token, first:last]

@@ -184,6 +184,36 @@ def test_recipes_of_long_videos_train_and_are_tested_as_their_authors_do(
     assert blue.tolist() == pytest.approx([46.5, 94.5, 142.5], abs=2)  # 3 · (15.5 + 0, 16 or 32)
 
 
+# As on a GPU, whose name alone is missing: the workers leave to `DeviceTransform` what follows the crop.
+DEFERRING = """
+import runpy, sys
+sys.path.insert(0, sys.argv[1].rpartition("/")[0])
+import video_classification_data as data
+
+transform_clips, TrainTransform = data.transform_clips, data.TrainTransform
+data.TrainTransform = lambda *args: TrainTransform(*args[:5], defers=True)
+
+def deferring(*args):
+    clips, _ = transform_clips(*args)
+    return clips, data.DeviceTransform(args[4], args[-1], clips["train"].transform.augment)
+
+data.transform_clips = deferring
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["run_video_classification", "run_video_classification_no_trainer"])
+def test_training_sees_the_same_whoever_augments(name, python, bars, tmp_path):
+    more = [*AUGMENTED, "--max_steps", 3, "--per_device_train_batch_size", 4]
+    more += ["--do_train", "--report_to", "none"] if name == "run_video_classification" else []
+    run(python, name, *training(bars, tmp_path / "workers", *more))
+    python.run(["-c", DEFERRING, EXAMPLES / f"{name}.py", *training(bars, tmp_path / "device", *more)])
+    assert len(losses(tmp_path / "device")) == 3
+    assert losses(tmp_path / "device") == losses(tmp_path / "workers")
+
+
 @pytest.mark.parametrize("name, mirrored", [("k400", True), ("ssv2", False), ("hmdb51", True)])
 def test_recipes_train_as_the_paper_says(name, mirrored, tmp_path, monkeypatch):
     """One epoch of warm-up to 3e-4 and a cosine to zero, with either script; no mirrored clip of SSV2."""
