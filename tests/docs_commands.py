@@ -132,6 +132,8 @@ def python_words(words):
         assert program in ("python", "torchrun"), f"no test runs {program}: {words}"
     rest = [SHIPPED if word.endswith("/train-...") else word for word in rest]  # a run's folder, whose name is a hash
     script = Path(rest[0]).stem
+    if script.startswith("make_") and "--clips_per_label" not in rest:
+        rest += ["--clips_per_label", "2"]
     if script == "study":
         rest.insert(rest.index("--") if "--" in rest else len(rest), "--dry_run")  # test_study.py runs them
     elif script.startswith("run_") or script in TRAIN_BY_TRAINER:
