@@ -36,3 +36,28 @@ def test_the_plot_shows_each_panel(tmp_path):
     rows += [row("VideoMAE-S", frames, 200 / frames**2) for frames in (8, 16)]
     benchmark.plot(rows, tmp_path / "benchmark.png", "random numbers")
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("name", "frames", "millions", "gmacs"),
+    [
+        ("VideoMAE-S", 16, 22, 57),  # table 6 of its paper
+        ("Swin3D-T", 32, 28.2, 88),  # table 1 of its paper
+        ("V-JEPA 2 ViT-L", 16, 303 + 50, None),  # a ViT-L, and a pooler of three layers and one of cross-attention
+        ("VideoPrism-B", 16, 114 + 10, None),  # its paper's backbone, and a pooling head
+    ],
+)
+def test_parameters_and_multiply_accumulates_are_those_of_the_papers(name, frames, millions, gmacs):
+    parameters, macs = benchmark.size_of(name, frames)
+    assert parameters / 1e6 == pytest.approx(millions, rel=0.01)
+    assert gmacs is None or macs / 1e9 == pytest.approx(gmacs, rel=0.01)
+
+
+@pytest.mark.parametrize("name", benchmark.MODELS)
+def test_every_model_takes_the_clips_of_the_benchmark(name):
+    with torch.device("meta"), torch.no_grad():
+        model, forward = benchmark.MODELS[name](16)
+        clips = torch.empty(2, 16, 3, benchmark.SIZE, benchmark.SIZE)
+        if name == "VideoMamba-S":
+            pytest.skip("nothing scans on the device meta; test_modeling.py runs the model")
+        assert forward(clips).shape == (2, benchmark.LABELS)

@@ -1,5 +1,5 @@
 """
-VideoMamba's speed and memory beside VideoMAE's and Video Swin's, on random weights and random clips, in one run.
+The speed and memory of VideoMamba, VideoMAE, Video Swin, V-JEPA 2 and VideoPrism, on random weights and random clips.
 
     python examples/benchmarks/benchmark.py --output results                  # on a GPU: about ten minutes
     python examples/benchmarks/benchmark.py --output results --device cpu     # on a CPU: a few minutes
@@ -70,11 +70,25 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
 
 import torch
 import transformers
-from transformers import MambaConfig, VideoMAEConfig, VideoMAEForVideoClassification
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    MambaConfig,
+    VideoMAEConfig,
+    VideoMAEForVideoClassification,
+    VideoPrismForVideoClassification,
+    VideoPrismVisionConfig,
+    VJEPA2Config,
+    VJEPA2ForVideoClassification,
+)
 from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.videomae import modeling_videomae
 
-from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassification, use_scan_backend
+from modeling_videomamba import (
+    VideoMambaConfig,
+    VideoMambaForVideoClassification,
+    count_parameters_and_macs,
+    use_scan_backend,
+)
 from modeling_videomamba.selective_scan import BACKENDS, bidirectional_selective_scan, select_scan_backend
 from modeling_videomamba.tokens_videomamba import sinusoidal_positions
 
@@ -121,9 +135,43 @@ def swin3d(frames):
     return model, lambda clips: model(clips.transpose(1, 2))
 
 
-MODELS = {"VideoMamba-S": videomamba, "VideoMAE-S": videomae, "Swin3D-T": swin3d}
+def vjepa2(frames):
+    config = VJEPA2Config(crop_size=SIZE, frames_per_clip=frames, num_labels=LABELS, attn_implementation="sdpa")
+    model = VJEPA2ForVideoClassification(config)
+    model.vjepa2.predictor = None  # a classifier never runs it
+    return model, lambda clips: model(clips).logits
+
+
+def videoprism(frames):
+    # Of patches of 18 pixels, 12 fit a row: it sees 216² pixels. Its attention is eager: it caps the scores.
+    config = VideoPrismVisionConfig(image_size=SIZE, num_frames=frames, num_labels=LABELS)
+    model = VideoPrismForVideoClassification(config)
+    return model, lambda clips: model(clips).logits.flatten(1)
+
+
+MODELS = {
+    "VideoMamba-S": videomamba,
+    "VideoMAE-S": videomae,
+    "Swin3D-T": swin3d,
+    "V-JEPA 2 ViT-L": vjepa2,
+    "VideoPrism-B": videoprism,
+}
+LARGE = "V-JEPA 2 ViT-L", "VideoPrism-B"  # not beyond 256 frames, nor trained; on a CPU, of the shortest clips alone
 # What a GPU of compute capability below 8.0 takes, and what it would take without that.
 OLDER_GPUS = ["VideoMamba-S (cuda_simt)", "VideoMamba-S (torch)"]
+
+
+def size_of(name, frames):
+    """Parameters of a model, and the multiply-accumulates of one clip."""
+    with torch.device("meta"), torch.no_grad():
+        model, forward = MODELS[name](frames)
+        if isinstance(model, VideoMambaForVideoClassification):
+            counts = count_parameters_and_macs(model.config)
+            return counts["parameters"], counts["macs"]
+        model.eval().requires_grad_(False)
+        with FlopCounterMode(display=False) as counter:
+            forward(torch.empty(1, frames, 3, SIZE, SIZE))
+    return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() // 2
 
 
 def measure(step, warmup, repeats, enough_seconds=4.0):
@@ -202,6 +250,7 @@ def cases(arguments):
     def models(frames, precision):
         # Swin's windows do not grow with the clip; beyond 64 frames of float32 it does not fit.
         found = [m for m in baselines if m != "Swin3D-T" or frames <= 64 and precision == "bfloat16"]
+        found = [m for m in found if m not in LARGE or frames <= 256 and precision == "bfloat16"]
         return found + OLDER_GPUS * (frames == 16 and precision == "float32")
 
     def modes(name, frames):
@@ -221,7 +270,7 @@ def cases(arguments):
     for frames in [] if arguments.no_training else arguments.frames:
         batch = max(1, min(MOST_TRAINED, FRAMES_OF_A_BATCH // frames))
         for name in models(frames, "bfloat16") + OLDER_GPUS * (frames == 16):
-            if frames > 1024 or name == "Swin3D-T" and frames > 32:
+            if frames > 1024 or name in LARGE or name == "Swin3D-T" and frames > 32:
                 continue  # more than a GPU of 80 GB holds, without gradient checkpointing
             for mode in modes(name, frames):
                 if mode == "eager" or frames in arguments.compiled_training_frames:
@@ -331,7 +380,8 @@ def cpu_comparisons(arguments):
 
     for frames in arguments.frames:
         for dtype in (torch.float32, torch.bfloat16) if frames == min(arguments.frames) else (torch.float32,):
-            steps = {name: inference_step(name, frames, dtype) for name in MODELS}
+            names = [m for m in MODELS if m not in LARGE or frames == min(arguments.frames) and dtype == torch.float32]
+            steps = {name: inference_step(name, frames, dtype) for name in names}
             yield "inference", str(dtype)[6:], frames, 1, steps, arguments.warmup, arguments.repeats
 
     if not arguments.no_training:
@@ -446,6 +496,9 @@ def main():
         f"{processor}, torch {torch.__version__}, transformers {transformers.__version__}, {time.strftime('%Y-%m-%d')}"
     )
     print(f"{title}\nRandom weights, {SIZE}² pixels, medians of up to {arguments.repeats} steps\n")
+    for name in MODELS:
+        parameters, macs = size_of(name, 16)
+        print(f"{name}: {parameters / 1e6:.1f} M parameters, {macs / 1e9:.0f} GMACs a clip of 16 frames")
     print("".join(f"{column:>26}" if column == "model" else f"{column:>12}" for column in COLUMNS))
     rows = []
 
