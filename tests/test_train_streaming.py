@@ -1,11 +1,12 @@
 """examples/training/train_streaming.py: what it starts from, which steps count, and what it writes."""
 
+import json
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoVideoProcessor
+from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
 import train_streaming
 from modeling_videomamba import (
@@ -88,6 +89,8 @@ def test_a_killed_training_goes_on_and_writes_a_model_that_streams(clip_model, t
         monkeypatch.setattr(sys, "argv", [*command, "--num_streams", "2"])
         train_streaming.main()
 
+    assert type(AutoModelForVideoClassification.from_pretrained(output)) is VideoMambaForVideoClassification
+    assert json.loads((output / "config.json").read_text())["architectures"] == ["VideoMambaForVideoClassification"]
     model = VideoMambaForVideoFrameClassification.from_pretrained(output).eval()
     assert model.config.pooling_window is None and model.config.id2label == dict(enumerate(NAMES))
     frames = AutoVideoProcessor.from_pretrained(output)(str(next(clips.rglob("*.mp4"))), return_tensors="pt")

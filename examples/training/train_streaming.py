@@ -60,7 +60,12 @@ from transformers import (
 )
 
 from finetune import IGNORED, DecodeFailures, keep_settings
-from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoFrameClassification, VideoMambaImageProcessor
+from modeling_videomamba import (
+    VideoMambaConfig,
+    VideoMambaForVideoClassification,
+    VideoMambaForVideoFrameClassification,
+    VideoMambaImageProcessor,
+)
 from modeling_videomamba.configuration_videomamba import unstreamable_reason
 from video_classification_data import load_clips, match_labels, transform_clips
 from video_classification_model import parameter_groups, save_for_users, write_results
@@ -188,14 +193,11 @@ def main():
         if training.step % args.save_steps == 0:
             training.save(path)
 
-    model.load_state_dict(training.average.module.state_dict())
     model.config.pooling_window = window
-    model.config.architectures = ["VideoMambaForVideoClassification"]
-    save_for_users(
-        model.eval(),
-        [processor, VideoMambaImageProcessor(size=processor.size, crop_size=processor.crop_size)],
-        args.output_dir,
-    )
+    clip_model = VideoMambaForVideoClassification(model.config)  # the class that the Auto classes load
+    clip_model.load_state_dict(training.average.module.state_dict())
+    image_processor = VideoMambaImageProcessor(size=processor.size, crop_size=processor.crop_size)
+    save_for_users(clip_model.eval(), [processor, image_processor], args.output_dir)
     write_results(args.output_dir, "train", {"train_steps": training.step})
     if os.path.exists(path):
         os.remove(path)
