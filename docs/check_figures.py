@@ -12,6 +12,7 @@ where figures come from: a column of the CSV file, `of` how its line begins. ` /
 `;` stands between the figures of one cell.
 """
 
+import argparse
 import csv
 import re
 import sys
@@ -72,6 +73,7 @@ def faults(text):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
     found = [
         f"{page.relative_to(ROOT)}: {fault}" for page in pages for fault in faults(page.read_text(encoding="utf-8"))

@@ -39,9 +39,12 @@ def open_browser(width=1280, height=1400, camera=None):
 
 
 def wait_for(condition, seconds=120):
-    """What `condition()` gives once it gives something."""
+    """What `condition()` gives once it gives something; an element that the page has replaced meanwhile is nothing."""
+    gone = pytest.importorskip("selenium.common.exceptions").StaleElementReferenceException
     end = time.monotonic() + seconds
-    while not (found := condition()):
+    while True:
+        with contextlib.suppress(gone):
+            if found := condition():
+                return found
         assert time.monotonic() < end, f"waited {seconds} s in vain"
         time.sleep(0.1)
-    return found

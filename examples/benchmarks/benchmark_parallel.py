@@ -27,20 +27,13 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-import transformers
-from torch.nn.parallel import DistributedDataParallel
-
-from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassification
-
 
 LABELS, TOLERANCE = 400, 1e-5
 COLUMNS = ["task", "precision", "frames", "processes", "median_ms", "min_ms", "max_ms", "peak_gib"]
 COLUMNS += ["speedup", "memory", "logits_error", "gradient_error"]
 
 
-def parsed_arguments():
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder of the table and the plot")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
@@ -53,6 +46,22 @@ def parsed_arguments():
     parser.add_argument("--backward_scan", default="spatiotemporal", choices=["spatiotemporal", "spatial"])
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7, help="steps of inference; of training about half")
+    return parser
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    make_parser().parse_args()  # before the imports below, which take seconds
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch.nn.parallel import DistributedDataParallel
+
+from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassification
+
+
+def parsed_arguments():
+    parser = make_parser()
     arguments = parser.parse_args()
     there = torch.cuda.device_count() if arguments.device == "cuda" else 8
     if there == 0:
