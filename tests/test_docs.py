@@ -103,6 +103,9 @@ if TEXT.startswith("import openvino"):
 folder = "my-streaming-checkpoint"
 camera = torch.randint(256, (3, 2, 64, 96, 3), dtype=torch.uint8).numpy()
 """,
+    "README.md": """
+camera = torch.randint(256, (3, 2, 64, 96, 3), dtype=torch.uint8).numpy()
+""",
 }
 # What a page makes itself.
 MADE = {
@@ -110,6 +113,7 @@ MADE = {
     "docs/streaming.md": ["clips"],
     "docs/tools.md": ["clips"],
     f"{SHIPPED}/README.md": ["clips"],
+    "model_cards/videomamba-tiny-camera-stream/README.md": ["clips"],
 }
 # Snippets of packages that the tests do not ask for.
 NEEDS = {"import openvino": "openvino", "from torchao": "torchao"}
