@@ -53,6 +53,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, RandomSampler
 from tqdm import tqdm
 from transformers import (
+    AutoConfig,
     AutoModelForVideoClassification,
     AutoVideoProcessor,
     get_cosine_schedule_with_warmup,
@@ -76,8 +77,7 @@ STREAMABLE = {"backward_scan": "spatial", "class_token_position": "none", "posit
 
 def load_streaming_model(name):
     """A classifier that can stream, with the weights of `name`, which may take whole clips."""
-    clip_model = AutoModelForVideoClassification.from_pretrained(name)
-    config = clip_model.config
+    config = AutoConfig.from_pretrained(name)
     if unstreamable_reason(config) is None:
         return VideoMambaForVideoFrameClassification.from_pretrained(name)
     if config.class_token_position != "none" or config.position_embedding_type == "sinusoidal":
@@ -85,7 +85,7 @@ def load_streaming_model(name):
             f"{name} has a class token or sinusoidal positions, and a model that streams has neither. Start from one "
             'with class_token_position="none" and learned positions, or train one from random weights.'
         )
-    weights = clip_model.state_dict()
+    weights = AutoModelForVideoClassification.from_pretrained(name).state_dict()
     if config.position_embedding_type == "learned":
         key = next(key for key in weights if key.endswith("position_embeddings"))
         steps = weights[key].unflatten(1, (config.grid_size[0], -1))
@@ -96,7 +96,7 @@ def load_streaming_model(name):
 
 
 class StreamTraining:
-    """Streams through the model, batch after batch. What a resumed run needs is in `state_dict`."""
+    """Streams through the model, batch after batch. `save` keeps what a resumed run needs."""
 
     def __init__(self, model, finish, args):
         self.model, self.finish, self.args, self.step, self.cache = model, finish, args, 0, None
