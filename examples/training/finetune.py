@@ -113,7 +113,7 @@ logger = logging.get_logger(__name__)
 
 def load_clips(name, validation_fraction, seed):
     """The splits `train` and `validation` with the columns `video` (a path, or bytes: not decoded) and `label`."""
-    clips = load_dataset(name)
+    clips = load_dataset(name, data_files=find_splits(name))
     features = clips["train"].features if "train" in clips else {}
     videos = [column for column, kind in features.items() if isinstance(kind, Video)]
     labels = [column for column, kind in features.items() if isinstance(kind, ClassLabel)]
@@ -129,6 +129,17 @@ def load_clips(name, validation_fraction, seed):
         parts = clips["train"].train_test_split(validation_fraction, seed=seed, stratify_by_column="label")
         clips = DatasetDict(train=parts["train"], validation=parts["test"])
     return clips
+
+
+def find_splits(folder):
+    """
+    Where the splits of a local folder are; None if it has no train/. Left to itself, datasets takes a label such as
+    "train_in_out" for a split, and its validation clips for training clips.
+    """
+    names = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev")}
+    folders = {split: [each for each in known if os.path.isdir(f"{folder}/{each}")] for split, known in names.items()}
+    files = {split: [f"{each}/**" for each in found] for split, found in folders.items() if found}
+    return files if "train" in files else None
 
 
 def load_model(name, labels, **size):
