@@ -36,6 +36,7 @@ DEFAULTS = {
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
     "save_total_limit": 2,
+    "logging_steps": 0.01,  # likewise: a hundred losses, or one a step
     "load_best_model_at_end": True,  # the one of the lowest validation loss
     "report_to": "none",
 }
