@@ -102,7 +102,9 @@ def written_out(model, pixel_values):
                 tokens, (names, visits) = merged, in_order(count)
             mixer = layer.mixer
             line = torch.stack([tokens[name] for name in names])
-            normed = line * (line.square().mean(-1, keepdim=True) + layer.norm.eps).rsqrt() * layer.norm.weight.double()
+            normed = (
+                line * (line.square().mean(-1, keepdim=True) + layer.norm.eps).rsqrt() * layer.norm.weight.double()
+            )
             order = module.ScanOrder(*(torch.tensor(o) for o in numbers_of(names, visits)))
             xz = normed[None] @ mixer.in_proj.weight.double().T
             weights = [getattr(mixer, name).double() for name in PARAMETERS]
