@@ -254,12 +254,11 @@ def run_case(task, name, precision, mode, frames, batch, arguments):
 
 def cases(arguments):
     """What is run on a GPU, case by case: the arguments of `run_case`."""
-    baselines, older = list(arguments.models), [] if arguments.selected else OLDER_GPUS
-    if (
-        not arguments.selected
-        and BACKENDS["mamba_ssm"].unusable_reason(torch.device(arguments.device), torch.bfloat16) is None
-    ):
-        baselines.insert(1, "VideoMamba-S (mamba_ssm)")
+    baselines, older = list(arguments.models), []
+    if not arguments.selected:
+        older = OLDER_GPUS
+        if BACKENDS["mamba_ssm"].unusable_reason(torch.device(arguments.device), torch.bfloat16) is None:
+            baselines.insert(1, "VideoMamba-S (mamba_ssm)")
 
     def models(frames, precision):
         # Swin's windows do not grow with the clip; beyond 64 frames of float32 it does not fit.
@@ -495,7 +494,7 @@ def print_ratios(rows):
 
 
 def choose_models(arguments):
-    """Makes `models` the list of what is timed, and `selected` whether it was chosen. Leaves the script if it cannot be."""
+    """Makes `models` the list of what is timed, and `selected` whether it was chosen; exits for an unknown model."""
     if arguments.merge_layers:
         MODELS[MERGED] = functools.partial(videomamba, merge_layers=arguments.merge_layers)
     for option in ("compiled", "models"):
