@@ -1,6 +1,6 @@
 """
-Between a clip and its tokens: which clips the model takes, where their tokens stand, and in which order they are
-visited. Functions of a config and a size; nothing here has weights.
+Between a clip and its tokens: which clips the model takes, where their tokens stand, in which order they are visited,
+and how steps in time are merged. Functions of a config and a size; nothing here has weights.
 """
 
 import functools
