@@ -201,8 +201,8 @@ class VideoMambaConfig(PreTrainedConfig):
         layers = list(self.merge_layers or ())
         if layers != sorted(set(layers)) or not all(0 <= layer < self.num_hidden_layers for layer in layers):
             raise ValueError(
-                f"`merge_layers` must list layers from 0 to {self.num_hidden_layers - 1} in ascending order, each once, "
-                f"got {self.merge_layers}."
+                f"`merge_layers` must list layers from 0 to {self.num_hidden_layers - 1} in ascending order, each "
+                f"once, got {self.merge_layers}."
             )
         if reason := unmergeable_reason(self, self.grid_size[0]):
             raise ValueError(f"A clip of `num_frames`={self.num_frames} {reason}.")
@@ -269,12 +269,13 @@ def tubelet_grid(config, num_frames, height, width):
 
 
 def unmergeable_reason(config, steps):
-    """What is wrong with a clip of so many steps in time (tubelets) that halves as often as the config says, or None."""
+    """Why a clip of so many steps in time (tubelets) does not halve as often as the config says, or None."""
     if steps % config.merge_factor == 0:
         return None
     return (
-        f"has {steps} {'step' if steps == 1 else 'steps'} in time, but `merge_layers`={list(config.merge_layers)} halves them, which takes a multiple "
-        f"of {config.merge_factor} steps, or {config.merge_factor * config.tubelet_size} frames"
+        f"has {steps} {'step' if steps == 1 else 'steps'} in time, but `merge_layers`={list(config.merge_layers)} "
+        f"halves them, which takes a multiple of {config.merge_factor} steps, or of "
+        f"{config.merge_factor * config.tubelet_size} frames"
     )
 
 

@@ -53,7 +53,7 @@ class VideoMambaDeltaMapsMixin:
 
         Returns:
             [`VideoMambaDeltaMaps`]: in the order of `layers`, the mean over the channels of Δ after its softplus, for
-            each direction and tubelet, in float32; the class token's apart. Where layers merged steps, each tubelet has
+            each direction and tubelet, in float32; the class token's apart. Where steps are merged, each tubelet has
             the Δ of the token that it went into.
 
         Raises:

@@ -463,7 +463,7 @@ class VideoMambaModel(VideoMambaDeltaMapsMixin, VideoMambaPreTrainedModel):
             [`VideoMambaModelOutput`]: `last_hidden_state` `(B, L, D)`, all tokens in order, the class token among
             them; `pooler_output` `(B, D)`, the class token, or the mean over tokens if there is none (of a stream,
             over those of all parts, or of its `pooling_window`); `hidden_states` on request, the residual stream
-            before the first and after each layer, `(B, L, D)` in float32.
+            before the first and after each layer, `(B, L, D)` in float32; `merge_layers` halve the tubelets in L.
 
         Raises:
             ValueError: if `pixel_values` has another rank, size or type than the model takes; or for a cache, if later

@@ -1,6 +1,6 @@
 """
-Between a clip and its tokens: which clips the model takes, where their tokens stand, and in which order they are
-visited. Functions of a config and a size; nothing here has weights.
+Between a clip and its tokens: which clips the model takes, where their tokens stand, in which order they are visited,
+and how steps in time are merged. Functions of a config and a size; nothing here has weights.
 """
 
 import functools
@@ -178,7 +178,7 @@ def merge_steps(config, tokens, grid):
     if has_class_token:
         place = class_token_index(config, math.prod(grid))
         before, class_token, after = tokens.tensor_split([place, place + 1], dim=1)
-        tokens = torch.cat([before, after], dim=1)
+        tokens = torch.cat([before, after], dim=1) if place else after  # of a first token without a copy
     grid = steps // 2, *space
     tokens = tokens.unflatten(1, (grid[0], 2, -1)).mean(2).flatten(1, 2)
     if has_class_token:

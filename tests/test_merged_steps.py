@@ -102,7 +102,8 @@ def written_out(model, pixel_values):
                 tokens, (names, visits) = merged, in_order(count)
             mixer = layer.mixer
             line = torch.stack([tokens[name] for name in names])
-            normed = line * (line.square().mean(-1, keepdim=True) + layer.norm.eps).rsqrt() * layer.norm.weight.double()
+            scale = (line.square().mean(-1, keepdim=True) + layer.norm.eps).rsqrt()
+            normed = line * scale * layer.norm.weight.double()
             order = module.ScanOrder(*(torch.tensor(o) for o in numbers_of(names, visits)))
             xz = normed[None] @ mixer.in_proj.weight.double().T
             weights = [getattr(mixer, name).double() for name in PARAMETERS]
@@ -192,8 +193,8 @@ def test_weights_of_a_model_that_merges_nothing_are_taken_and_the_option_is_save
         ({"merge_layers": [-1]}, r"layers from 0 to 2 in ascending order, each once, got \[-1\]"),
         ({"merge_layers": [2, 1]}, r"in ascending order, each once, got \[2, 1\]"),
         ({"merge_layers": [1, 1]}, r"in ascending order, each once, got \[1, 1\]"),
-        ({"merge_layers": [0, 1, 2]}, "has 4 steps in time, but .* takes a multiple of 8 steps, or 16 frames"),
-        ({"num_frames": 6}, "`num_frames`=6 has 3 steps in time, but .* takes a multiple of 2 steps, or 4 frames"),
+        ({"merge_layers": [0, 1, 2]}, "has 4 steps in time, but .* takes a multiple of 8 steps, or of 16 frames"),
+        ({"num_frames": 6}, "`num_frames`=6 has 3 steps in time, but .* takes a multiple of 2 steps, or of 4 frames"),
         ({"num_frames": 1, "tubelet_size": 1}, "`num_frames`=1 has 1 step in time"),
         ({"merge_layers": 1}, "merge_layers"),
     ],

@@ -254,9 +254,11 @@ def run_case(task, name, precision, mode, frames, batch, arguments):
 
 def cases(arguments):
     """What is run on a GPU, case by case: the arguments of `run_case`."""
-    baselines, older = list(arguments.models), [] if arguments.selected else OLDER_GPUS
-    if not arguments.selected and BACKENDS["mamba_ssm"].unusable_reason(torch.device(arguments.device), torch.bfloat16) is None:
-        baselines.insert(1, "VideoMamba-S (mamba_ssm)")
+    baselines, older = list(arguments.models), []
+    if not arguments.selected:
+        older = OLDER_GPUS
+        if BACKENDS["mamba_ssm"].unusable_reason(torch.device(arguments.device), torch.bfloat16) is None:
+            baselines.insert(1, "VideoMamba-S (mamba_ssm)")
 
     def models(frames, precision):
         # Swin's windows do not grow with the clip; beyond 64 frames of float32 it does not fit.
@@ -491,6 +493,19 @@ def print_ratios(rows):
         print(f"    {first['model']} takes {fastest:.2f} × (medians: {median:.2f} ×) the time of {row['model']}")
 
 
+def choose_models(arguments):
+    """Makes `models` the list of what is timed, and `selected` whether it was chosen; exits for an unknown model."""
+    if arguments.merge_layers:
+        MODELS[MERGED] = functools.partial(videomamba, merge_layers=arguments.merge_layers)
+    for option in ("compiled", "models"):
+        if unknown := set(getattr(arguments, option) or []) - set(MODELS):
+            sys.exit(f"--{option}: no model {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
+    arguments.selected = arguments.models is not None
+    arguments.models = list(dict.fromkeys(arguments.models)) if arguments.selected else list(MODELS)
+    if arguments.merge_layers and MERGED not in arguments.models:
+        arguments.models.append(MERGED)
+
+
 def main():
     arguments = parse_arguments()
     arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -501,14 +516,7 @@ def main():
     for name, value in defaults.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
-    for option in ("compiled", "models"):
-        if unknown := set(getattr(arguments, option) or []) - set(MODELS):
-            sys.exit(f"--{option}: no model {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
-    arguments.selected = arguments.models is not None
-    arguments.models = arguments.models or list(MODELS)
-    if arguments.merge_layers:
-        MODELS[MERGED] = functools.partial(videomamba, merge_layers=arguments.merge_layers)
-        arguments.models.append(MERGED)
+    choose_models(arguments)
     arguments.output.mkdir(parents=True, exist_ok=True)
     processor = torch.cuda.get_device_name() if gpu else cpu_name()
     title = (
