@@ -37,8 +37,8 @@ COLOURS = ["blue", "green", "red"]
 
 def write_coloured_clips(root, counts) -> Path:
     """
-    Clips of noise in up to three colours, every eighth in none: `root/<split>/<number>.mp4`, and the colours of each in
-    `metadata.jsonl`. `counts` gives the clips by split, in multiples of eight.
+    Clips of noise in up to three colours, every eighth in none: `root/<split>/<number>.mp4`, and the colours of each
+    in `metadata.jsonl`. `counts` gives the clips by split, in multiples of eight.
     """
     rng = np.random.default_rng(0)
     for split, count in counts.items():

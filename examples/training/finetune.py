@@ -6,9 +6,9 @@
 `clips` is a folder with a sub-folder for each label (`clips/train/waving/*.mp4`, `clips/validation/waving/*.mp4`), or
 the name of a data set of the Hub with a video and a label column. If the column holds lists, a clip has any number of
 labels; a folder then has `clips/train/metadata.jsonl`, with lines `{"file_name": "a.mp4", "labels": ["waving"]}`.
-Without a validation split, a part of the training clips is held out. Clips that cannot be read are skipped and listed. `--push_to_hub` uploads the result. All flags of
-`transformers.TrainingArguments` work. The same command run again goes on from the last checkpoint in `--output_dir`;
-other settings are refused there.
+Without a validation split, a part of the training clips is held out. Clips that cannot be read are skipped and listed.
+`--push_to_hub` uploads the result. All flags of `transformers.TrainingArguments` work. The same command run again goes
+on from the last checkpoint in `--output_dir`; other settings are refused there.
 
 This file needs nothing but the package with its extra `train`: copy it and change it.
 """
@@ -118,8 +118,8 @@ logger = logging.get_logger(__name__)
 
 def load_clips(name, validation_fraction, seed):
     """
-    The splits `train` and `validation` with the columns `video` (a path, or bytes: not decoded) and `label`, which is a
-    `ClassLabel` or a list of them.
+    The splits `train` and `validation` with the columns `video` (a path, or bytes: not decoded) and `label` (a
+    `ClassLabel`, or lists of them).
     """
     clips = load_dataset(name, data_files=find_splits(name))
     features = clips["train"].features if "train" in clips else {}
