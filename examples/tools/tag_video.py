@@ -508,6 +508,10 @@ def clock(seconds, separator="."):
     )
 
 
+def counted(number, noun):
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def write_tables(folder, film, model, segments, windows):
     """tags.csv, tags.json and chapters.vtt."""
     table = io.StringIO()
@@ -568,7 +572,7 @@ def draw_timeline(path, film, segments):
     axes.set(xlim=(0, end), ylim=(len(labels) - 0.5, -0.5), yticks=range(len(labels)), yticklabels=labels)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=10, steps=[1, 3, 6, 10]))
     axes.xaxis.set_major_formatter(lambda value, _: clock(value)[:8].removeprefix("00:"))
-    axes.set_title(f"{Path(film).name}: {len(cuts) + 1} shots", fontsize=10)
+    axes.set_title(f"{Path(film).name}: {counted(len(cuts) + 1, 'shot')}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     temporary = path.with_suffix(".part")
     figure.savefig(temporary, dpi=100, format="png")
@@ -878,7 +882,7 @@ def tag_film(args, device):
         )
     if args.overlay:
         write_overlay(folder / "overlay.mp4", args.film, segments)
-    print(f"{folder}: {segments[-1].shot + 1} shots, {len(segments)} segments")
+    print(f"{folder}: {counted(segments[-1].shot + 1, 'shot')}, {counted(len(segments), 'segment')}")
     if args.truth:
         compare(args.truth, segments)
 
