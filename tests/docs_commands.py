@@ -192,7 +192,7 @@ def write_data(folder, made=()):
                 picture = Image.fromarray(small).resize((160, 120), Image.Resampling.BICUBIC)
                 picture.save(folder / name / label / f"image_{number:04d}.jpg")
     picture.save(folder / "picture.jpg")
-    for name in ("fights", "labelled-clips", "folds/0", "surveillance_fights", "clips"):
+    for name in ("fights", "labelled-clips", "folds/0", "surveillance_fights", "clips", "ucf101_5", "tank_state"):
         write_moving_bars(folder / name, {"train": 2, "validation": 2})
     for name in ("clips/train", "clips/validation"):
         (folder / name / "to the left").rename(folder / name / "fight")
