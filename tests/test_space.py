@@ -135,11 +135,12 @@ def test_a_model_of_several_labels_shows_all_that_hold(app, tmp_path):
     config = json.loads((folder / "config.json").read_text()) | {"problem_type": "multi_label_classification"}
     (folder / "config.json").write_text(json.dumps(config))
     checkpoint = app.Checkpoint(str(folder))
+    clip = str(EXAMPLE.with_name("pan-right.mp4"))
     with torch.no_grad():
-        logits = checkpoint.model(checkpoint.read(str(EXAMPLE))[0]).logits[0]
+        logits = checkpoint.model(checkpoint.read(clip)[0]).logits[0]
     scores = dict(zip(checkpoint.model.config.id2label.values(), logits.sigmoid().tolist(), strict=True))
     holding = [label for label in sorted(scores, key=scores.get, reverse=True) if scores[label] >= 0.5]
-    _, confidences, summary, *_ = app.classify(str(EXAMPLE), checkpoint, tmp_path)
+    _, confidences, summary, *_ = app.classify(clip, checkpoint, tmp_path)
     assert confidences == pytest.approx(scores, abs=1e-4) and len(holding) > 1
     assert summary.startswith(f"From 50% on: **{', '.join(holding)}**")
     assert "any number may hold" in app.knowledge(checkpoint)
