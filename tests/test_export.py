@@ -103,6 +103,7 @@ def test_torch_export_holds_no_custom_operator(tmp_path):
     [
         pytest.param(False, {"class_token_position": "none"}, marks=pytest.mark.slow),
         (True, {"backward_scan": "temporal", "class_token_position": "middle", "num_hidden_layers": 1}),
+        pytest.param(True, {"class_token_position": "middle", "merge_layers": [1]}, marks=pytest.mark.slow),
     ],
 )
 def test_onnx_file_gives_the_logits_of_the_model(tmp_path, any_length, options):

@@ -25,6 +25,7 @@ from transformers import (
     TrainingArguments,
     get_scheduler,
 )
+from transformers.video_utils import VideoMetadata
 
 import evaluate_video_classification as evaluation
 import run_video_classification_no_trainer as plain_loop
@@ -35,6 +36,7 @@ from modeling_videomamba import (
     VideoMambaConfig,
     VideoMambaForVideoClassification,
     VideoMambaImageProcessor,
+    VideoMambaVideoProcessor,
 )
 from modeling_videomamba.selective_scan import use_scan_backend
 from training_clips import NAMES, tiny_processor, touch
@@ -241,6 +243,17 @@ def test_recipes_train_as_the_paper_says(name, mirrored, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*command, "no such recipe"])
     with pytest.raises(FileNotFoundError, match="no such recipe"):
         parse_arguments(plain_loop.LoopArguments)
+
+
+@pytest.mark.parametrize("frames, rate", [(32, 25), (66, 25), (254, 25), (513, 25), (250, 19.82)])
+def test_the_first_frame_of_tank_state_is_not_seen(frames, rate, monkeypatch, tmp_path):
+    """It tells the label."""
+    recipe = str(EXAMPLES / "recipes/tank_state.args")
+    monkeypatch.setattr(sys, "argv", ["script", "--use_cpu", "--output_dir", str(tmp_path), "--recipe", recipe])
+    model, *_ = parse_arguments(ModelArguments, DataArguments, TrainingArguments)
+    clip = VideoMetadata(total_num_frames=frames, fps=rate)
+    reader = VideoMambaVideoProcessor(num_frames=model.num_frames, sampling_fps=model.sampling_fps)
+    assert reader.sample_frames(clip).min() > 0
 
 
 def checkpoints(folder):

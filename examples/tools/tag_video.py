@@ -535,6 +535,10 @@ def clock(seconds, separator="."):
     )
 
 
+def counted(number, noun):
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def write_tables(folder, film, model, segments, windows, moments=None):
     """tags.csv, tags.json and chapters.vtt, which is of the moments if the segments overlap."""
     table = io.StringIO()
@@ -595,7 +599,7 @@ def draw_timeline(path, film, segments, moments):
     axes.set(xlim=(0, end), ylim=(max(1, len(labels)) - 0.5, -0.5), yticks=range(len(labels)), yticklabels=labels)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=10, steps=[1, 3, 6, 10]))
     axes.xaxis.set_major_formatter(lambda value, _: clock(value)[:8].removeprefix("00:"))
-    axes.set_title(f"{Path(film).name}: {len(cuts) + 1} shots", fontsize=10)
+    axes.set_title(f"{Path(film).name}: {counted(len(cuts) + 1, 'shot')}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     temporary = path.with_suffix(".part")
     figure.savefig(temporary, dpi=100, format="png")
@@ -915,7 +919,7 @@ def tag_film(args, device):
         )
     if args.overlay:
         write_overlay(folder / "overlay.mp4", args.film, moments)
-    print(f"{folder}: {moments[-1].shot + 1} shots, {len(segments)} segments")
+    print(f"{folder}: {counted(moments[-1].shot + 1, 'shot')}, {counted(len(segments), 'segment')}")
     if args.truth:
         compare(args.truth, segments, tagger.several)
 

@@ -38,6 +38,7 @@ DEFAULTS = {
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
     "save_total_limit": 2,
+    "logging_steps": 0.01,  # likewise: a hundred losses, or one a step
     "load_best_model_at_end": True,  # the one of the lowest validation loss
     "report_to": "none",
 }
@@ -120,7 +121,7 @@ def load_clips(name, validation_fraction, seed):
     The splits `train` and `validation` with the columns `video` (a path, or bytes: not decoded) and `label` (a
     `ClassLabel`, or lists of them).
     """
-    clips = load_dataset(name)
+    clips = load_dataset(name, data_files=find_splits(name))
     features = clips["train"].features if "train" in clips else {}
     videos = [column for column, kind in features.items() if isinstance(kind, Video)]
     labels = [column for column, kind in features.items() if isinstance(getattr(kind, "feature", kind), ClassLabel)]
@@ -143,6 +144,17 @@ def load_clips(name, validation_fraction, seed):
         parts = clips["train"].train_test_split(validation_fraction, seed=seed, stratify_by_column=stratify)
         clips = DatasetDict(train=parts["train"], validation=parts["test"])
     return clips
+
+
+def find_splits(folder):
+    """
+    Where the splits of a local folder are; None if it has no train/. Left to itself, datasets takes a label such as
+    "train_in_out" for a split, and its validation clips for training clips.
+    """
+    names = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev")}
+    folders = {split: [each for each in known if os.path.isdir(f"{folder}/{each}")] for split, known in names.items()}
+    files = {split: [f"{each}/**" for each in found] for split, found in folders.items() if found}
+    return files if "train" in files else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

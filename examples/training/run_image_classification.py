@@ -30,6 +30,7 @@ DEFAULTS = {
     "weight_decay": 0.05,
     "warmup_steps": 0.1,  # below 1: the share of all steps
     "lr_scheduler_type": "cosine",
+    "logging_steps": 0.01,  # likewise
     "label_smoothing_factor": 0.1,
     "per_device_train_batch_size": 64,
     "per_device_eval_batch_size": 256,

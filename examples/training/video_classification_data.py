@@ -126,7 +126,9 @@ def _load_folder(folder):
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"There is no folder {folder}. It should hold a sub-folder of clips for each label.")
     labelled = any(entry.is_dir() for entry in os.scandir(folder))
-    return load_dataset("videofolder", data_dir=folder, split="train", drop_labels=not labelled)
+    # Without a pattern, datasets takes a label such as "train_in_out" for the split, and leaves out all others.
+    files = {"train": "**"}
+    return load_dataset("videofolder", data_dir=folder, data_files=files, split="train", drop_labels=not labelled)
 
 
 def _load_from_hub(args, split):

@@ -359,7 +359,7 @@ def write_predictions(folder, clip_names, labels, scores, names):
     axes.imshow(counts / counts.sum(1, keepdims=True).clip(1), cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
     axes.set_yticks(range(len(names)), names)
-    title = f"{np.mean(predicted == labels):.1%} of {len(labels)} clips"
+    title = f"{np.mean(predicted == labels):.1%} of {len(labels)} clip{'s' * (len(labels) != 1)}"
     axes.set(xlabel="predicted", ylabel="label", title=title)
     if len(names) <= 60:
         for row, column in np.argwhere(counts):

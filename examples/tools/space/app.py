@@ -67,10 +67,8 @@ MAX_MEGABYTES = 50
 MAX_SECONDS = 60
 VISITORS = 2  # clips that are read at once; others wait in line
 WAITING = 20
-KEPT_SECONDS, SWEEP_SECONDS = (
-    300,
-    30,
-)  # clips and results older than the first are deleted every time the second passes
+# Clips and results older than the first are deleted every time the second passes.
+KEPT_SECONDS, SWEEP_SECONDS = 300, 30
 PLAYED = {".mp4", ".webm", ".mov", ".m4v", ".ogv"}  # by browsers, as far as their codecs are known to them
 THRESHOLD = 0.5  # the least score of a label that holds, where several may
 PANE = 224  # pixels of each picture in the overlay
