@@ -11,7 +11,8 @@ in new parts. Clips that cannot be read are skipped and listed in `unreadable.cs
 
 Columns: `clip` (its path, or row:name in a data set), `label` (the name of its folder, or the data set's), `scores` (a
 probability for each label of the model, in the order of its config), `prediction` and `score` (the largest of them),
-`pooled` (what the classifier reads, hidden size) and `tokens` (the last layer's, tokens x hidden size, float16).
+`predictions` (of a model that gives a clip several labels: all from 50 % on, the best first), `pooled` (what the
+classifier reads, hidden size) and `tokens` (the last layer's, tokens x hidden size, float16).
 """
 
 import argparse
@@ -24,7 +25,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from tool_models import add_model
+from tool_models import THRESHOLD, add_model, gives_several, to_scores
 
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".ts", ".flv", ".3gp"}
@@ -94,10 +95,17 @@ def list_clips(source, split):
             rows = list(csv.DictReader(file))
         if rows and "path" not in rows[0]:
             raise ValueError(f"{path} has the columns {', '.join(rows[0])}; one of them must be called path.")
-        return [Clip(row["path"], row.get("label")) for row in rows], None
+        return [Clip(row["path"], row.get("label", row.get("labels"))) for row in rows], None
     elif path.is_file():
         return [Clip(line, None) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()], None
     return _list_data_set(source, split)
+
+
+def _name(label, names):
+    """A label of a data set as text; of several, between semicolons."""
+    if isinstance(label, list):
+        return ";".join(str(_name(each, names)) for each in label)
+    return names[label] if names and label is not None and label >= 0 else label
 
 
 def _list_data_set(source, split):
@@ -113,9 +121,11 @@ def _list_data_set(source, split):
         raise ValueError(f"The data set {source} has no column of videos, only {', '.join(data.features)}.")
     data = data.cast_column(columns[0], datasets.Video(decode=False)).rename_column(columns[0], "video")
     labels = [None] * len(data)
-    if "label" in data.features:
-        names = getattr(data.features["label"], "names", None)
-        labels = [names[label] if names and label is not None and label >= 0 else label for label in data["label"]]
+    column = next((name for name in ("label", "labels") if name in data.features), None)
+    if column is not None:
+        kind = data.features[column]
+        names = getattr(getattr(kind, "feature", kind), "names", None)
+        labels = [_name(label, names) for label in data[column]]
     clips = []
     for row, label in enumerate(labels):
         name = os.path.basename(data[row]["video"]["path"] or "")
@@ -150,17 +160,18 @@ class Classifier:
         self.model = AutoModelForVideoClassification.from_pretrained(args.model, dtype=args.dtype).to(device).eval()
         self.processor = AutoVideoProcessor.from_pretrained(args.model)
         self.device, self.columns = device, args.columns
+        self.several = gives_several(self.model.config)
         self.labels = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
 
     def __call__(self, pixel_values):
         """The wanted columns of a batch, by name."""
         outputs = self.model.base_model(pixel_values.to(self.model.dtype))
-        columns = {"scores": self.model.classifier(outputs.pooler_output).float().softmax(-1)}
+        columns = {"scores": to_scores(self.model.classifier(outputs.pooler_output), self.model.config)}
         columns |= {"pooled": outputs.pooler_output.float(), "tokens": outputs.last_hidden_state.half()}
         return {name: columns[name] for name in self.columns}
 
 
-def write_part(path, clips, results, labels):
+def write_part(path, clips, results, labels, several=False):
     """Writes one Parquet file, and before it the list of what could not be read, whole or not at all."""
     good = [clips[number] for batch, _ in results for number in batch.clips]
     unreadable = {clips[number].name: batch.errors[number] for batch, _ in results for number in sorted(batch.errors)}
@@ -172,6 +183,9 @@ def write_part(path, clips, results, labels):
         features |= {"prediction": datasets.Value("string"), "score": datasets.Value("float32")}
         best = arrays["scores"].argmax(1)
         rows |= {"prediction": [labels[i] for i in best], "score": arrays["scores"].max(1)}
+        if several:
+            features["predictions"] = datasets.List(datasets.Value("string"))
+            rows["predictions"] = [[labels[i] for i in (-s).argsort() if s[i] >= THRESHOLD] for s in arrays["scores"]]
     for name, values in arrays.items():
         rows[name] = values
         if name == "tokens":
@@ -213,7 +227,7 @@ def classify_parts(args, clips, data, classifier, parts, state):
         missing[owner] -= 1
         if not missing[owner]:
             in_order = sorted(results[owner], key=lambda result: result[0].index)
-            write_part(parts[owner][0], clips, in_order, classifier.labels)
+            write_part(parts[owner][0], clips, in_order, classifier.labels, classifier.several)
             results[owner] = None
         spent["decoding"] += batch.seconds
         spent["clips"] += len(batches[batch.index])
