@@ -167,7 +167,7 @@ def test_the_layout_in_memory_is_kept(interface):
 def test_fast_kernels_are_launched(interface, launched):
     inputs = random_inputs(2, 32, 20)
     interface.selective_scan_fn(**inputs, delta_softplus=True)
-    assert launched == ["layout", "layout", "scan", "layout"]  # u and Δ in, the output and the gate out
+    assert launched == ["layout"] * 4 + ["scan", "layout"]  # u, B, C and Δ in, the output and the gate out
 
 
 @pytest.mark.parametrize("channels, groups", [(32, None), (33, 1), (30, 2)])

@@ -82,6 +82,16 @@ def _columns(rows, *factors, like):
     return _turn(torch.empty_like(rows).transpose(1, 2), columns, *factors) if factors else columns
 
 
+def _side_by_side(B, C):
+    """B and C (B, G, N, L) as (G, B, L, 2N)."""
+    batch, groups, states, tokens = B.shape
+    proj = torch.empty(groups, batch, tokens, 2 * states, dtype=B.dtype, device=B.device)
+    for group in range(groups):
+        for half, matrix in zip(proj[group].transpose(1, 2).chunk(2, dim=1), (B, C), strict=True):
+            _turn(half, matrix[:, group])
+    return proj
+
+
 class _Turned(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -129,7 +139,7 @@ class _Scan(torch.autograd.Function):
         with on_device_of(u):
             rows = _rows(u)
             call = _call(rows, A, D, delta_bias, *ctx.options)
-            proj = torch.cat([B, C], dim=2).permute(1, 0, 3, 2).contiguous()  # (G, B, L, 2N)
+            proj = _side_by_side(B, C)
             y = torch.empty_like(rows)
             call.set(proj=proj, out=y)
             call.set_aligned(u=_rows(delta))
