@@ -23,7 +23,7 @@ def bidirectional_scan(xz, parameters):
     Returns:
         `torch.Tensor` of shape `(B, L, E)`: the sum of the directions, each at its own token.
     """
-    stacked = [torch.stack(both) for both in zip(*parameters)]
+    stacked = [torch.stack(both) for both in zip(*parameters, strict=True)]
     stacked[0] = stacked[0].flatten(2)
     scan = torch_scan
     if cuda_unusable_reason(xz.device, xz.dtype) is None:
@@ -55,13 +55,14 @@ def bimamba_inner_fn_no_out_proj(xz, forward, backward):
 
 def bimamba_forward(self, hidden_states, inference_params=None):
     """
-    A `forward` for the class `Mamba` of Vision Mamba's and OpenGVLab's code: `Mamba.forward = bimamba_forward`. Nothing
-    is transposed or flipped.
+    A `forward` for the class `Mamba` of Vision Mamba's and OpenGVLab's code: `Mamba.forward = bimamba_forward`.
+    Nothing is transposed or flipped.
 
     Args:
-        self: the block, with `in_proj`, `conv1d`, `x_proj`, `dt_proj`, `A_log`, `D`, the same of the backward direction
-            (`conv1d_b` and so on; `A_b_log`, `D_b`), and `out_proj`. If it has `if_devide_out` and that is true, the
-            directions' mean is taken, else their sum; `gamma` multiplies the output if `init_layer_scale` is set.
+        self: the block, with `in_proj`, `conv1d`, `x_proj`, `dt_proj`, `A_log`, `D`, the same of the backward
+            direction (`conv1d_b` and so on; `A_b_log`, `D_b`), and `out_proj`. If it has `if_devide_out` and that is
+            true, the directions' mean is taken, else their sum; `gamma` multiplies the output if `init_layer_scale` is
+            set.
         hidden_states (`torch.Tensor` of shape `(B, L, D)`).
         inference_params: must be None.
 
