@@ -26,24 +26,25 @@ def run(monkeypatch, source, output, *options):
 
 @pytest.fixture
 def films(tmp_path):
-    """A film of 112 frames, one that is shorter than a window, and a file that is none."""
+    """A film of 120 frames, one that is shorter than a window, and a file that is none."""
     folder = tmp_path / "films"
     (folder / "more").mkdir(parents=True)
-    write_video(folder / "long.mp4", 112, rate=24)
+    write_video(folder / "long.mp4", 120, rate=24)
     write_video(folder / "more" / "short.mkv", 30, rate=24)
     (folder / "broken.mp4").write_text("no film")
     return folder
 
 
 def test_each_feature_is_of_its_window(films, tmp_path, monkeypatch, capsys):
-    """The shipped model sees 16 frames at 6 a second: 64 of 24 a second. Windows begin at frames 0, 16, 32 and 48."""
+    """The shipped model sees 16 frames at 6 a second: 64 of 24 a second. Windows begin at
+    frames 0, 16, 32 and 48; the last eight frames are in none."""
     out = tmp_path / "out"
     run(monkeypatch, films, out, "--batch_size", 3)
     about = json.loads((out / "features.json").read_text())
     assert about["feature_stride"] == 16 and set(about["database"]) == {"long", "short"}
     long = about["database"]["long"]
-    assert (long["frames"], long["feature_length"], long["window_size"], long["offset_frames"]) == (112, 4, 64, 32)
-    assert [long[name] for name in ("fps", "duration", "window_seconds")] == pytest.approx([24, 112 / 24, 64 / 24])
+    assert (long["frames"], long["feature_length"], long["window_size"], long["offset_frames"]) == (120, 4, 64, 32)
+    assert [long[name] for name in ("fps", "duration", "window_seconds")] == pytest.approx([24, 120 / 24, 64 / 24])
     model = AutoModelForVideoClassification.from_pretrained(CAMERA_MOTION).eval()
     processor = AutoVideoProcessor.from_pretrained(CAMERA_MOTION)
 
