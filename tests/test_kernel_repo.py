@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hub_server import HubServer
 from plain_vision_mamba import random_weights
 from plain_vision_mamba import scan as plain_scan
 from scan_helpers import relative_error
@@ -317,6 +318,18 @@ def repository(tmp_path_factory):
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 1 and "is not an empty folder" in again.stderr
     return output
+
+
+def test_one_command_publishes_it(tmp_path):
+    hub, output = HubServer(), tmp_path / "out"
+    command = [sys.executable, ROOT / "csrc" / "make_kernel_repo.py", output, "--push-to-hub", "you/scan"]
+    with hub.serve():
+        environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_test", "HF_HUB_OFFLINE": "0"}
+        made = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert made.returncode == 0 and "Pushed to" in made.stdout, made.stderr
+    assert hub.branches == {"kernels/you/scan": ["v1"]}
+    files = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
+    assert set(hub.files["kernels/you/scan"]) == files
 
 
 def test_the_repository_holds_what_the_kernel_hub_asks_for(repository):
