@@ -1,6 +1,7 @@
 """The selective scan for other models: the public functions of csrc/hub/, and the repository that is made of them."""
 
 import ast
+import ctypes
 import importlib.util
 import inspect
 import json
@@ -171,6 +172,16 @@ def test_fast_kernels_are_launched(interface, launched):
     assert launched == ["layout"] * 4 + ["scan", "layout"]  # u, B, C and Δ in, the output and the gate out
 
 
+def test_arguments_are_laid_out_as_the_kernel_reads_them(compile_for_cpu):
+    arguments = hub_module("selective_scan_interface").LayoutArguments
+    fields = [name for name, _ in arguments._fields_]
+    offsets = ", ".join(f"offsetof(LayoutArgs, {name})" for name in fields)
+    more = f"""#include <cstddef>
+    extern "C" const size_t found[] = {{sizeof(LayoutArgs), {offsets}}};"""
+    found = (ctypes.c_size_t * (len(fields) + 1)).in_dll(compile_for_cpu("layout.cu", (), more), "found")
+    assert list(found) == [ctypes.sizeof(arguments), *(getattr(arguments, name).offset for name in fields)]
+
+
 @pytest.mark.parametrize("channels, groups", [(32, None), (33, 1), (30, 2)])
 def test_without_a_gpu_it_is_the_same(channels, groups):
     interface = hub_module("selective_scan_interface")
@@ -255,14 +266,14 @@ def block(request, monkeypatch):
     return module, device, weights, hidden_states
 
 
-def test_a_vision_mamba_block_in_one_line(block):
+def test_a_vision_mamba_block_in_one_line(block, monkeypatch):
     module, device, weights, hidden_states = block
     mixer = Block(weights).to(device)
     leaves = {name: t.clone().requires_grad_() for name, t in weights.items()}
     expected = torch.stack([plain_block(sequence, leaves)[0] for sequence in hidden_states])
     gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     expected_gradients = torch.autograd.grad(expected, list(leaves.values()), gradient)
-    Block.forward = module.bimamba_forward
+    monkeypatch.setattr(Block, "forward", module.bimamba_forward)
     found = mixer(hidden_states.float().to(device))
     assert relative_error(found.cpu(), expected) < 1e-5
     wanted = dict(mixer.named_parameters())
