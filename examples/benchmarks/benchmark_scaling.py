@@ -155,7 +155,7 @@ class Scaling:
             return "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count
         words = ["-m", "accelerate.commands.launch", "--num_processes", count, "--use_fsdp", "--fsdp_version", 2]
         words += [word for key, value in FSDP.items() for word in (f"--fsdp_{key}", value)]
-        return *words, "--fsdp_state_dict_type", "SHARDED_STATE_DICT", *(["--use_cpu"] if self.arguments.tiny else ())
+        return *words, "--fsdp_state_dict_type", "SHARDED_STATE_DICT"
 
     def context(self, count):
         if count != self.arguments.processes[-1]:  # the script runs all of them
