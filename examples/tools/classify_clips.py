@@ -46,7 +46,13 @@ def parse_arguments():
     parser.add_argument("--dense", type=int, metavar="FRAMES", help="features of windows so many frames apart")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--part_size", type=int, default=256, help="clips per file, and the most that a kill loses")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes that decode, for each GPU")
+    share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of the launcher's processes
+    parser.add_argument(
+        "--num_workers",
+        type=int,
+        default=max(1, share),
+        help="processes that decode, for each GPU: by default all cores",
+    )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the model")
     args = parser.parse_args()
     smallest = min(args.batch_size, args.part_size, 1 if args.dense is None else args.dense)
