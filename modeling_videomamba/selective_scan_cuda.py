@@ -77,7 +77,9 @@ class ScanCall:
     further ones of the plan.
     """
 
-    def __init__(self, xz, conv_weight, conv_bias, dt_weight, dt_bias, A_log, D, visits, structure, before, options=()):
+    def __init__(
+        self, xz, conv_weight, conv_bias, dt_weight, dt_bias, A_log, D, visits, structure, before, options=()
+    ):
         parameters = (conv_weight, conv_bias, dt_weight, dt_bias, A_log, D)
         device, dtype, shape = xz.device, xz.dtype, xz.shape
         start = xz.data_ptr()

@@ -441,7 +441,7 @@ def shared_bytes(kernel, blocks, split, rank, states, dtype, tf32=False):
         sums = 4 * group if exact else -(-rank // 8) * 512
         return 7 * tile + 5 * TILE * 20 * 4 + group * size + 1536 + step_size + sums
     steps = TILE * (16 * blocks + 4) * 4  # Δ, and the outputs of each half
-    # Without a rank, what is given for Δ comes through shared memory too: in the place of the gate's tiles, if there are.
+    # Without a rank, what is given for Δ comes through shared memory: of the scan, in the place of the gate's tiles.
     tiles = 2 * projection_bytes(rank, states, dtype) + (4 if kernel == "scan" or rank == 0 else 2) * tile
     return tiles + (3 if split else 1) * steps + step_size
 

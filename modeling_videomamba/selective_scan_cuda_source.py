@@ -484,59 +484,61 @@ struct LayoutArgs {
 extern "C" __global__ void __launch_bounds__(LAYOUT_THREADS) layout(const LayoutArgs p) {
     extern __shared__ __align__(16) char shared[];
     float *tile = (float *)shared;  // [channel][token], a line a value longer, so that columns meet all banks
-    const int first_channel = blockIdx.y * LAYOUT_SIDE, first_token = blockIdx.x * LAYOUT_SIDE;
+    const int LINE = LAYOUT_SIDE + 1, STEP = LAYOUT_THREADS / LAYOUT_SIDE;
+    const int channel = blockIdx.y * LAYOUT_SIDE, token = blockIdx.x * LAYOUT_SIDE;
+    // A thread goes down one column of the tile, the lanes of a warp lie side by side in memory.
+    const int fast = threadIdx.x % LAYOUT_SIDE, slow = threadIdx.x / LAYOUT_SIDE;
     const bool along_tokens = p.to.token <= p.to.channel;
     // What lies the other way round is read first, along its own lines, and turned in shared memory.
     bool turned = false;
 #pragma unroll
     for (int last = 0; last < 2; last++) {
         const bool by_token = along_tokens == (last == 1);
-        bool some = last;
-        float v[PER_THREAD];
-        auto element = [&](int i, int &channel, int &token) {
-            const int at = threadIdx.x + i * LAYOUT_THREADS, fast = at % LAYOUT_SIDE, slow = at / LAYOUT_SIDE;
-            channel = by_token ? slow : fast, token = by_token ? fast : slow;
-            return first_channel + channel < p.channels && first_token + token < p.tokens;
+        // So many of the thread's elements exist.
+        const int left = by_token ? p.channels - channel : p.tokens - token;
+        const bool some = fast < (by_token ? p.tokens - token : p.channels - channel);
+        const int count = some ? min(PER_THREAD, (left - slow + STEP - 1) / STEP) : 0;
+        auto first = [&](const Strided &t) {
+            const io_t *corner = t.at + blockIdx.z * t.batch + channel * t.channel + token * t.token;
+            return corner + fast * (by_token ? t.token : t.channel) + slow * (by_token ? t.channel : t.token);
         };
+        auto step = [&](const Strided &t) { return STEP * (by_token ? t.channel : t.token); };
+        bool read_some = false;
+        float v[PER_THREAD];
 #pragma unroll
         for (int i = 0; i < PER_THREAD; i++) v[i] = 1.f;
-        auto multiply = [&](const Strided &from, int of_z) {
-            if (!from.at || (from.token <= from.channel) != by_token) return;
-            const io_t *start = from.at + blockIdx.z * from.batch;
-            start += first_channel * from.channel + first_token * from.token;
+        auto multiply = [&](const Strided &t, int of_z) {
+            if (!t.at || (t.token <= t.channel) != by_token) return;
+            const io_t *at = first(t);
+            const long long next = step(t);
             io_t read[PER_THREAD];
 #pragma unroll
-            for (int i = 0; i < PER_THREAD; i++) {
-                int channel, token;
-                const bool exists = element(i, channel, token);
-                read[i] = exists ? start[channel * from.channel + token * from.token] : (io_t)0;
-            }
+            for (int i = 0; i < PER_THREAD; i++, at += next) read[i] = i < count ? *at : (io_t)0;
 #pragma unroll
             for (int i = 0; i < PER_THREAD; i++) {
-                const float x = value(read[i]);
-                const float gate = of_z ? sigmoid(x) : 0.f;
+                const float x = value(read[i]), gate = of_z ? sigmoid(x) : 0.f;
                 v[i] *= of_z == SILU ? x * gate : of_z == SILU_SLOPE ? gate * fmaf(x, 1.f - gate, 1.f) : x;
             }
-            some = true;
+            read_some = true;
         };
         multiply(p.x, 0);
         multiply(p.z, p.of_z);
         multiply(p.grad, 0);
-        if (!last && !some) continue;
-        if (last && turned) barrier(0, LAYOUT_THREADS);
+        float *place = tile + (by_token ? slow * LINE + fast : fast * LINE + slow);
+        const int down = STEP * (by_token ? LINE : 1);
+        if (!last) {
+            if (!read_some) continue;
+            turned = true;
 #pragma unroll
-        for (int i = 0; i < PER_THREAD; i++) {
-            int channel, token;
-            const bool exists = element(i, channel, token);
-            float &place = tile[channel * (LAYOUT_SIDE + 1) + token];
-            if (!last) place = v[i];
-            else if (exists) {
-                io_t *to = (io_t *)p.to.at + blockIdx.z * p.to.batch + (first_channel + channel) * p.to.channel +
-                           (first_token + token) * p.to.token;
-                *to = stored(turned ? v[i] * place : v[i]);
-            }
+            for (int i = 0; i < PER_THREAD; i++) place[i * down] = v[i];
+            barrier(0, LAYOUT_THREADS);
+        } else {
+            io_t *to = (io_t *)first(p.to);
+            const long long next = step(p.to);
+#pragma unroll
+            for (int i = 0; i < PER_THREAD; i++, to += next)
+                if (i < count) *to = stored(turned ? v[i] * place[i * down] : v[i]);
         }
-        turned = true;
     }
 }
 """,
@@ -1329,7 +1331,11 @@ extern "C" __global__ void pass_states(const Args p) {
     int lane = i / 4 % 32, e = i % 4, nt = i / 128 % NT;
     int channel = i / (128 * NT) * 16 + lane / 4 * 2 + (e >> 1), n = nt * 8 + 2 * (lane % 4) + (e & 1);
     const bool exists = channel < CHANNELS && n < N;  // others become zero
+#if PLAIN
     float a = exists ? rate(p, ((size_t)dir * CHANNELS + channel) * N + n) : 0.f, h = 0.f;
+#else
+    float a = exists ? -expf(parameter(p.a_log, ((size_t)dir * CHANNELS + channel) * N + n)) * LOG2E : 0.f, h = 0.f;
+#endif
     const int adjoints = STATEFUL ? p.mode & ADJOINTS : p.mode;
     const bool whole = STATEFUL && p.mode & WHOLE_PART;
     bool down = (dir && !ORDERED) != (adjoints == 1);
@@ -2437,8 +2443,7 @@ template <int M> struct StepSize {
 
 // A of a state, which is given or -exp(a_log), for powers of two.
 DEV float rate(const Args &p, size_t at) {
-    const float a = parameter(p.a_log, at);
-    return (PLAIN ? a : -expf(a)) * LOG2E;
+    return (PLAIN ? parameter(p.a_log, at) : -expf(parameter(p.a_log, at))) * LOG2E;
 }
 // The row of a half of the channels, of the scan alone.
 DEV size_t half_row(const Walk &w) { return w.row * 2 * CHANNELS + w.dir * CHANNELS + w.channel; }

@@ -11,24 +11,29 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from datasets import ClassLabel, Dataset, Features, List, Video
+from datasets import ClassLabel, Dataset, Features, List, Video, load_dataset
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from sklearn.metrics import average_precision_score
 from transformers import AutoModelForVideoClassification, AutoVideoProcessor, pipeline
 
+import classify_clips
+import classify_video
 import evaluate_video_classification as evaluation
 import finetune
 import run_video_classification as with_trainer
 import run_video_classification_no_trainer as plain_loop
 import study
+import tag_video
 import train_streaming
 import video_classification_data as data
 from finetune import DecodeFailures
 from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassification, VideoMambaImageProcessor
 from modeling_videomamba.video_decoding import decode_video
+from tool_models import CAMERA_MOTION
 from training_clips import COLOURS, tiny_processor, touch, write_coloured_clips
 from video_classification_arguments import DataArguments, ModelArguments
 from video_classification_model import load_model
+from video_files import write_video
 
 
 SEVERAL = "multi_label_classification"
@@ -400,6 +405,12 @@ def test_the_plain_loop_trains_and_resumes_on_a_list(coloured, tmp_path, monkeyp
     assert weights[0] == weights[1]
 
 
+def test_the_leaderboards_entry_names_its_metric(tmp_path):
+    finetune.write_eval_results(tmp_path, "you/clips", {"eval_mean_average_precision": 0.51239}, "the split test")
+    (entry,) = parse_eval_result_entries(yaml.safe_load((tmp_path / ".eval_results" / "you--clips.yaml").read_text()))
+    assert (entry.value, entry.notes) == (0.5124, "mean average precision on the split test")
+
+
 def test_what_takes_one_label_a_clip_says_so(coloured, start, tmp_path, monkeypatch):
     clips = ["--train_dir", coloured / "train", "--label_column", "labels", "--output_dir", tmp_path]
     config = VideoMambaConfig(
@@ -416,7 +427,94 @@ def test_what_takes_one_label_a_clip_says_so(coloured, start, tmp_path, monkeypa
         study.check_data(common, ["train"])
 
 
-def test_the_leaderboards_entry_names_its_metric(tmp_path):
-    finetune.write_eval_results(tmp_path, "you/clips", {"eval_mean_average_precision": 0.51239}, "the split test")
-    (entry,) = parse_eval_result_entries(yaml.safe_load((tmp_path / ".eval_results" / "you--clips.yaml").read_text()))
-    assert (entry.value, entry.notes) == (0.5124, "mean average precision on the split test")
+# ---------------------------------------------------------------------------------------------------------------------
+# The tools
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """The shipped checkpoint, as if it had been trained on clips with several labels, and its logits of one clip."""
+    folder = shutil.copytree(CAMERA_MOTION, tmp_path_factory.mktemp("several") / "model")
+    config = read(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps(config | {"problem_type": SEVERAL}))
+    model, processor = (
+        AutoModelForVideoClassification.from_pretrained(folder),
+        AutoVideoProcessor.from_pretrained(folder),
+    )
+    with torch.no_grad():
+        logits = model.eval()(**processor(str(classify_video.EXAMPLE), return_tensors="pt")).logits[0]
+    scores = dict(zip(model.config.id2label.values(), logits.sigmoid().tolist(), strict=True))
+    scores = dict(sorted(scores.items(), key=lambda pair: -pair[1]))
+    holding = [label for label, score in scores.items() if score >= 0.5]
+    assert len(holding) > 1 and sum(scores.values()) > 1.1, "else a softmax would do"
+    return folder, scores, holding
+
+
+def test_classify_video_prints_all_that_hold(several, monkeypatch, capsys):
+    folder, scores, holding = several
+    run(monkeypatch, classify_video, "--model", folder, "--top_k", 1)
+    expected = [f"  {scores[label]:6.1%}  {label}" for label in holding]
+    assert capsys.readouterr().out.splitlines()[1:] == expected
+
+
+def test_classify_clips_has_a_column_of_all_that_hold(several, tmp_path, monkeypatch):
+    folder, scores, holding = several
+    source = tmp_path / "clips.csv"
+    source.write_text(f"path,labels\n{classify_video.EXAMPLE},pan right;zoom in\n")
+    run(monkeypatch, classify_clips, source, "--model", folder, "--output", tmp_path / "out", "--num_workers", 0)
+    (row,) = load_dataset("parquet", data_files=str(tmp_path / "out" / "*.parquet"), split="train")
+    assert row["predictions"] == holding and row["prediction"] == holding[0] and row["label"] == "pan right;zoom in"
+    assert sorted(row["scores"]) == pytest.approx(sorted(scores.values()), abs=1e-5)
+    # A data set's lists of names or numbers.
+    names = ["a", "b"]
+    assert classify_clips._name([1, 0], names) == "b;a" and classify_clips._name(["x"], None) == "x"
+
+
+def test_segments_of_several_labels_overlap(tmp_path):
+    """Worked out by hand: "a" holds in two windows of a shot and again in the next, "b" in the second and third."""
+    scores = [{"a": 0.9, "b": 0.1}, {"b": 0.8, "a": 0.5}, {"b": 0.6, "a": 0.4}, {"a": 0.3, "b": 0.2}, {"a": 0.7}]
+    places = [(0, 0, 2), (0, 1, 3), (0, 2, 4), (0, 3, 5), (1, 5, 7)]
+    windows = [tag_video.Window(*place, own) for place, own in zip(places, scores, strict=True)]
+    segments = tag_video.to_segments(windows, several=True)
+    found = [(s.start, s.end, s.shot, s.label, round(s.score, 4)) for s in segments]
+    assert found == [(0, 2.5, 0, "a", 0.7), (1.5, 3.5, 0, "b", 0.7), (5, 7, 1, "a", 0.7)]
+    moments = tag_video.to_moments(windows)
+    parts = [(0, 1.5, "a"), (1.5, 2.5, "b; a"), (2.5, 3.5, "b"), (3.5, 5, ""), (5, 7, "a")]
+    assert [(s.start, s.end, s.label) for s in moments] == parts
+    tag_video.write_tables(tmp_path, "film.mp4", "model", segments, windows, moments)
+    assert (tmp_path / "chapters.vtt").read_text() == (
+        "WEBVTT\n\n1\n00:00:00.000 --> 00:00:01.500\na\n\n2\n00:00:01.500 --> 00:00:02.500\nb; a\n\n"
+        "3\n00:00:02.500 --> 00:00:03.500\nb\n\n4\n00:00:05.000 --> 00:00:07.000\na\n"
+    )
+    assert len((tmp_path / "tags.csv").read_text().splitlines()) == 4
+
+
+def test_tag_video_writes_all_that_hold(several, tmp_path, monkeypatch, capsys):
+    folder, *_ = several
+    film = write_video(tmp_path / "film.mp4", 50)
+    truth = tmp_path / "truth.csv"
+    truth.write_text("start,end,label\n0,2,pan left\n0,2,zoom in\n")
+    command = [film, "--model", folder, "--output", tmp_path / "out", "--no_cuts", "--overlay", "--device", "cpu"]
+    run(monkeypatch, tag_video, *command, "--truth", truth)
+    content = read(tmp_path / "out" / "tags.json")
+    wanted = {label for window in content["windows"] for label, score in window["scores"].items() if score >= 0.5}
+    assert {segment["label"] for segment in content["segments"]} == wanted
+    logits = torch.tensor([[3.0, 2, 1, 0.5, 0.4, 0.3, -0.2, -1, -2], [-1.0] * 9])
+    found = tag_video.make_tagger(folder, "cpu", 25).best(logits)  # five labels, and more if more hold
+    assert list(found[0].values()) == pytest.approx(logits[0, :6].sigmoid().tolist(), abs=1e-4) and len(found[1]) == 5
+    (task,) = read(tmp_path / "out" / "label_studio.json")
+    assert len(task["predictions"][0]["result"]) == len(content["segments"])
+    printed = capsys.readouterr().out
+    assert "F1@10/25/50" in printed and "seconds have the right label" not in printed
+    for name in ("timeline.png", "overlay.mp4", "chapters.vtt"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+
+
+def test_a_film_in_which_nothing_holds(several, tmp_path, monkeypatch):
+    monkeypatch.setattr(tag_video, "THRESHOLD", 1.1)
+    film = write_video(tmp_path / "film.mp4", 30)
+    command = [film, "--model", several[0], "--output", tmp_path / "out", "--no_cuts", "--overlay", "--device", "cpu"]
+    run(monkeypatch, tag_video, *command)
+    assert read(tmp_path / "out" / "tags.json")["segments"] == []
+    assert (tmp_path / "out" / "chapters.vtt").read_text().strip() == "WEBVTT"

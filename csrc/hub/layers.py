@@ -1,4 +1,4 @@
-"""What the package `kernels` puts in the place of a model's own functions: `KernelConfig` of transformers names these."""
+"""What the package `kernels` puts in the place of a model's own functions: names for transformers' `KernelConfig`."""
 
 import torch
 from torch import nn
@@ -8,7 +8,7 @@ from .selective_scan_interface import selective_scan_fn as scan
 
 
 class selective_scan_fn(nn.Module):  # named as transformers' Mamba models ask for it
-    """The scan of transformers' Mamba, with its arguments; the last two choose between ways that are not taken here."""
+    """The scan of transformers' Mamba, with its arguments; the last two choose between its own ways."""
 
     def forward(
         self,

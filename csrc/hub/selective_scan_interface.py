@@ -2,10 +2,10 @@
 mamba-ssm's `selective_scan_fn` on the kernels of VideoMamba.
 
 The kernels read tokens one after the other, all channels of each. mamba-ssm's callers have channels first, so tensors
-are turned on the way in and out (`layout.cu`, at the speed of the memory); the gate, the product with its gradients and
-the change of type go along. What is channels last already, seen through a transpose, is read as it lies.
+are turned on the way in and out (csrc/layout.cu), where the gate is multiplied too. What is channels last already,
+seen through a transpose, is read as it lies.
 
-Without a time-step rank, the kernels of the scan take Δ and A as they are given, and walk over one direction: the halves
+Without a time-step rank, the kernels of the scan take Δ and A as they are given, and walk in one direction: the halves
 of the channels take the places of the two directions.
 """
 
@@ -82,6 +82,16 @@ def _columns(rows, *factors, like):
     return _turn(torch.empty_like(rows).transpose(1, 2), columns, *factors) if factors else columns
 
 
+def _side_by_side(B, C):
+    """B and C (B, G, N, L) as (G, B, L, 2N)."""
+    batch, groups, states, tokens = B.shape
+    proj = torch.empty(groups, batch, tokens, 2 * states, dtype=B.dtype, device=B.device)
+    for group in range(groups):
+        for half, matrix in zip(proj[group].transpose(1, 2).chunk(2, dim=1), (B, C), strict=True):
+            _turn(half, matrix[:, group])
+    return proj
+
+
 class _Turned(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -107,7 +117,7 @@ def _in_order(length, device):
 
 
 def _call(rows, A, D, delta_bias, common, softplus, stateful):
-    """The kernels' call on rows (B, L, E), with parameters (E, N), (E,) and (E,), the last two of which may be None."""
+    """The kernels' call on rows (B, L, E), with parameters (E, N), (E,) and (E,); the last two may be None."""
 
     def halves(parameter):
         return parameter.float().reshape(2, A.shape[0] // 2, *parameter.shape[1:])
@@ -129,7 +139,7 @@ class _Scan(torch.autograd.Function):
         with on_device_of(u):
             rows = _rows(u)
             call = _call(rows, A, D, delta_bias, *ctx.options)
-            proj = torch.cat([B, C], dim=2).permute(1, 0, 3, 2).contiguous()  # (G, B, L, 2N)
+            proj = _side_by_side(B, C)
             y = torch.empty_like(rows)
             call.set(proj=proj, out=y)
             call.set_aligned(u=_rows(delta))
@@ -166,7 +176,7 @@ class _Scan(torch.autograd.Function):
         dB, dC = dproj.permute(1, 0, 3, 2).chunk(2, dim=2)
         found = du, ddelta, dA.flatten(0, 1), dB, dC, dD.flatten(), dz, d_bias.flatten()
         inputs = u, delta, A, B, C, D, z, delta_bias
-        return (*(None if t is None else g.to(t.dtype) for g, t in zip(found, inputs)), None, None, None)
+        return (*(None if t is None else g.to(t.dtype) for g, t in zip(found, inputs, strict=True)), None, None, None)
 
 
 @torch.compiler.disable
@@ -188,7 +198,12 @@ def _elsewhere(scan, u, delta, A, B, C, D, z, delta_bias, softplus):
         return x.unflatten(1, (groups, -1)).permute(1, 0, 3, 2)
 
     start = u.new_zeros(groups, u.shape[0], u.shape[1] // groups, A.shape[1], dtype=torch.float32)
-    arguments = grouped(u), grouped(delta), A.to(exact).unflatten(0, (groups, -1)), *(t.permute(1, 0, 3, 2) for t in (B, C))
+    arguments = (
+        grouped(u),
+        grouped(delta),
+        A.to(exact).unflatten(0, (groups, -1)),
+        *(t.permute(1, 0, 3, 2) for t in (B, C)),
+    )
     y, end = scan(*arguments, start)
     y = y.permute(1, 0, 3, 2).flatten(1, 2).to(exact)
     if D is not None:
@@ -205,11 +220,12 @@ def selective_scan_fn(
     The selective scan of Mamba, with the arguments of mamba-ssm's function of this name.
 
     Args:
-        u (`torch.Tensor` of shape `(B, E, L)`): input; float32, float16 or bfloat16, the type of all that is computed of.
+        u (`torch.Tensor` of shape `(B, E, L)`): input; float32, float16 or bfloat16. `delta`, `B`, `C` and `z` are
+            converted to its type if they have another.
         delta (`torch.Tensor` of shape `(B, E, L)`): step size.
         A (`torch.Tensor` of shape `(E, N)`): state matrix, negative and real.
-        B, C (`torch.Tensor` of shape `(B, N, L)` or `(B, G, N, L)`): of one group of channels, or of two, each with half
-            of the channels.
+        B, C (`torch.Tensor` of shape `(B, N, L)` or `(B, G, N, L)`): of one group of channels, or of two, each with
+            half of the channels.
         D (`torch.Tensor` of shape `(E,)`, *optional*): skip term.
         z (`torch.Tensor` of shape `(B, E, L)`, *optional*): the gate; the output is multiplied by its SiLU.
         delta_bias (`torch.Tensor` of shape `(E,)`, *optional*): added to `delta`.
@@ -217,8 +233,8 @@ def selective_scan_fn(
         return_last_state (`bool`): whether to return the last state too.
 
     Returns:
-        `torch.Tensor` of shape `(B, E, L)` and the type of `u`; in memory channels first, but channels last where `u` or
-        `z` is. With `return_last_state`, also the state after the last token, float32 `(B, E, N)`. Both are
+        `torch.Tensor` of shape `(B, E, L)` and the type of `u`; in memory channels first, but channels last where `u`
+        or `z` is. With `return_last_state`, also the state after the last token, float32 `(B, E, N)`. Both are
         differentiable in all inputs. State, Δ and sums are float32.
 
     Raises:
@@ -226,7 +242,16 @@ def selective_scan_fn(
     """
     B, C = (t.unsqueeze(1) if t.ndim == 3 else t for t in (B, C))
     _check(u, delta, A, B, C, D, z, delta_bias)
-    tensors = u, delta.to(u.dtype), A, B.to(u.dtype), C.to(u.dtype), D, None if z is None else z.to(u.dtype), delta_bias
+    tensors = (
+        u,
+        delta.to(u.dtype),
+        A,
+        B.to(u.dtype),
+        C.to(u.dtype),
+        D,
+        None if z is None else z.to(u.dtype),
+        delta_bias,
+    )
     if u.shape[1] % 2 == 0 and unusable_reason(u.device, u.dtype) is None:
         out, last_state = _on_cuda(*tensors, softplus=delta_softplus, stateful=return_last_state)
     else:
@@ -239,6 +264,10 @@ def _check(u, delta, A, B, C, D, z, delta_bias):
     batch, channels, tokens = u.shape
     if A.is_complex() or A.ndim != 2:
         raise ValueError(f"`A` must be real, of the shape (E, N); got {A.dtype}, {tuple(A.shape)}.")
+    if B.ndim != 4 or C.ndim != 4:
+        raise ValueError(
+            f"`B` and `C` must have the shape (B, N, L), or (B, G, N, L); got {tuple(B.shape)}, {tuple(C.shape)}."
+        )
     groups, states = B.shape[1], A.shape[1]
     if groups not in (1, 2) or channels % groups:
         raise ValueError(f"`B` and `C` may have one group of channels or two; got {groups}, for {channels} channels.")
@@ -248,6 +277,6 @@ def _check(u, delta, A, B, C, D, z, delta_bias):
     for name, (tensor, shape) in wanted.items():
         if tensor is not None and (tensor.shape != shape or tensor.device != u.device):
             raise ValueError(
-                f"`{name}` must have the shape {tuple(shape)} on {u.device}, for `u` of the shape {tuple(u.shape)}; got "
-                f"{tuple(tensor.shape)} on {tensor.device}."
+                f"`{name}` must have the shape {tuple(shape)} on {u.device}, for `u` of the shape {tuple(u.shape)}; "
+                f"got {tuple(tensor.shape)} on {tensor.device}."
             )

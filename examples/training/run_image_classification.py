@@ -10,7 +10,7 @@
 set of the Hub with an image and a label column. Without `--model_name_or_path` a VideoMamba is trained from random
 weights. All flags of `transformers.TrainingArguments` work; the same command run again goes on from the last
 checkpoint, and other settings are refused in its folder.
-`python -m conversion.inflate_image_model` makes a video model of the result.
+`videomamba-convert image` makes a video model of the result.
 """
 
 import os
