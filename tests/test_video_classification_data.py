@@ -204,7 +204,7 @@ def test_bad_data_is_refused_with_advice(bars, tmp_path):
 
 
 def test_a_label_may_read_like_a_split(bars, tmp_path):
-    """Left to itself, datasets takes `train_in_out` for the training split: no other label, or validation clips too."""
+    """Left to itself, datasets takes `train_in_out` for the training split: no other label, or too many clips."""
     labels = dict(zip(NAMES, ("train_in_out", "val"), strict=True))
     for split in ("train", "validation"):
         for old, new in labels.items():
