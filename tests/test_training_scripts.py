@@ -254,7 +254,8 @@ def test_the_first_frame_of_tank_state_is_not_seen(frames, rate, monkeypatch, tm
     monkeypatch.setattr(sys, "argv", ["script", "--use_cpu", "--output_dir", str(tmp_path), "--recipe", recipe])
     model, *_ = parse_arguments(ModelArguments, DataArguments, TrainingArguments)
     clip = VideoMetadata(total_num_frames=frames, fps=rate)
-    reader = VideoMambaVideoProcessor(num_frames=model.num_frames, sampling_fps=model.sampling_fps)
+    distance = {"frame_stride": model.frame_stride or None, "sampling_fps": model.sampling_fps}
+    reader = VideoMambaVideoProcessor(num_frames=model.num_frames, **distance)
     assert reader.sample_frames(clip).min() > 0
 
 
