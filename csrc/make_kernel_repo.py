@@ -91,16 +91,16 @@ def assemble(output):
     return sorted(str(path.relative_to(output)) for path in output.rglob("*") if path.is_file())
 
 
-def push(output, repo):
-    """Upload the folder to the branches `main`, where the card is read, and of its version, where `kernels` looks."""
+def push(output, repo, files):
+    """Upload the files to `main`, where the card is read, and to the version's branch, where `kernels` looks."""
     from huggingface_hub import HfApi
 
     api = HfApi()
     repo_id = api.create_repo(repo, repo_type="kernel", exist_ok=True).repo_id
-    for branch in ("main", f"v{VERSION}"):
-        api.create_branch(repo_id, branch=branch, repo_type="kernel", exist_ok=True)
-        url = api.upload_folder(repo_id=repo_id, folder_path=output, repo_type="kernel", revision=branch)
-    return url
+    upload = {"repo_id": repo_id, "repo_type": "kernel", "folder_path": output, "allow_patterns": files}
+    api.upload_folder(**upload)
+    api.create_branch(repo_id, branch=f"v{VERSION}", repo_type="kernel", exist_ok=True)
+    return api.upload_folder(**upload, revision=f"v{VERSION}")
 
 
 def main():
@@ -115,7 +115,7 @@ def main():
     print(f"Wrote {arguments.output}: {len(files)} files")
     if arguments.push_to_hub:
         try:
-            url = push(arguments.output, arguments.push_to_hub)
+            url = push(arguments.output, arguments.push_to_hub, files)
         except Exception as error:  # no network, no token, no access: each has its own class
             sys.exit(f"error: {arguments.output} is written, but not pushed: {error}")
         print(f"Pushed to {url}")

@@ -342,7 +342,11 @@ extern "C" __global__ void pass_states(const Args p) {
     int lane = i / 4 % 32, e = i % 4, nt = i / 128 % NT;
     int channel = i / (128 * NT) * 16 + lane / 4 * 2 + (e >> 1), n = nt * 8 + 2 * (lane % 4) + (e & 1);
     const bool exists = channel < CHANNELS && n < N;  // others become zero
+#if PLAIN
     float a = exists ? rate(p, ((size_t)dir * CHANNELS + channel) * N + n) : 0.f, h = 0.f;
+#else
+    float a = exists ? -expf(parameter(p.a_log, ((size_t)dir * CHANNELS + channel) * N + n)) * LOG2E : 0.f, h = 0.f;
+#endif
     const int adjoints = STATEFUL ? p.mode & ADJOINTS : p.mode;
     const bool whole = STATEFUL && p.mode & WHOLE_PART;
     bool down = (dir && !ORDERED) != (adjoints == 1);

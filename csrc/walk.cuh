@@ -242,8 +242,7 @@ template <int M> struct StepSize {
 
 // A of a state, which is given or -exp(a_log), for powers of two.
 DEV float rate(const Args &p, size_t at) {
-    const float a = parameter(p.a_log, at);
-    return (PLAIN ? a : -expf(a)) * LOG2E;
+    return (PLAIN ? parameter(p.a_log, at) : -expf(parameter(p.a_log, at))) * LOG2E;
 }
 // The row of a half of the channels, of the scan alone.
 DEV size_t half_row(const Walk &w) { return w.row * 2 * CHANNELS + w.dir * CHANNELS + w.channel; }

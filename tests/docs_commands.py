@@ -33,6 +33,7 @@ LEFT_OUT = {
     "python examples/deploy/browser/build.py": "asks npm; test_export.py builds the page",
     "python examples/benchmarks/benchmark.py": "times whole models for an hour; test_benchmark.py runs a small one",
     "python examples/benchmarks/benchmark_parallel.py": "needs several GPUs",
+    "python examples/benchmarks/benchmark_kernel.py": "needs a GPU",
     "python examples/benchmarks/benchmark_decoding.py": "measures for minutes; no figure is made in a test",
     "python examples/tools/tag_video.py --live": "waits for a camera; test_tag_video.py has one",
     "python examples/training/run_video_classification.py --recipe examples/training/recipes/camera_motion_"

@@ -1,6 +1,7 @@
 """The selective scan for other models: the public functions of csrc/hub/, and the repository that is made of them."""
 
 import ast
+import ctypes
 import importlib.util
 import inspect
 import json
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hub_server import HubServer
 from plain_vision_mamba import random_weights
 from plain_vision_mamba import scan as plain_scan
 from scan_helpers import relative_error
@@ -170,6 +172,16 @@ def test_fast_kernels_are_launched(interface, launched):
     assert launched == ["layout"] * 4 + ["scan", "layout"]  # u, B, C and Δ in, the output and the gate out
 
 
+def test_arguments_are_laid_out_as_the_kernel_reads_them(compile_for_cpu):
+    arguments = hub_module("selective_scan_interface").LayoutArguments
+    fields = [name for name, _ in arguments._fields_]
+    offsets = ", ".join(f"offsetof(LayoutArgs, {name})" for name in fields)
+    more = f"""#include <cstddef>
+    extern "C" const size_t found[] = {{sizeof(LayoutArgs), {offsets}}};"""
+    found = (ctypes.c_size_t * (len(fields) + 1)).in_dll(compile_for_cpu("layout.cu", (), more), "found")
+    assert list(found) == [ctypes.sizeof(arguments), *(getattr(arguments, name).offset for name in fields)]
+
+
 @pytest.mark.parametrize("channels, groups", [(32, None), (33, 1), (30, 2)])
 def test_without_a_gpu_it_is_the_same(channels, groups):
     interface = hub_module("selective_scan_interface")
@@ -254,14 +266,14 @@ def block(request, monkeypatch):
     return module, device, weights, hidden_states
 
 
-def test_a_vision_mamba_block_in_one_line(block):
+def test_a_vision_mamba_block_in_one_line(block, monkeypatch):
     module, device, weights, hidden_states = block
     mixer = Block(weights).to(device)
     leaves = {name: t.clone().requires_grad_() for name, t in weights.items()}
     expected = torch.stack([plain_block(sequence, leaves)[0] for sequence in hidden_states])
     gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     expected_gradients = torch.autograd.grad(expected, list(leaves.values()), gradient)
-    Block.forward = module.bimamba_forward
+    monkeypatch.setattr(Block, "forward", module.bimamba_forward)
     found = mixer(hidden_states.float().to(device))
     assert relative_error(found.cpu(), expected) < 1e-5
     wanted = dict(mixer.named_parameters())
@@ -317,6 +329,18 @@ def repository(tmp_path_factory):
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 1 and "is not an empty folder" in again.stderr
     return output
+
+
+def test_one_command_publishes_it(tmp_path):
+    hub, output = HubServer(), tmp_path / "out"
+    command = [sys.executable, ROOT / "csrc" / "make_kernel_repo.py", output, "--push-to-hub", "you/scan"]
+    with hub.serve():
+        environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_test", "HF_HUB_OFFLINE": "0"}
+        made = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert made.returncode == 0 and "Pushed to" in made.stdout, made.stderr
+    assert hub.branches == {"kernels/you/scan": ["v1"]}
+    files = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
+    assert set(hub.files["kernels/you/scan"]) == files
 
 
 def test_the_repository_holds_what_the_kernel_hub_asks_for(repository):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from datasets import ClassLabel, Dataset
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -235,7 +236,8 @@ def test_recipes_train_as_the_paper_says(name, mirrored, tmp_path, monkeypatch):
 
     reader = tiny_processor()
     plain = dataclasses.replace(clips, rand_augment=0, random_erasing=0.0, min_crop_area=1.0)
-    splits = {"train": [{"video": {"path": write_video(tmp_path / "bar.mp4", 8), "bytes": None}, "label": 0}] * 40}
+    row = {"video": {"path": write_video(tmp_path / "bar.mp4", 8), "bytes": None}, "label": 0}
+    splits = {"train": Dataset.from_list([row] * 40).cast_column("label", ClassLabel(names=["a", "b"]))}
     seen = data.transform_clips(splits, ["a", "b"], plain, reader, reader, None, 0, CPU)[0]["train"]
     clips = (seen[index]["pixel_values"].int() for index in range(40))
     red_is_left = {bool(clip[0, 0, 4, 1] > clip[0, 0, 4, -2] + 60) for clip in clips}

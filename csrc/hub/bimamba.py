@@ -21,7 +21,7 @@ def bidirectional_scan(xz, parameters):
             (R + 2N, E) and `dt_proj` (E, R), the bias of `dt_proj` (E,), `A_log` (E, N) and `D` (E,).
 
     Returns:
-        `torch.Tensor` of shape `(B, L, E)`: the sum of the directions, each at its own token.
+        `torch.Tensor` of shape `(B, L, E)`: the mean of the directions, each at its own token.
     """
     stacked = [torch.stack(both) for both in zip(*parameters, strict=True)]
     stacked[0] = stacked[0].flatten(2)
@@ -30,7 +30,7 @@ def bidirectional_scan(xz, parameters):
         scan = cuda_scan
     elif cuda_simt_unusable_reason(xz.device, xz.dtype) is None:
         scan = cuda_simt_scan
-    return 2 * scan(xz, *stacked)  # which gives their mean
+    return scan(xz, *stacked)
 
 
 def bimamba_inner_fn_no_out_proj(xz, forward, backward):
@@ -50,7 +50,7 @@ def bimamba_inner_fn_no_out_proj(xz, forward, backward):
     parameters = []
     for conv_weight, conv_bias, x_proj_weight, dt_weight, A, D, dt_bias in (forward, backward):
         parameters.append((conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, torch.log(-A), D))
-    return turned(bidirectional_scan(turned(xz), parameters))
+    return 2 * turned(bidirectional_scan(turned(xz), parameters))
 
 
 def bimamba_forward(self, hidden_states, inference_params=None):
@@ -84,8 +84,7 @@ def bimamba_forward(self, hidden_states, inference_params=None):
             (self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b),
         )
     ]
-    out = bidirectional_scan(self.in_proj(hidden_states), parameters)
-    if getattr(self, "if_devide_out", False):
-        out = out / 2
-    out = F.linear(out, self.out_proj.weight, self.out_proj.bias)
+    mean = bidirectional_scan(self.in_proj(hidden_states), parameters)
+    weight = self.out_proj.weight * (1 if getattr(self, "if_devide_out", False) else 2)
+    out = F.linear(mean, weight, self.out_proj.bias)
     return out * self.gamma if getattr(self, "init_layer_scale", None) is not None else out

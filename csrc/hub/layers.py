@@ -8,7 +8,7 @@ from .selective_scan_interface import selective_scan_fn as scan
 
 
 class selective_scan_fn(nn.Module):  # named as transformers' Mamba models ask for it
-    """The scan of transformers' Mamba, with its arguments; the last two choose between its own ways: no matter here."""
+    """The scan of transformers' Mamba, with its arguments; the last two choose between its own ways."""
 
     def forward(
         self,

@@ -4,10 +4,14 @@
     python examples/tools/classify_clips.py clips/ --output scores                # all videos in and below a folder
     python examples/tools/classify_clips.py clips.csv --output features --columns scores pooled
     accelerate launch examples/tools/classify_clips.py you/clips --split test --output scores   # a data set, all GPUs
+    python examples/tools/classify_clips.py films/ --output features --dense 16   # a feature every 16 frames
 
 Each part of `--part_size` clips is a file, written whole or not at all. After an interruption, the same command does
 the missing parts, on any number of processes, with the same result. Clips that have come to the source since are done
 in new parts. Clips that cannot be read are skipped and listed in `unreadable.csv`.
+
+`--dense FRAMES` writes no Parquet, but `<film>.npy` of each file, (T, C) float32: features of windows that slide over
+it, for toolboxes of temporal detection (docs/tools.md).
 
 Columns: `clip` (its path, or row:name in a data set), `label` (the name of its folder, or the data set's), `scores` (a
 probability for each label of the model, in the order of its config), `prediction` and `score` (the largest of them),
@@ -39,13 +43,21 @@ def parse_arguments():
     parser.add_argument("--output", type=Path, required=True, help="folder for the Parquet files")
     choices = ["scores", "pooled", "tokens"]
     parser.add_argument("--columns", nargs="+", choices=choices, default=["scores"], help="what to keep of each clip")
+    parser.add_argument("--dense", type=int, metavar="FRAMES", help="features of windows so many frames apart")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--part_size", type=int, default=256, help="clips per file, and the most that a kill loses")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes that decode, for each GPU")
+    share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of the launcher's processes
+    parser.add_argument(
+        "--num_workers",
+        type=int,
+        default=max(1, share),
+        help="processes that decode, for each GPU: by default all cores",
+    )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the model")
     args = parser.parse_args()
-    if args.batch_size < 1 or args.part_size < 1 or args.num_workers < 0:
-        parser.error("--batch_size and --part_size must be at least 1, --num_workers at least 0")
+    smallest = min(args.batch_size, args.part_size, 1 if args.dense is None else args.dense)
+    if smallest < 1 or args.num_workers < 0:
+        parser.error("--batch_size, --part_size and --dense must be at least 1, --num_workers at least 0")
     return args
 
 
@@ -310,6 +322,41 @@ def report(args, folder, clips, spent):
     print(f"{folder}: {good} clip{'s' * (good != 1)}; {len(listing)} could not be read (unreadable.csv).")
 
 
+def write_dense(args, state):
+    """`<film>.npy` of each file that has none yet; of all together `features.json`, and what could not be read."""
+    from dense_features import FeatureTagger, write_features
+
+    clips, data = list_clips(args.source, args.split)
+    names = [Path(clip.name).stem for clip in clips]
+    if data is not None:
+        raise ValueError(f"--dense takes a folder or a list of files, not a data set ({args.source}).")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"{args.source} has several files called {twice[0]}, whose features would have one name.")
+    args.output.mkdir(parents=True, exist_ok=True)
+    tagger = FeatureTagger(args.model, state.device, 25)
+    tagger.model.to(getattr(torch, args.dtype))
+    settings = {"model": args.model, "dtype": args.dtype, "feature_stride": args.dense}
+    if state.is_main_process:
+        check_settings(args.output, settings)
+    unreadable, own = {}, range(state.process_index, len(clips), state.num_processes)
+    for number in tqdm(own, unit="film", disable=not state.is_main_process):
+        if (args.output / f"{names[number]}.npy").exists():
+            continue
+        try:
+            write_features(clips[number].name, args.output, tagger, args.dense, args.batch_size)
+        except (OSError, ValueError) as error:
+            unreadable[clips[number].name] = str(error)
+    unreadable = {name: reason for part in gather_object([unreadable]) for name, reason in part.items()}
+    if state.is_main_process:
+        done = [name for name in names if (args.output / f"{name}.npy").exists()]
+        films = {name: json.loads((args.output / f"{name}.json").read_text(encoding="utf-8")) for name in done}
+        about = settings | {"feature_dim": tagger.model.config.hidden_size, "database": films}
+        write_json(args.output / "features.json", about)
+        with open(args.output / "unreadable.csv", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("clip", "reason"), *unreadable.items()])
+        print(f"{args.output}: {len(done)} film{'s' * (len(done) != 1)}; {len(unreadable)} could not be read.")
+
+
 def main():
     args = parse_arguments()
     if reason := unloadable_reason(args.model):
@@ -317,6 +364,11 @@ def main():
     # Without `cpu`, two processes on a machine without a GPU would not know of each other.
     state = PartialState(cpu=not torch.accelerator.is_available())
     datasets.disable_progress_bars()
+    if args.dense is not None:
+        try:
+            return write_dense(args, state)
+        except (ValueError, StrictDataclassError) as error:
+            sys.exit(str(error))
     try:
         clips, data = list_clips(args.source, args.split)
         if not clips:
