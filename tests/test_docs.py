@@ -129,7 +129,12 @@ MADE = {
     "model_cards/videomamba-tiny-camera-stream/README.md": ["clips"],
 }
 # Snippets of packages that the tests do not ask for.
-NEEDS = {"import openvino": "openvino", "from torchao": "torchao", "import get_local_kernel": "kernels"}
+NEEDS = {
+    "import openvino": "openvino",
+    "exporter_executorch": "executorch",
+    "from torchao": "torchao",
+    "import get_local_kernel": "kernels",
+}
 
 
 @pytest.fixture(scope="module")

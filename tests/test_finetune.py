@@ -223,6 +223,12 @@ def test_a_folder_without_labels_is_refused(bars, tmp_path):
         finetune.load_clips(str(tmp_path), 0.2, seed=0)
 
 
+@pytest.mark.parametrize("name", ["clps", "./clips/mine", "../clips", "/my/clips"])
+def test_a_mistyped_folder_is_not_looked_for_on_the_hub(name):
+    with pytest.raises(ValueError, match=f"There is no folder {name}"):
+        finetune.load_data_set(name)
+
+
 def notebook():
     """Its cells as one piece of plain Python."""
     cells = json.loads((ROOT / "examples" / "training" / "finetune.ipynb").read_text())["cells"]

@@ -316,6 +316,7 @@ def test_uploads_are_deleted(app, tmp_path, monkeypatch):
 
     class Checkpoint:
         model = SimpleNamespace(config=SimpleNamespace(id2label={0: "nothing"}))
+        gives_several = False
 
         def read(self, path):
             raise ValueError("this one reads nothing")

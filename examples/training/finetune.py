@@ -116,12 +116,19 @@ except ModuleNotFoundError as error:
 logger = logging.get_logger(__name__)
 
 
+def load_data_set(name, **options):
+    """`load_dataset`, which would ask the Hub for a mistyped folder."""
+    if not os.path.isdir(name) and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise ValueError(f"There is no folder {name}, and a data set of the Hub has a name of the form owner/name.")
+    return load_dataset(name, **options)
+
+
 def load_clips(name, validation_fraction, seed):
     """
     The splits `train` and `validation` with the columns `video` (a path, or bytes: not decoded) and `label` (a
     `ClassLabel`, or lists of them).
     """
-    clips = load_dataset(name, data_files=find_splits(name))
+    clips = load_data_set(name, data_files=find_splits(name))
     features = clips["train"].features if "train" in clips else {}
     videos = [column for column, kind in features.items() if isinstance(kind, Video)]
     labels = [column for column, kind in features.items() if isinstance(getattr(kind, "feature", kind), ClassLabel)]

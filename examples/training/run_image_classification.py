@@ -81,11 +81,11 @@ from modeling_videomamba.loading_videomamba import unloadable_reason
 
 try:
     import accelerate  # noqa: F401  what the Trainer stands on
-    from datasets import ClassLabel, Image, load_dataset
+    from datasets import ClassLabel, Image
 except ModuleNotFoundError as error:
     sys.exit(f"{error}. Install the extra `train`: pip install '.[train]' in a clone of videomamba-transformers.")
 
-from finetune import FineTuner, accuracy, fit_head, keep_settings, logits_alone, tell_place
+from finetune import FineTuner, accuracy, fit_head, keep_settings, load_data_set, logits_alone, tell_place
 
 
 def load_pictures(name):
@@ -99,7 +99,7 @@ def load_pictures(name):
             different = sorted(set(train.classes) ^ set(validation.classes))
             raise ValueError(f"{name} has labels that only train/ or only validation/ has: {different[:5]}.")
         return train, validation, train.classes
-    splits = load_dataset(name)
+    splits = load_data_set(name)
     features = splits["train"].features if {"train", "validation"} <= set(splits) else {}
     columns = [[c for c, kind in features.items() if isinstance(kind, wanted)] for wanted in (Image, ClassLabel)]
     if [len(found) for found in columns] != [1, 1]:

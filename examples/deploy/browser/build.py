@@ -43,13 +43,14 @@ def main():
     parser.add_argument("output", type=Path, help="folder to write")
     args = parser.parse_args()
 
-    args.output.mkdir(parents=True, exist_ok=True)
     if (Path(args.model) / "model.onnx").exists():
+        args.output.mkdir(parents=True, exist_ok=True)
         for name in ("model.onnx", "config.json", "video_preprocessor_config.json"):
             shutil.copy(Path(args.model) / name, args.output)
     else:
         export = [sys.executable, HERE.parent / "export_onnx.py", args.model, args.output, "--browser"]
-        subprocess.run(export, check=True)
+        if status := subprocess.run(export).returncode:
+            sys.exit(status)  # the script has said why
     for name in ("index.html", "app.js", "preprocessing.js", "stream.js", "README.md"):
         shutil.copy(HERE / name, args.output)
     if not all((args.output / "ort" / name).exists() for name in RUNTIME_FILES):
