@@ -7,11 +7,13 @@ model on the caller's. `predict_clips` fetches results while the next batches ru
 """
 
 import contextlib
+import mmap
 import multiprocessing
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.heap import BufferWrapper
 from typing import NamedTuple
 
 import torch
@@ -95,7 +97,7 @@ class ClipLoader:
         crop = self.processor.crop_size if self.processor.do_center_crop else {"height": 0, "width": 0}
         resized = (self.processor.num_frames or 0) * 3 * crop["height"] * crop["width"]
         slots = PREFETCH * self.num_workers + 1 + SPARE_SLOTS
-        ring = _Ring(slots, max(1, resized, self.slot_bytes), self.context)
+        ring = _Ring(slots, max(1, resized, self.slot_bytes))
         workers = DataLoader(
             _Reader(self.clips, self.processor, ring, self.slot_bytes),
             batch_size=None,
@@ -107,8 +109,8 @@ class ClipLoader:
             multiprocessing_context=self.context if self.num_workers else None,
         )
         with torch.device("cpu"):  # in the workers, too, whatever the default is here
-            arrivals = iter(workers)  # starts the processes, before the memory is page-locked
-        device = _Device(self.device, self.processor, ring.bytes)
+            arrivals = iter(workers)  # starts the processes
+        device = _Device(self.device, self.processor, ring)
         begun: dict[int, tuple[ClipBatch, dict[int, torch.Tensor]]] = {}
         try:
             for (index, place, slot), found, seconds in arrivals:
@@ -118,7 +120,7 @@ class ClipLoader:
                 if isinstance(found, str):
                     batch.errors[numbers[place]] = found
                 else:
-                    frames[place], copied = device.take(ring.read(slot, found), found.is_resized)
+                    frames[place], copied = device.take(slot, found)
                 ring.free.append((slot, copied))
                 if len(frames) + len(batch.errors) == len(numbers):
                     del begun[index]
@@ -144,12 +146,16 @@ class _Ring:
     """
     Slots of shared memory, as bytes: (slots, size); and those that are free, once an event has happened.
 
-    (An array of `multiprocessing` is shared however processes start, and lies in a file where /dev/shm is too small.)
+    (The memory is that of arrays of `multiprocessing`, which is shared however processes start, and lies in a file
+    where /dev/shm is too small. An array would be filled with zeros first, half a second for 500 MB.)
     """
 
-    def __init__(self, count: int, size: int, context):
-        self.size, self.memory = size, context.RawArray("B", count * size)
-        self.bytes = torch.frombuffer(self.memory, dtype=torch.uint8).view(count, size)
+    def __init__(self, count: int, size: int):
+        self.size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE  # two slots never share a page that is locked
+        self.memory = BufferWrapper(count * self.size + mmap.PAGESIZE)
+        whole = torch.frombuffer(self.memory.create_memoryview(), dtype=torch.uint8)
+        self.start = -whole.data_ptr() % mmap.PAGESIZE
+        self.bytes = whole[self.start :][: count * self.size].view(count, self.size)
         self.free: deque = deque((slot, None) for slot in range(count))
 
     def take(self) -> int:
@@ -178,20 +184,20 @@ class _Reader(Dataset):
 
     def __init__(self, clips, processor, ring: _Ring, slot_bytes: int):
         self.clips, self.processor, self.slot_bytes = clips, processor, slot_bytes
-        self.memory, self.size = ring.memory, ring.size
+        self.memory, self.size, self.start = ring.memory, ring.size, ring.start
 
     def __getitem__(self, task) -> tuple:
         """The batch, place and slot; what was read, as `_Frames`, or the reason why not; and the seconds it took."""
         number, where = task
         start = time.perf_counter()
         try:
-            found = self.read(self.clips[number], self.size * where[-1])
+            found = self.read(self.clips[number], self.start + self.size * where[-1])
         except Exception as error:  # whatever is wrong with one clip must not stop the others
             found = " ".join(f"{error}".split()) or type(error).__name__
         return where, found, time.perf_counter() - start
 
     def read(self, file, offset: int) -> _Frames:
-        processor, count, is_resized = self.processor, 0, False
+        processor, count, is_resized, fits = self.processor, 0, False, False
         resize_and_crop = processor.frame_transform()
 
         def sample(metadata):
@@ -205,37 +211,48 @@ class _Reader(Dataset):
             is_resized = count * frame.nbytes > self.slot_bytes
             return resize_and_crop(frame) if is_resized else frame
 
+        def empty(shape):
+            """In the slot, if it has room: not of a processor that does not crop, or whose number of frames varies."""
+            nonlocal fits
+            size = torch.Size(shape).numel()
+            fits = size <= self.size
+            if not fits:
+                return torch.empty(shape, dtype=torch.uint8)
+            memory = self.memory.create_memoryview()
+            return torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=offset).view(shape)
+
         start, stop = processor.start_seconds, processor.stop_seconds
         section = None if start is None and stop is None else (start or 0, stop)
-        frames, _ = decode_video(file, sample, processor.decoder, shrink, section)
-        if frames.nbytes > self.size:  # of a processor that does not crop, or whose number of frames varies
-            return _Frames((), is_resized, frames)
-        frames = frames.permute(0, 2, 3, 1)
-        room = torch.frombuffer(self.memory, dtype=torch.uint8, count=frames.nbytes, offset=offset)
-        room.view(frames.shape).copy_(frames)
-        return _Frames(tuple(frames.shape), is_resized)
+        frames, _ = decode_video(file, sample, processor.decoder, shrink, section, empty)
+        return _Frames(tuple(frames.permute(0, 2, 3, 1).shape), is_resized, None if fits else frames)
 
 
 class _Device:
     """Copies frames out of the ring and makes `pixel_values` of them: on a GPU, on a stream of its own."""
 
-    def __init__(self, device: torch.device, processor, ring: torch.Tensor):
-        self.device, self.processor, self.ring, self.stream = device, processor, ring, None
+    def __init__(self, device: torch.device, processor, ring: _Ring):
+        self.device, self.processor, self.ring = device, processor, ring
         self.resize_and_crop = processor.frame_transform(device=device)
-        if device.type == "cuda":
-            self.stream = torch.cuda.Stream(device)
-            self.is_locked = int(torch.cuda.cudart().cudaHostRegister(ring.data_ptr(), ring.nbytes, 1)) == 0
-            if not self.is_locked:
-                logger.warning(f"{ring.nbytes} bytes could not be page-locked: the GPU waits for each copy.")
-                with contextlib.suppress(RuntimeError):  # the next kernel would report it as its own error
-                    torch.zeros(1, device=device).add_(1)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.locked: dict[int, bool] = {}  # of each slot that has been used: whether its memory is page-locked
 
-    def take(self, frames: torch.Tensor, is_resized: bool) -> tuple:
-        """(T, C, H, W) uint8 in a slot to the same on the device, resized; and when the slot is free."""
+    def take(self, slot: int, found: _Frames) -> tuple:
+        """The (T, C, H, W) uint8 frames in a slot, on the device and resized; and the event that frees the slot."""
+        if self.stream is not None and slot not in self.locked:
+            self.lock(slot)
         with torch.cuda.stream(self.stream):  # of a CPU, None: nothing
-            frames = frames.to(self.device, non_blocking=True, copy=True)
+            frames = self.ring.read(slot, found).to(self.device, non_blocking=True, copy=True)
             copied = self.stream and self.stream.record_event()
-            return frames if is_resized else self.resize_and_crop(frames), copied
+            return frames if found.is_resized else self.resize_and_crop(frames), copied
+
+    def lock(self, slot: int) -> None:
+        """Of one slot at its first use, while workers fill others: of all at the beginning, they would wait for it."""
+        memory = self.ring.bytes[slot]
+        self.locked[slot] = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 1)) == 0
+        if not self.locked[slot]:
+            logger.warning_once(f"{memory.nbytes} bytes could not be page-locked: the GPU waits for each such copy.")
+            with contextlib.suppress(RuntimeError):  # the next kernel would report it as its own error
+                torch.zeros(1, device=self.device).add_(1)
 
     def finish(self, clips: list[torch.Tensor]) -> torch.Tensor:
         """`pixel_values` that the caller's stream may use."""
@@ -253,8 +270,8 @@ class _Device:
     def close(self) -> None:
         if self.stream is not None:
             self.stream.synchronize()
-            if self.is_locked:
-                torch.cuda.cudart().cudaHostUnregister(self.ring.data_ptr())
+            for slot in (slot for slot, is_locked in self.locked.items() if is_locked):
+                torch.cuda.cudart().cudaHostUnregister(self.ring.bytes[slot].data_ptr())
 
 
 def predict_clips(

@@ -6,6 +6,7 @@ import traceback
 from bisect import bisect_left, bisect_right
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from operator import itemgetter
 
 import numpy as np
@@ -68,7 +69,7 @@ class DecodedVideoMetadata(VideoMetadata):
         return self.frame_times[self.frames_indices].tolist()
 
 
-def decode_video(file, sample=None, decoder: str | None = None, transform=None, section=None) -> tuple:
+def decode_video(file, sample=None, decoder: str | None = None, transform=None, section=None, empty=None) -> tuple:
     """
     Decodes frames of a video.
 
@@ -86,6 +87,8 @@ def decode_video(file, sample=None, decoder: str | None = None, transform=None, 
         section: `(start, stop)` in seconds from the first frame (`stop` may be `None`, the end): only frames that are
             shown from `start` on and before `stop` are counted and decoded. PyAV seeks to them, so that the rest of
             the file is not read, if the container allows it.
+        empty: called with (T, H, W, C), returns the contiguous uint8 tensor into which the frames are put, such as
+            shared memory; `None` for memory of their own.
 
     Returns:
         The frames, turned upright as the file's rotation says: a (T, H, W, 3) uint8 RGB array, or with `transform` a
@@ -100,10 +103,11 @@ def decode_video(file, sample=None, decoder: str | None = None, transform=None, 
             this module; a section without frames, or of a file that cannot be searched by time. The message names the
             file.
     """
+    new_clip = partial(Clip, transform=transform, empty=empty)
     if is_decoder(file):
         made, file = file, _file_of(file)
         if file is None:
-            frames, metadata = _read_around(lambda chosen: _read_decoder(made, chosen, transform, section), sample)
+            frames, metadata = _read_around(lambda chosen: _read_decoder(made, chosen, new_clip, section), sample)
             return frames.permute(0, 2, 3, 1).numpy() if transform is None else frames, metadata
     if section:
         decoder = "pyav"
@@ -112,8 +116,8 @@ def decode_video(file, sample=None, decoder: str | None = None, transform=None, 
 
     def read(sample):
         if section:
-            return _read_section(source, name, sample, transform, *section)
-        return _decode(decoder, source, name, sample, transform)
+            return _read_section(source, name, sample, new_clip, *section)
+        return _decode(decoder, source, name, sample, new_clip)
 
     try:
         frames, metadata = _read_around(read, sample)
@@ -137,16 +141,16 @@ def _read_around(read, sample):
     return frames, metadata
 
 
-def _decode(decoder, source, name, sample, transform):
+def _decode(decoder, source, name, sample, new_clip):
     try:
-        return DECODERS[decoder](source, name, sample, transform)
+        return DECODERS[decoder](source, name, sample, new_clip)
     except _Unreliable as reason:
         if av is None:
             raise ValueError(
                 f"{name}: {decoder} may return wrong frames of this file, or none ({reason}). PyAV reads the file: "
                 "pip install av"
             ) from None
-    return _read_pyav(source, name, sample, transform)
+    return _read_pyav(source, name, sample, new_clip)
 
 
 def _forget_locals(error: BaseException) -> None:
@@ -246,7 +250,7 @@ _COMPRESSION, _MOTION = 4, 16
 _WORTH_A_SEEK = 8
 
 
-def _read_pyav(source, name, sample, transform):
+def _read_pyav(source, name, sample, new_clip):
     to_rgb = ToRGB(name)
     try:
         with open_pyav(source, name) as (container, stream):
@@ -256,7 +260,7 @@ def _read_pyav(source, name, sample, transform):
             fps = frame_rate(stream, index.times)
             frame_times = _frame_times(index.times, index.last_duration, stream.time_base, fps)
             metadata = _metadata(index.total, fps, "pyav", frame_times)
-            clip = Clip(_sample(sample, metadata, name), name, transform)
+            clip = new_clip(_sample(sample, metadata, name), name)
             complete = index.times is not None and _decode_from_keys(container, stream, index, clip, to_rgb)
         times = index.times
         for _ in range(3):
@@ -271,7 +275,7 @@ def _read_pyav(source, name, sample, transform):
                 raise no_video(source, name, "none of its frames can be decoded")
             if not complete:  # there are more or fewer frames than packets: sample from those that there are
                 metadata, times = _metadata(total, metadata.fps, "pyav"), None
-                clip = Clip(_sample(sample, metadata, name), name, transform)
+                clip = new_clip(_sample(sample, metadata, name), name)
     except av.FFmpegError as error:
         raise no_video(source, name, error) from error
     if not complete:
@@ -303,7 +307,7 @@ def _find_repeats(frames, indices):
     return same | (change <= _COMPRESSION) if change.max() > _MOTION else same
 
 
-def _read_section(source, name, sample, transform, start, stop):
+def _read_section(source, name, sample, new_clip, start, stop):
     """The frames that are shown from `start` to `stop`, in seconds from the first; only that part is read."""
     hint = "Leave the section out, or copy the file into another container: `ffmpeg -i FILE -c copy other.mp4`."
     try:
@@ -329,7 +333,7 @@ def _read_section(source, name, sample, transform, start, stop):
                 last_duration = times[before + total] - shown[-1]
             frame_times = _frame_times(shown, last_duration, stream.time_base, fps)
             metadata = _metadata(total, fps, "pyav", frame_times)
-            clip = Clip(_sample(sample, metadata, name) + before, name, transform)
+            clip = new_clip(_sample(sample, metadata, name) + before, name)
             if not _decode_from_keys(container, stream, index, clip, ToRGB(name)):
                 raise ValueError(f"{name} cannot be searched by time: the times of its frames are wrong. {hint}")
     except av.FFmpegError as error:
@@ -460,7 +464,7 @@ def _metadata_of_index(index: bytes, total: int, fps, decoder: str) -> DecodedVi
     return _metadata(total, fps, decoder, _frame_times(times, last_duration, clock, fps))
 
 
-def _read_torchcodec(source, name, sample, transform):
+def _read_torchcodec(source, name, sample, new_clip):
     # torchcodec 0.17 returns other frames than those asked for, or none, of AVI, MPEG-PS and MPEG-TS files, of hidden
     # frames of VP8, of H.264 in fields, where key frames are marked wrongly, and where a picture is the first stream.
     index = _leave_odd_files_to_pyav(source, (b"avc1", b"hvc1", b"hev1", b"av01", b"vp09"))
@@ -476,12 +480,12 @@ def _read_torchcodec(source, name, sample, transform):
         about = decoder.metadata
         metadata = _metadata_of_index(index, about.num_frames, about.average_fps, "torchcodec")
     check_frame_size(about.height, about.width, name)
-    clip = Clip(_sample(sample, metadata, name), name, transform)
+    clip = new_clip(_sample(sample, metadata, name), name)
     _put_batches(clip, lambda indices: decoder.get_frames_at(indices=indices).data.numpy())
     return _finish(clip, metadata)
 
 
-def _read_decord(source, name, sample, transform):
+def _read_decord(source, name, sample, new_clip):
     # decord 0.6 returns wrong frames, without a word, from AVI, MPEG-PS, MPEG-TS and WMV files, from HEVC and MPEG-4,
     # where an edit list cuts off the beginning, and where the table of key frames is empty or absent; and it overlooks
     # the rotation of Matroska files.
@@ -492,7 +496,7 @@ def _read_decord(source, name, sample, transform):
         file = as_file(source) if isinstance(source, bytes) else source
         reader = decord.VideoReader(file, ctx=decord.cpu(0), num_threads=decoding_threads())
         metadata = _metadata_of_index(index, len(reader), reader.get_avg_fps(), "decord")
-    clip = Clip(_sample(sample, metadata, name), name, transform)
+    clip = new_clip(_sample(sample, metadata, name), name)
     _put_batches(clip, lambda indices: reader.get_batch(indices).asnumpy())
     return _finish(clip, metadata)
 
@@ -538,7 +542,7 @@ def _file_of(decoder):
         return None
 
 
-def _read_decoder(decoder, sample, transform, section):
+def _read_decoder(decoder, sample, new_clip, section):
     """Of a decoder like torchcodec's, the wanted frames alone: by index, or by time if `sample` gives times."""
     about, package = decoder.metadata, type(decoder).__module__.partition(".")[0]
     name = str(getattr(about, "path", None) or f"<{type(decoder).__name__}>")
@@ -562,9 +566,9 @@ def _read_decoder(decoder, sample, transform, section):
     wanted = np.asarray(sample(metadata=metadata))
     if wanted.dtype.kind == "f":
         seconds = torch.from_numpy((begin + wanted).clip(begin, np.nextafter(end, begin)))
-        clip = Clip(np.arange(len(wanted)), name, transform)
+        clip = new_clip(np.arange(len(wanted)), name)
     else:
-        clip = Clip(_sample(lambda metadata: wanted, metadata, name), name, transform)
+        clip = new_clip(_sample(lambda metadata: wanted, metadata, name), name)
     try:
         _put_batches(clip, decode)
     except _Unreliable as error:

@@ -136,10 +136,13 @@ def _without_unnamed_side_data(frame):
 
 
 class Clip:
-    """The frames of one clip, transformed one by one into one tensor. `shape` is (height, width) of a decoded one."""
+    """
+    The frames of one clip, transformed one by one into one tensor, which `empty` makes of (T, H, W, C) if it is given.
+    `shape` is (height, width) of a decoded one.
+    """
 
-    def __init__(self, indices: np.ndarray, name: str, transform):
-        self.name, self.transform, self.frames, self.shape = name, transform, None, None
+    def __init__(self, indices: np.ndarray, name: str, transform, empty=None):
+        self.name, self.transform, self.empty, self.frames, self.shape = name, transform, empty, None, None
         self.damaged = set()  # indices
         self.places = {}  # {index of a frame: where it goes}
         for place, index in enumerate(indices.tolist()):
@@ -167,7 +170,8 @@ class Clip:
                     "fewer, or raise VIDEO_MAX_CLIP_BYTES (an environment variable)."
                 )
             channels, height, width = frame.shape
-            self.frames = frame.new_empty(self.count, height, width, channels).permute(0, 3, 1, 2)
+            shape = (self.count, height, width, channels)
+            self.frames = (frame.new_empty(shape) if self.empty is None else self.empty(shape)).permute(0, 3, 1, 2)
         for place in self.places[index]:
             self.frames[place] = frame
 

@@ -89,7 +89,7 @@ RUNNABLE = [
 BEFORE = f"""
 import torch, modeling_videomamba
 from transformers import AutoImageProcessor, AutoModelForVideoClassification, AutoVideoProcessor, pipeline
-folder = start = {SHIPPED!r}
+folder = {SHIPPED!r}
 files = ["clip.mp4", "film.mkv"]
 model = AutoModelForVideoClassification.from_pretrained(folder)
 inputs = AutoVideoProcessor.from_pretrained(folder)("clip.mp4", return_tensors="pt")
