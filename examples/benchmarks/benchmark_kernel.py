@@ -50,8 +50,8 @@ def installed(module, name):
 
 def measure(step, repeats):
     """
-    Median milliseconds of a step on the GPU, and its peak of memory beyond what was there, in MiB. Steps are queued one
-    behind the other, as layers are: the GPU waits for Python only if Python takes longer.
+    Median milliseconds of a step on the GPU, and its peak of memory beyond what was there, in MiB. Steps are queued,
+    one behind the other, as layers are: the GPU waits for Python only if Python takes longer.
     """
     for _ in range(min(3, repeats)):
         step()
