@@ -146,7 +146,7 @@ def test_the_scan_is_that_of_mamba_ssm(interface, batch, channels, length, state
     assert_as_written_out(with_last_state(interface.selective_scan_fn), inputs, tolerance=tolerance)
 
 
-@pytest.mark.parametrize("softplus", [False, True])
+@pytest.mark.parametrize("softplus", [False, slow(True)])
 def test_what_may_be_left_out(interface, softplus):
     inputs = random_inputs(1, 32, 40) | dict.fromkeys(("D", "z", "delta_bias"))
     if not softplus:

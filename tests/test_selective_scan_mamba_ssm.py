@@ -72,7 +72,8 @@ def test_a_package_without_its_kernel_is_named(package, kernel, tmp_path):
     (interface / "selective_scan_interface.py").write_text("selective_scan_fn = None")
     broken = interface / "selective_scan_interface.py" if package == "mamba-ssm" else tmp_path / "causal_conv1d.py"
     broken.write_text(f"import {kernel}")
-    ask = "import torch\nfrom modeling_videomamba.selective_scan_mamba_ssm import unusable_reason\n"
+    ask = f"import sys, torch\nsys.modules[{kernel!r}] = None\n"  # even where it is built
+    ask += "from modeling_videomamba.selective_scan_mamba_ssm import unusable_reason\n"
     command = [sys.executable, "-c", ask + "print(unusable_reason(torch.device('cuda'), torch.float32))"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     environment.pop("VIDEOMAMBA_HUB_KERNELS", None)

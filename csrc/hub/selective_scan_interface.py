@@ -26,6 +26,7 @@ from .selective_scan_torch import selective_scan as torch_scan
 LAYOUT_THREADS, LAYOUT_SIDE, SILU, SILU_SLOPE = (
     source_constant(name, "layout.cu") for name in ("LAYOUT_THREADS", "LAYOUT_SIDE", "SILU", "SILU_SLOPE")
 )
+TURNED = {name: source_constant(f"{name.upper()}_TURNED", "layout.cu") for name in ("x", "z", "grad")}
 
 
 class Strided(ctypes.Structure):
@@ -39,30 +40,46 @@ class LayoutArguments(ctypes.Structure):
 
     _fields_ = [
         *((name, Strided) for name in ("to", "x", "z", "grad")),
-        *((name, ctypes.c_int) for name in ("channels", "tokens", "of_z")),
+        *((name, ctypes.c_int) for name in ("channels", "tokens")),
     ]
 
 
 @functools.lru_cache(maxsize=256)
-def _layout(shape, dtype, device):
+def _layout(shape, dtype, device, options):
     batch, channels, tokens = shape
     grid = -(-tokens // LAYOUT_SIDE), -(-channels // LAYOUT_SIDE), batch
-    shared = LAYOUT_SIDE * (LAYOUT_SIDE + 1) * 4
-    return Launch("layout", {"IO": DTYPES[dtype], "PT": 0}, grid, LAYOUT_THREADS, shared, device, {})
+    shared = LAYOUT_SIDE // 2 * (LAYOUT_SIDE + 1) * 8
+    options = {"IO": DTYPES[dtype], "PT": 0, **dict(options)}
+    return Launch("layout", options, grid, LAYOUT_THREADS, shared, device, {})
+
+
+def _channels_last(t):
+    return t.stride(1) < t.stride(2)
+
+
+def _is_paired(t):
+    """Whether two channels of a tensor that lie side by side in memory can be accessed at once."""
+    batch, channel, token = t.stride()
+    return channel == 1 and not (batch % 2 or token % 2 or t.data_ptr() % (2 * t.itemsize))
 
 
 def _turn(to, x, z=None, of_z=SILU, grad=None):
     """Writes into `to` the product of x, of what `of_z` makes of z, and of `grad`: all (B, E, L) in any strides."""
     tensors = {"to": to, "x": x, "z": z, "grad": grad}
-    strided = {n: Strided(t.data_ptr(), *t.stride()) for n, t in tensors.items() if t is not None}
-    arguments = LayoutArguments(**strided, channels=to.shape[1], tokens=to.shape[2], of_z=of_z)
+    last = {name: _channels_last(t) for name, t in tensors.items() if t is not None}
+    arguments = LayoutArguments(channels=to.shape[1], tokens=to.shape[2])
+    for name in last:
+        setattr(arguments, name, Strided(tensors[name].data_ptr(), *tensors[name].stride()))
+    options = (
+        ("OF_Z", 0 if z is None else of_z),
+        ("GRAD", int(grad is not None)),
+        ("BY_TOKENS", int(not last["to"])),
+        ("TURNED", sum(TURNED[name] for name in last if last[name] != last["to"])),
+        ("PAIRED", int(to.shape[1] % 2 == 0 and all(_is_paired(tensors[name]) for name in last if last[name]))),
+    )
     stream = torch.cuda.current_stream(to.device).cuda_stream if to.device.type == "cuda" else 0
-    _layout(tuple(to.shape), to.dtype, to.device)(arguments, stream)
+    _layout(tuple(to.shape), to.dtype, to.device, options)(arguments, stream)
     return to
-
-
-def _channels_last(x):
-    return x.stride(1) < x.stride(2)
 
 
 def _rows(x, *factors):
