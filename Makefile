@@ -2,12 +2,14 @@
 # make test [ARGS="-k name"]   runs the tests in two processes; with ARGS, which goes to pytest, in one
 # make hub-repo CARD=videomamba-tiny-camera-motion OUTPUT=folder [REPO=you/name]
 #                              assembles a checkpoint's complete Hub repository, and pushes it to REPO
+# make kernel-repo OUTPUT=folder [REPO=you/name]
+#                              assembles the selective scan for other models, and pushes it to REPO on the Kernel Hub
 # make dist                    writes the sdist and the wheel to dist/, and checks them
 # make lint                    checks style, format, types and the pages' figures; needs no PyTorch
 # make kernel-report           prints registers, spills and shared memory of the GPU kernels
 # Each makes .venv on first use, with PYTHON=... if given, else the first Python >= 3.11 it finds.
 
-.PHONY: demo dist hub-repo kernel-report lint test
+.PHONY: demo dist hub-repo kernel-repo kernel-report lint test
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # never two pips at once
 
@@ -20,6 +22,9 @@ demo: .venv/demo-installed
 
 hub-repo: .venv/demo-installed
 	@$(venv) model_cards/make_hub_repo.py "$$CARD" "$$OUTPUT" $${REPO:+--push-to-hub "$$REPO"}
+
+kernel-repo: .venv/demo-installed
+	@$(venv) csrc/make_kernel_repo.py "$$OUTPUT" $${REPO:+--push-to-hub "$$REPO"}
 
 test: .venv/test-installed
 	$(venv) -m pytest $(or $(ARGS),-n 2 --dist loadfile)

@@ -23,7 +23,13 @@
 #define N 16  // states
 #endif
 #ifndef R
-#define R 24  // time-step rank
+#define R 24  // time-step rank; 0: the scan alone, see `PLAIN`
+#endif
+#ifndef COMMON
+#define COMMON 0  // of the scan alone: both halves of the channels have the same B and C
+#endif
+#ifndef SOFTPLUS
+#define SOFTPLUS 1  // of the scan alone: Δ is the softplus of what is given
 #endif
 #ifndef K
 #define K 4  // taps of the convolution
@@ -69,6 +75,10 @@
 #endif
 
 #define EXACT (IO == 0 && !TF32)
+// The scan alone: Δ and A are given, and there is no gate. The halves of the channels take the places of the directions,
+// and both are walked forward. CHANNELS is those of a half; a row has both.
+#define PLAIN (R == 0)
+#define ROW_OF_CHANNELS (PLAIN ? 2 * CHANNELS : CHANNELS)
 #define DEV static __device__ __forceinline__
 #define NT ((N + 7) / 8)
 #define PROJ (R + 2 * N)
@@ -88,7 +98,8 @@ typedef float io_t, kept_t;
 typedef u16 io_t, kept_t;  // activations, and the states that the adjoint walk starts from
 #endif
 
-// `Arguments` in selective_scan_cuda.py; a test compares the two.
+// `KernelArguments` in selective_scan_cuda_runtime.py; a test compares the two. Of the scan alone, (B, L, 2 CHANNELS): xz
+// is the input, u what is given for Δ, out the output; and a_log is A.
 struct Args {
     const io_t *xz, *u, *proj, *dout;
     const void *conv_w, *conv_b, *dt_w, *dt_b, *a_log, *skip;

@@ -10,9 +10,9 @@
 #define ADJOINT 3
 
 // Bytes of shared memory of a warp.
-#define FORWARD_SHARED(M, KIND)                                                        \
-    (2 * (PROJ_TILE + TILE * ROW(M) * (int)sizeof(io_t)) + TILE * (16 * M + 4) * 4 +   \
-     (KIND == SCAN ? 2 * TILE * ROW(M) * (int)sizeof(io_t) : 0) + STEP_SIZE_BYTES(M) + \
+#define FORWARD_SHARED(M, KIND)                                                                 \
+    (2 * (PROJ_TILE + TILE * ROW(M) * (int)sizeof(io_t)) + TILE * (16 * M + 4) * 4 +            \
+     (KIND == SCAN || PLAIN ? 2 * TILE * ROW(M) * (int)sizeof(io_t) : 0) + STEP_SIZE_BYTES(M) + \
      2 * SPLIT * TILE * (16 * M + 4) * 4)
 
 // Without outputs to make, the multiply-add units are idle where the special-function unit is not: of a lane's decays
@@ -70,13 +70,16 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
     const int U_TILE = TILE * LU * sizeof(io_t), STAGE = PROJ_TILE + U_TILE;
     char *mine = shared + w.team * FORWARD_SHARED(M, KIND);
     float *delta = (float *)(mine + 2 * STAGE);
-    io_t *gate = (io_t *)(delta + TILE * LD), *before = gate + TILE * LU;  // of SCAN alone
+    io_t *gate = (io_t *)(delta + TILE * LD), *before = gate + TILE * LU;  // of SCAN; PLAIN: two stages of given Δ
     float *ys = SPLIT ? (float *)(before + TILE * LU) : delta;  // of each half; or Δ gives its place to the outputs
-    const io_t *proj_rows = p.proj + ((size_t)w.dir * p.B * p.L + w.row) * PROJ;
-    const io_t *u_rows = p.u + ((size_t)(KIND == ADJOINT ? 0 : w.dir) * p.B * p.L + w.row) * CHANNELS + w.channel;
+    const io_t *proj_rows = p.proj + ((size_t)(COMMON ? 0 : w.dir) * p.B * p.L + w.row) * PROJ;
+    const io_t *u_rows =
+        PLAIN ? (KIND == ADJOINT ? p.dout : p.xz) + half_row(w)
+              : p.u + ((size_t)(KIND == ADJOINT ? 0 : w.dir) * p.B * p.L + w.row) * CHANNELS + w.channel;
+    const io_t *given_rows = p.u + half_row(w);
     const io_t *z_rows = p.xz + (w.row * 2 + 1) * CHANNELS + w.channel;
     // Along an order the directions meet anywhere: each leaves its outputs in the place of its inputs, for `gate`.
-    io_t *out_rows = ORDERED ? (io_t *)u_rows : p.out + w.row * CHANNELS + w.channel;
+    io_t *out_rows = PLAIN ? p.out + half_row(w) : ORDERED ? (io_t *)u_rows : p.out + w.row * CHANNELS + w.channel;
 
     const int first_group = w.half * GROUPS;
     float a[M][GROUPS][4], h[M][GROUPS][4], total[S];
@@ -124,9 +127,13 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
         auto fetch = [&] {
             if (tile + 1 < w.tiles) {
                 char *stage = mine + STAGE - now;
-                const int from = begin + way * TILE;
-                load_row<PROJ, PROJ, PROJ, PROJ_PIECE>((io_t *)stage, proj_rows, PROJ, w, row, from);
-                load_row<16 * M, LU, CHANNELS, CHANNEL_PIECE>((io_t *)(stage + PROJ_TILE), u_rows, left, w, row, from);
+                const int next = begin + way * TILE;
+                load_row<PROJ, PROJ, PROJ, PROJ_PIECE>((io_t *)stage, proj_rows, PROJ, w, row, next);
+                auto load_channels = [&](io_t *to, const io_t *rows) {
+                    load_row<16 * M, LU, ROW_OF_CHANNELS, CHANNEL_PIECE>(to, rows, left, w, row, next);
+                };
+                load_channels((io_t *)(stage + PROJ_TILE), u_rows);
+                if (PLAIN) load_channels(now ? gate : before, given_rows);
             }
             copy_commit();
         };
@@ -152,7 +159,7 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
             sync_warp();
         }
         const io_t *proj = (io_t *)(mine + now), *u = (io_t *)(mine + now + PROJ_TILE);
-        step_size.apply(p, w, begin, proj, delta);
+        step_size.apply(p, w, begin, proj, delta, now ? before : gate);
         w.sync();
         const int in_at = KIND == ADJOINT ? R + N : R;
         // Unrolled, the loop outgrows the instruction cache; rolled, it wants its addresses ready.
@@ -285,7 +292,7 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
 #pragma unroll
                     for (int e = 0; e < 4; e++) y[e] = (y[e] + other[e]) * z[e] * half_sigmoid(z[e]);
                 }
-                if (place < w.last) store4(cell(out_rows, w.token(place), CHANNELS, four), y, here);
+                if (place < w.last) store4(cell(out_rows, w.token(place), ROW_OF_CHANNELS, four), y, here);
             }
             if (meeting && !w.dir && tile == (w.tiles - 1) / 2) barrier(1, BLOCK_THREADS);
         }
@@ -335,7 +342,11 @@ extern "C" __global__ void pass_states(const Args p) {
     int lane = i / 4 % 32, e = i % 4, nt = i / 128 % NT;
     int channel = i / (128 * NT) * 16 + lane / 4 * 2 + (e >> 1), n = nt * 8 + 2 * (lane % 4) + (e & 1);
     const bool exists = channel < CHANNELS && n < N;  // others become zero
+#if PLAIN
+    float a = exists ? rate(p, ((size_t)dir * CHANNELS + channel) * N + n) : 0.f, h = 0.f;
+#else
     float a = exists ? -expf(parameter(p.a_log, ((size_t)dir * CHANNELS + channel) * N + n)) * LOG2E : 0.f, h = 0.f;
+#endif
     const int adjoints = STATEFUL ? p.mode & ADJOINTS : p.mode;
     const bool whole = STATEFUL && p.mode & WHOLE_PART;
     bool down = (dir && !ORDERED) != (adjoints == 1);

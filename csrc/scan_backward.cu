@@ -107,10 +107,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
     // Exactly: sums over channels. Otherwise the gradient of dt_proj's weight: of the channels 2g and 2g + 1, the ranks
     // 8k + 2q and 8k + 2q + 1.
     float *sums = (float *)((char *)before + U_TILE + 1536 + STEP_SIZE_BYTES(1));
-    const io_t *proj_rows = p.proj + ((size_t)w.dir * p.B * p.L + w.row) * PROJ;
-    const size_t rows = ((size_t)w.dir * p.B * p.L + w.row) * CHANNELS + w.channel;
-    const io_t *dout_rows = p.dout + w.row * CHANNELS + w.channel;
-    const io_t *z_rows = p.xz + (w.row * 2 + 1) * CHANNELS + w.channel;
+    const io_t *proj_rows = p.proj + ((size_t)(COMMON ? 0 : w.dir) * p.B * p.L + w.row) * PROJ;
+    const size_t rows = PLAIN ? half_row(w) : ((size_t)w.dir * p.B * p.L + w.row) * CHANNELS + w.channel;
+    const io_t *dout_rows = p.dout + (PLAIN ? rows : w.row * CHANNELS + w.channel);
+    // Of the scan alone, what is given for Δ takes the gate's place.
+    const io_t *z_rows = PLAIN ? p.u + rows : p.xz + (w.row * 2 + 1) * CHANNELS + w.channel;
     io_t *dz_rows = p.out + (w.row * 2 + 1) * CHANNELS + w.channel;
     // [dir][block of 16 W channels][b][place]
     const int places = p.turn < 0 ? p.L : p.chunk;
@@ -144,8 +145,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
         const int from = w.begin(w.tiles - 1 - i);
         char *stage = mine + (i & 1) * STAGE;
         io_t *tile = (io_t *)stage;
-        load_row<16, 16, CHANNELS, CHANNEL_PIECE>(tile, p.u + rows, left, w, row, from);
-        load_row<16, 16, CHANNELS, CHANNEL_PIECE>(tile + TILE * 16, dout_rows, left, w, row, from);
+        load_row<16, 16, ROW_OF_CHANNELS, CHANNEL_PIECE>(tile, (PLAIN ? p.xz : p.u) + rows, left, w, row, from);
+        load_row<16, 16, ROW_OF_CHANNELS, CHANNEL_PIECE>(tile + TILE * 16, dout_rows, left, w, row, from);
         load_row<16, 16, 2 * CHANNELS, CHANNEL_PIECE>(tile + TILE * 32, z_rows, left, w, row, from);
         load_projection((io_t *)(ours + (i & 1) * PROJ_TILE), proj_rows, w, from, team * 32 + lane, teams * 32);
     };
@@ -209,7 +210,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
         char *stage = mine + (i & 1) * STAGE;
         const io_t *proj = (io_t *)(ours + (i & 1) * PROJ_TILE), *u = (io_t *)stage;
         const io_t *dout = u + TILE * 16, *z = dout + TILE * 16;
-        step_size.apply(p, w, begin, proj, delta);
+        step_size.apply(p, w, begin, proj, delta, z);
         sync_warp();
 #pragma unroll
         for (int k = 0; k < 2; k++) {
@@ -220,7 +221,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
             unpack4(vu, u + at);
             load_vector<4>(step, delta + row * LD + four);
 #pragma unroll
-            for (int e = 0; e < 4; e++) vo[e] *= vz[e] * half_sigmoid(vz[e]), vu[e] *= step[e];
+            for (int e = 0; e < 4; e++) vo[e] *= PLAIN ? 1.f : vz[e] * half_sigmoid(vz[e]), vu[e] *= step[e];
             store_vector<4>(dy + row * LD + four, vo);
             store_vector<4>(dx + row * LD + four, vu);
         }
@@ -436,7 +437,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
             load_vector<4>(d_bias, d_bias_at);
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                r_dd[e] = fmaf(vdx[e], vu[e], vds[e] * LN2) * softplus_slope(step[e]);
+                r_dd[e] = fmaf(vdx[e], vu[e], vds[e] * LN2) * (SOFTPLUS ? softplus_slope(step[e]) : 1.f);
                 r_du[e] = fmaf(vdx[e], step[e], skip[e] * vdy[e]);
                 d_skip[e] = fmaf(vdy[e], vu[e], d_skip[e]);
                 d_bias[e] += r_dd[e];
@@ -457,10 +458,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
                 }
                 if (p.y) store4(cell(p.y + w.row * CHANNELS + w.channel, token, CHANNELS, four), other, here);
             }
-            store4(cell(p.du + rows, token, CHANNELS, four), r_du, here);
-#if EXACT
-            store4(cell(p.ddelta + rows, token, CHANNELS, four), r_dd, here);
-#else
+            store4(cell(p.du + rows, token, ROW_OF_CHANNELS, four), r_du, here);
+#if EXACT || PLAIN
+            store4(cell(p.ddelta + rows, token, ROW_OF_CHANNELS, four), r_dd, here);
+#endif
+#if PLAIN
+            continue;  // there is no gate
+#endif
+#if !EXACT
             slopes[0] = pack16(r_dd[0], r_dd[2]), slopes[1] = pack16(r_dd[1], r_dd[3]);
 #endif
             // Along an order, each direction its own, for `gate_backward`.
@@ -497,7 +502,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
 #pragma unroll
     for (int nt = 0; nt < NT; nt++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) da[0][nt][e] *= a[0][nt][e] * LN2;
+        for (int e = 0; e < 4; e++) da[0][nt][e] *= PLAIN ? 1.f : a[0][nt][e] * LN2;
     store_states<1, NT>(fragment<1>(p.da, p, w, p.chunks, w.chunk), da, w);
     if (p.turn >= 0) store_states<1, NT>(passed(), states, w);
     if (STATEFUL && w.chunk == (w.reversed ? p.chunks - 1 : 0)) store_end<1, NT>(states, p, w);

@@ -43,7 +43,7 @@ struct Walk {
     __device__ __forceinline__ int begin(int i) const { return first + (reversed ? tiles - 1 - i : i) * TILE; }
     __device__ __forceinline__ int place(int begin, int r) const { return begin + (reversed ? TILE - 1 - r : r); }
     __device__ __forceinline__ int token(int place) const {
-        if (ORDERED && dir) return place < last ? visited(*args, place) : 0;
+        if (ORDERED && !PLAIN && dir) return place < last ? visited(*args, place) : 0;
         return place;
     }
 };
@@ -157,12 +157,13 @@ template <int M> struct StepSize {
 #endif
         sync_warp();
     }
-    // Δ of a tile: softplus(time_step dt_proj' + bias), into delta[t][channel]. Steps past the end get a Δ too; their
-    // inputs and the gradients that come back to them are zero.
+    // Δ of a tile: softplus(time_step dt_proj' + bias), or of the scan alone, of a tile that is `given`, and the bias;
+    // into delta[t][channel]. Steps past the end get a Δ too; their inputs and the gradients that come back to them are
+    // zero.
     // If the warp is split, half of the channels in each. With a state, which they would change, steps past the end get
     // zero.
-    __device__ __forceinline__ void apply(const Args &p, const Walk &w, int begin, const io_t *proj,
-                                          float *delta) const {
+    __device__ __forceinline__ void apply(const Args &p, const Walk &w, int begin, const io_t *proj, float *delta,
+                                          const io_t *given) const {
         const int LD = 16 * M + 4, S = 2 * M;
         const int g = w.g, q = w.q, COUNT = S / (SPLIT + 1), first = w.half * COUNT;  // slots of channels
         float acc[COUNT][4];
@@ -193,7 +194,7 @@ template <int M> struct StepSize {
                 }
         }
 #else
-        u32 words[WORDS(M)];
+        u32 words[EIGHTS ? WORDS(M) : 1];
         if (SPLIT) {
 #pragma unroll
             for (int i = 0; i < COUNT * EIGHTS; i++) words[i] = weight[(first * EIGHTS + i) * 32 + w.lane];
@@ -227,7 +228,11 @@ template <int M> struct StepSize {
 #pragma unroll
             for (int s = 0; s < COUNT; s++)
 #pragma unroll
-                for (int e = 0; e < 2; e++) v[e * S + s] = past ? 0.f : softplus(acc[s][2 * half + e]);
+                for (int e = 0; e < 2; e++) {
+                    float &step = acc[s][2 * half + e];
+                    if (PLAIN) step += value(given[(g + 8 * half) * ROW(M) + (2 * q + e) * S + first + s]);
+                    v[e * S + s] = past ? 0.f : SOFTPLUS ? softplus(step) : step;
+                }
             if (!SPLIT) store_vector<2 * S>(to, v);
             else
                 for (int s = 0; s < COUNT; s++) to[s] = v[s], to[S + s] = v[S + s];
@@ -235,6 +240,12 @@ template <int M> struct StepSize {
     }
 };
 
+// A of a state, which is given or -exp(a_log), for powers of two.
+DEV float rate(const Args &p, size_t at) {
+    return (PLAIN ? parameter(p.a_log, at) : -expf(parameter(p.a_log, at))) * LOG2E;
+}
+// The row of a half of the channels, of the scan alone.
+DEV size_t half_row(const Walk &w) { return w.row * 2 * CHANNELS + w.dir * CHANNELS + w.channel; }
 // A of a lane's channels and states, from group FIRST of eight on.
 template <int M, int COUNT> DEV void load_A(const Args &p, const Walk &w, float a[M][COUNT][4], int first = 0) {
 #pragma unroll
@@ -245,8 +256,7 @@ template <int M, int COUNT> DEV void load_A(const Args &p, const Walk &w, float 
             for (int e = 0; e < 4; e++) {
                 int channel = w.channel + w.g * 2 * M + 2 * i + (e >> 1), n = (first + nt) * 8 + 2 * w.q + (e & 1);
                 bool valid = channel < CHANNELS && n < N;
-                a[i][nt][e] =
-                    valid ? -expf(parameter(p.a_log, ((size_t)w.dir * CHANNELS + channel) * N + n)) * LOG2E : 0.f;
+                a[i][nt][e] = valid ? rate(p, ((size_t)w.dir * CHANNELS + channel) * N + n) : 0.f;
             }
 }
 // States lie in memory as the lanes of a walk over 16 channels hold them: [dir][b][part][block of 16][group of 8

@@ -55,6 +55,9 @@ class VideoMambaConfig(PreTrainedConfig):
         backward_scan (`str`, *optional*, defaults to `"spatiotemporal"`):
             What the backward direction reverses (paper, section 4.4): all tokens (`"spatiotemporal"`), the tokens
             within each frame (`"spatial"`), or the frames (`"temporal"`).
+        merge_layers (`list[int]`, *optional*):
+            Layers, counted from 0, before each of which the mean of two neighbouring steps in time takes their place,
+            tubelet by tubelet, so that it and all later ones see half the tokens. It adds no weights.
         pooling_window (`int`, *optional*):
             Of models that can stream: how many of the last steps in time (tubelets) are classified, as their mean; all
             that were seen by default.
@@ -101,6 +104,7 @@ class VideoMambaConfig(PreTrainedConfig):
     position_embedding_type: Literal["learned", "spatial", "sinusoidal", "none"] = "learned"
     class_token_position: Literal["first", "middle", "none"] = "first"
     backward_scan: Literal["spatiotemporal", "spatial", "temporal"] = "spatiotemporal"
+    merge_layers: list[int] | tuple[int, ...] | None = None
     pooling_window: int | None = None
     drop_path_rate: float | int = 0.0
     initializer_range: float = 0.02
@@ -150,6 +154,11 @@ class VideoMambaConfig(PreTrainedConfig):
         """The part of `grid_size` whose tubelets have learned positions of their own: all, or one step in time."""
         return (1, *self.grid_size[1:]) if self.position_embedding_type == "spatial" else self.grid_size
 
+    @property
+    def merge_factor(self):
+        """Steps in time (tubelets) that a token of the last layer stands for; a clip has a multiple of so many."""
+        return 2 ** len(self.merge_layers or ())
+
     def validate_architecture(self):
         """Part of `@strict`-powered validation: sizes that are none, or that leave no tubelet."""
         for name in (
@@ -186,6 +195,17 @@ class VideoMambaConfig(PreTrainedConfig):
                 f"A frame of `image_size`={self.image_size} is smaller than one patch of "
                 f"`patch_size`={self.patch_size}; lower `patch_size` or raise `image_size`."
             )
+
+    def validate_merge_layers(self):
+        """Part of `@strict`-powered validation: merging before layers that there are not, or of steps that are not."""
+        layers = list(self.merge_layers or ())
+        if layers != sorted(set(layers)) or not all(0 <= layer < self.num_hidden_layers for layer in layers):
+            raise ValueError(
+                f"`merge_layers` must list layers from 0 to {self.num_hidden_layers - 1} in ascending order, each "
+                f"once, got {self.merge_layers}."
+            )
+        if reason := unmergeable_reason(self, self.grid_size[0]):
+            raise ValueError(f"A clip of `num_frames`={self.num_frames} {reason}.")
 
     def validate_ranges(self):
         """Part of `@strict`-powered validation: numbers outside the range in which they mean something."""
@@ -248,6 +268,17 @@ def tubelet_grid(config, num_frames, height, width):
     return num_frames // config.tubelet_size, height // patch_height, width // patch_width
 
 
+def unmergeable_reason(config, steps):
+    """Why a clip of so many steps in time (tubelets) does not halve as often as the config says, or None."""
+    if steps % config.merge_factor == 0:
+        return None
+    return (
+        f"has {steps} {'step' if steps == 1 else 'steps'} in time, but `merge_layers`={list(config.merge_layers)} "
+        f"halves them, which takes a multiple of {config.merge_factor} steps, or of "
+        f"{config.merge_factor * config.tubelet_size} frames"
+    )
+
+
 def unstreamable_reason(config):
     """Why clips of this model cannot be given part by part, or None: a later frame would change earlier tokens."""
     if config.backward_scan != "spatial":
@@ -262,6 +293,8 @@ def unstreamable_reason(config):
             f"`position_embedding_type` is {config.position_embedding_type!r}, which differs from step to step; "
             '"spatial" and "none" do not'
         )
+    if config.merge_layers:
+        return f"`merge_layers` is {list(config.merge_layers)}: a step waits for the one that it is merged with"
     return None
 
 
@@ -287,7 +320,9 @@ def count_parameters_and_macs(config):
         config.conv_kernel,
     )
     patches = math.prod(config.grid_size)
-    tokens = patches + (config.class_token_position != "none")
+    has_class_token = config.class_token_position != "none"
+    merges = [sum(layer <= index for layer in config.merge_layers or ()) for index in range(config.num_hidden_layers)]
+    tokens = sum(patches // 2**merged + has_class_token for merged in merges)  # of all layers
     tubelet = config.num_channels * config.tubelet_size * math.prod(height_and_width(config.patch_size))
 
     outer = d * 2 * e + e * d
@@ -295,7 +330,6 @@ def count_parameters_and_macs(config):
     direction_vectors = 2 * (e + e + e * n + e)  # both directions: biases of the convolution and of dt_proj, A, D
     layer = outer + inner + direction_vectors + d  # and the norm
 
-    has_class_token = config.class_token_position != "none"
     class_token = d * has_class_token
     learned_positions = 0
     if config.position_embedding_type in ("learned", "spatial"):
@@ -303,11 +337,11 @@ def count_parameters_and_macs(config):
     embeddings = tubelet * d + d + class_token + learned_positions
     classifier = (d + 1) * config.num_labels if config.num_labels > 0 else 0
 
-    paper_macs = patches * tubelet * d + config.num_hidden_layers * tokens * outer
+    paper_macs = patches * tubelet * d + tokens * outer
     return {
         "parameters": embeddings + config.num_hidden_layers * layer + d + classifier,
         "paper_macs": paper_macs,
-        "macs": paper_macs + config.num_hidden_layers * tokens * inner + d * config.num_labels,
+        "macs": paper_macs + tokens * inner + d * config.num_labels,
     }
 
 

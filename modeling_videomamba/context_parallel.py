@@ -30,7 +30,8 @@ class ContextParallel(nn.Module):
             given.
 
     Raises:
-        ValueError: for a backward scan other than `"spatiotemporal"`, or `"spatial"` without a class token.
+        ValueError: for a backward scan other than `"spatiotemporal"`, or `"spatial"` without a class token; or
+            for a model that merges steps.
 
     Example, started by `torchrun --nproc_per_node 4`:
 
@@ -49,6 +50,11 @@ class ContextParallel(nn.Module):
                 "Context parallelism needs a model whose parts in time follow each other in both directions: "
                 "`backward_scan='spatiotemporal'`, or `'spatial'` with `class_token_position='none'`; this model has "
                 f"{config.backward_scan!r} and {config.class_token_position!r}."
+            )
+        if config.merge_layers:
+            raise ValueError(
+                "Context parallelism cuts clips along time and merges no steps, but this model has `merge_layers`="
+                f"{list(config.merge_layers)}."
             )
         self.model = model
         self.group = group
@@ -84,7 +90,8 @@ class ContextParallel(nn.Module):
         first, after = (step * grid[1] * grid[2] for step in self._steps(grid[0]))
         class_token = class_token_index(config, math.prod(grid)) - first if backbone.embeddings.has_class_token else -1
         has_it = 0 <= class_token < after - first
-        hidden_states = backbone.encode(functools.partial(self.embed, frames, grid, class_token if has_it else None))
+        embed = functools.partial(self.embed, frames, grid, class_token if has_it else None)
+        hidden_states = backbone.encode(embed, grid)
         if backbone.embeddings.has_class_token:
             # Of any token and nothing, where it is not: all processes must take part in the backward pass.
             share = backbone.norm(hidden_states[:, class_token if has_it else 0]) * has_it

@@ -14,7 +14,8 @@ def classification_loss(labels, logits, config, num_items_in_batch=None, **kwarg
     Args:
         labels (`torch.Tensor`):
             - `"single_label_classification"`: integers (B,), -100 for a clip that does not count. Cross-entropy.
-            - `"multi_label_classification"`: numbers from 0 to 1, (B, num_labels). Binary cross-entropy.
+            - `"multi_label_classification"`: numbers from 0 to 1, (B, num_labels), -100 where a label of a clip does
+              not count. Binary cross-entropy.
             - `"regression"`: finite numbers (B, num_labels), or (B,) for one output. Mean squared error.
         logits (`torch.Tensor`): (B, num_labels).
         config (`VideoMambaConfig`): for `problem_type`.
@@ -42,17 +43,25 @@ def classification_loss(labels, logits, config, num_items_in_batch=None, **kwarg
         single = "single_label_classification" if whole else "multi_label_classification"
         kind = "regression" if logits.shape[-1] == 1 else single
     labels = _checked_labels(labels.to(logits.device), logits, kind)
-    if kind == "single_label_classification":
-        loss_of = F.cross_entropy
-    else:
-        loss_of = F.mse_loss if kind == "regression" else F.binary_cross_entropy_with_logits
-        if config.problem_type is None:
-            config.problem_type = kind
+    loss_of = {
+        "single_label_classification": F.cross_entropy,
+        "multi_label_classification": _multi_label_loss,
+        "regression": F.mse_loss,
+    }[kind]
+    if config.problem_type is None and kind != "single_label_classification":
+        config.problem_type = kind
     if num_items_in_batch is None:
         return loss_of(logits, labels)
     if isinstance(num_items_in_batch, torch.Tensor):
         num_items_in_batch = num_items_in_batch.to(logits.device)
     return loss_of(logits, labels, reduction="sum") / num_items_in_batch
+
+
+def _multi_label_loss(logits, labels, reduction="mean"):
+    counted = labels != -100
+    targets, weight = labels.clamp(min=0), counted.to(logits.dtype)
+    loss = F.binary_cross_entropy_with_logits(logits, targets, weight=weight, reduction="sum")
+    return loss if reduction == "sum" else loss / counted.sum().clamp(min=1)
 
 
 def labelled_steps(labels, logits, config):
@@ -104,7 +113,8 @@ def _checked_labels(labels, logits, kind):
         )
     labels = labels.reshape(batch, count).to(logits.dtype)
     if kind == "multi_label_classification":
-        _require((labels >= 0) & (labels <= 1), labels, f"must be numbers from 0 to 1 ({kind!r}). {hint}")
+        right = ((labels >= 0) & (labels <= 1)) | (labels == -100)
+        _require(right, labels, f"must be numbers from 0 to 1, or -100 for one that does not count ({kind!r}). {hint}")
     else:
         _require(labels.isfinite(), labels, f"must be finite numbers ({kind!r}). Leave such clips out.")
     return labels

@@ -5,6 +5,7 @@ A reading map takes each layer as a linear function of its tokens ("The Hidden A
 2024); the functions here write the model's norm, mixer and layer so.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from transformers.utils import ModelOutput
 
 from .cache_videomamba import pool_steps
 from .selective_scan_torch import at_own_tokens, causal_convolution, in_order_of_visits, selection, selective_scan
-from .tokens_videomamba import backward_order, checked_clips, class_token_index
+from .tokens_videomamba import backward_order, checked_clips, class_token_index, merge_steps
 
 
 @dataclass
@@ -52,7 +53,8 @@ class VideoMambaDeltaMapsMixin:
 
         Returns:
             [`VideoMambaDeltaMaps`]: in the order of `layers`, the mean over the channels of Δ after its softplus, for
-            each direction and tubelet, in float32; the class token's apart.
+            each direction and tubelet, in float32; the class token's apart. Where steps are merged, each tubelet has
+            the Δ of the token that it went into.
 
         Raises:
             ValueError: if there is no such layer, or for clips that the model does not take.
@@ -64,14 +66,18 @@ class VideoMambaDeltaMapsMixin:
             raise ValueError(f"`layers` must list integers from {-depth} to {depth - 1}, got {layers!r}.")
         chosen = [index % depth for index in chosen]
         pixel_values, grid = checked_clips(self.config, pixel_values, interpolate_pos_encoding)
+        steps = grid[0]
         hidden_states = backbone.embeddings(pixel_values, grid).float()
         order = backward_order(self.config, grid, hidden_states.device)
         found = {}
         for index, layer in enumerate(backbone.layers[: max(chosen, default=-1) + 1]):
+            if index in (self.config.merge_layers or ()):
+                hidden_states, order, grid = merge_steps(self.config, hidden_states, grid)
             if index in chosen:
-                steps = step_sizes(layer.mixer, layer.norm(hidden_states), order).transpose(0, 1)
-                class_token, tubelets = split_class_token(self.config, steps)
-                found[index] = tubelets.unflatten(-1, grid), class_token.squeeze(-1)
+                delta = step_sizes(layer.mixer, layer.norm(hidden_states), order).transpose(0, 1)
+                class_token, tubelets = split_class_token(self.config, delta)
+                tubelets = tubelets.unflatten(-1, grid).repeat_interleave(steps // grid[0], dim=2)
+                found[index] = tubelets, class_token.squeeze(-1)
             hidden_states = hidden_states + layer.update(hidden_states, order)
         maps, class_token = (tuple(found[index][part] for index in chosen) for part in (0, 1))
         has_class_token = self.config.class_token_position != "none"
@@ -111,10 +117,13 @@ class VideoMambaReadingMapsMixin(VideoMambaDeltaMapsMixin):
         backbone = self.base_model
         pixel_values, grid = checked_clips(self.config, pixel_values, interpolate_pos_encoding)
         last = backbone.embeddings(pixel_values, grid).float()
-        order = backward_order(self.config, grid, last.device)
-        inputs = []
-        for layer in backbone.layers:
-            inputs.append(last)
+        order, clip_grid = backward_order(self.config, grid, last.device), grid
+        walked = []  # linear functions, each with what went into it
+        for index, layer in enumerate(backbone.layers):
+            if index in (self.config.merge_layers or ()):
+                walked.append((lambda tokens, grid=grid: merge_steps(self.config, tokens, grid)[0], last))
+                last, order, grid = merge_steps(self.config, last, grid)
+            walked.append((functools.partial(linear_layer, layer, order=order), last))
             last = last + layer.update(last, order)
         with torch.enable_grad():
             last = last.detach().requires_grad_()
@@ -127,11 +136,11 @@ class VideoMambaReadingMapsMixin(VideoMambaDeltaMapsMixin):
             logits = self.classifier(pooled)
             labels = logits.argmax(-1) if labels is None else _checked_labels(labels, logits)
             (adjoint,) = torch.autograd.grad(logits.gather(1, labels[:, None]).sum(), last)
-            for layer, hidden_states in zip(reversed(backbone.layers), reversed(inputs), strict=True):
+            for linear, hidden_states in reversed(walked):
                 hidden_states = hidden_states.detach().requires_grad_()
-                (adjoint,) = torch.autograd.grad(linear_layer(layer, hidden_states, order), hidden_states, adjoint)
-        _, tubelets = split_class_token(self.config, (adjoint * inputs[0]).sum(-1))
-        return tubelets.unflatten(-1, grid)
+                (adjoint,) = torch.autograd.grad(linear(hidden_states), hidden_states, adjoint)
+        _, tubelets = split_class_token(self.config, (adjoint * walked[0][1]).sum(-1))
+        return tubelets.unflatten(-1, clip_grid)
 
 
 def step_sizes(mixer, hidden_states, order=None):

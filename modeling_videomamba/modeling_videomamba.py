@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import itertools
 import math
 from dataclasses import dataclass
 
@@ -40,7 +39,9 @@ from .tokens_videomamba import (
     checked_clips,
     class_token_index,
     cut_tubelets,
+    insert_class_token,
     interpolate_positions,
+    merge_steps,
     sinusoidal_positions,
 )
 
@@ -128,9 +129,7 @@ class VideoMambaEmbeddings(nn.Module):
             tokens = tokens + positions
         if class_token is None:
             return tokens
-        class_token = class_token.expand(tokens.shape[0], -1, -1)
-        place = class_token_index(self.config, tokens.shape[1])
-        return torch.cat([tokens[:, :place], class_token, tokens[:, place:]], dim=1)
+        return insert_class_token(self.config, tokens, class_token.expand(tokens.shape[0], -1, -1))
 
     def positions_for(self, grid, tokens):
         """
@@ -269,12 +268,12 @@ class VideoMambaResidual(nn.Module):
 
     def forward(
         self, hidden_states: torch.Tensor, update: torch.Tensor, norm: VideoMambaRMSNorm | None = None
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """The residual stream (B, L, D) with a layer's update; if the next layer's norm is given, its norm too."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The residual stream (B, L, D) with a layer's update; and its norm, if the next layer's is given."""
         if self.drop_path_rate > 0 and self.training:
             keep = 1 - self.drop_path_rate
             update = update * update.new_empty(update.shape[0], 1, 1).bernoulli_(keep).div_(keep)
-        return hidden_states + update if norm is None else norm.of_sum(hidden_states, update)
+        return (hidden_states + update, None) if norm is None else norm.of_sum(hidden_states, update)
 
     def extra_repr(self):
         return f"drop_path_rate={self.drop_path_rate:.3g}"
@@ -303,7 +302,7 @@ class VideoMambaLayer(GradientCheckpointingLayer):
         cache: VideoMambaCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        return self.residual(hidden_states, self.update(hidden_states, order, cache))
+        return self.residual(hidden_states, self.update(hidden_states, order, cache))[0]
 
     def may_join(self):
         """Whether its parts may be called without it, so that its sum is made with the norm of the next layer."""
@@ -464,7 +463,7 @@ class VideoMambaModel(VideoMambaDeltaMapsMixin, VideoMambaPreTrainedModel):
             [`VideoMambaModelOutput`]: `last_hidden_state` `(B, L, D)`, all tokens in order, the class token among
             them; `pooler_output` `(B, D)`, the class token, or the mean over tokens if there is none (of a stream,
             over those of all parts, or of its `pooling_window`); `hidden_states` on request, the residual stream
-            before the first and after each layer, `(B, L, D)` in float32.
+            before the first and after each layer, `(B, L, D)` in float32; `merge_layers` halve the tubelets in L.
 
         Raises:
             ValueError: if `pixel_values` has another rank, size or type than the model takes; or for a cache, if later
@@ -475,11 +474,11 @@ class VideoMambaModel(VideoMambaDeltaMapsMixin, VideoMambaPreTrainedModel):
         pixel_values, grid = checked_clips(self.config, pixel_values, interpolate_pos_encoding, streams)
         if streams:
             cache = continued_cache(self, cache, use_cache, pixel_values.shape[0])
-        hidden_states = self.encode(functools.partial(self.embed, pixel_values, grid), cache, **kwargs)
+        hidden_states = self.encode(functools.partial(self.embed, pixel_values, grid), grid, cache, **kwargs)
         last_hidden_state = self.norm(hidden_states)
         if self.embeddings.has_class_token:
             # Not of `last_hidden_state`: so `torch.compile` leaves that out of a classifier, which wants no more.
-            pooled = self.norm(hidden_states[:, class_token_index(self.config, math.prod(grid))])
+            pooled = self.norm(hidden_states[:, class_token_index(self.config, hidden_states.shape[1] - 1)])
         else:
             pooled = last_hidden_state.mean(dim=1)
         steps, window = None, self.config.pooling_window is not None
@@ -498,21 +497,25 @@ class VideoMambaModel(VideoMambaDeltaMapsMixin, VideoMambaPreTrainedModel):
         hidden_states = self.embeddings(pixel_values, grid).float()
         return hidden_states, backward_order(self.config, grid, hidden_states.device)
 
-    def encode(self, embed, cache=None, **kwargs):
+    def encode(self, embed, grid, cache=None, **kwargs):
         """
         The residual stream after all layers, of what `embed()` gives, which nobody else shall hold on to. In inference
         on a GPU, each sum is made with the norm after it.
         """
         hidden_states, order = embed()
-        layers = list(self.layers)
-        if not (can_fuse_rms_norm(hidden_states, self.norm.weight) and all(layer.may_join() for layer in layers)):
-            for layer in layers:
+        layers, merges = list(self.layers), self.config.merge_layers or ()
+        joins = can_fuse_rms_norm(hidden_states, self.norm.weight) and all(layer.may_join() for layer in layers)
+        tokens = None  # the norm that was made with a sum
+        for index, layer in enumerate(layers):
+            if index in merges:
+                hidden_states, order, grid = merge_steps(self.config, hidden_states, grid)
+            if not joins:
                 hidden_states = layer(hidden_states, order, cache, **kwargs)
-            return hidden_states
-        normed = layers[0].norm(hidden_states)
-        for layer, after in itertools.pairwise(layers):
-            hidden_states, normed = layer.residual(hidden_states, layer.mixer(normed, order, cache), after.norm)
-        return layers[-1].residual(hidden_states, layers[-1].mixer(normed, order, cache))
+                continue
+            tokens = layer.mixer(layer.norm(hidden_states) if tokens is None else tokens, order, cache)
+            after = None if index + 1 in {*merges, len(layers)} else layers[index + 1].norm
+            hidden_states, tokens = layer.residual(hidden_states, tokens, after)
+        return hidden_states
 
 
 class VideoMambaForVideoClassification(VideoMambaReadingMapsMixin, VideoMambaPreTrainedModel):
@@ -579,9 +582,7 @@ class VideoMambaForVideoClassification(VideoMambaReadingMapsMixin, VideoMambaPre
         options = {"cache": cache, "use_cache": use_cache, "output_steps": False, "return_dict": True}
         outputs = self.videomamba(pixel_values, interpolate_pos_encoding, **options, **kwargs)
         logits = self.classifier(outputs.pooler_output)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels, logits, self.config, **kwargs)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return VideoMambaClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, cache=outputs.cache
         )

@@ -71,10 +71,15 @@ def _unusable_reason(device, dtype):
     return None
 
 
-class _Call:
-    """A plan, and the kernels' arguments: those of all kernels from the start, others as they become known."""
+class ScanCall:
+    """
+    A plan, and the kernels' arguments: those of all kernels from the start, others as they become known. `options` are
+    further ones of the plan.
+    """
 
-    def __init__(self, xz, conv_weight, conv_bias, dt_weight, dt_bias, A_log, D, visits, structure, before):
+    def __init__(
+        self, xz, conv_weight, conv_bias, dt_weight, dt_bias, A_log, D, visits, structure, before, options=()
+    ):
         parameters = (conv_weight, conv_bias, dt_weight, dt_bias, A_log, D)
         device, dtype, shape = xz.device, xz.dtype, xz.shape
         start = xz.data_ptr()
@@ -91,6 +96,7 @@ class _Call:
             tf32,
             before is not None,
             described,
+            options,
         )
         self.device, self.visits = device, visits
         self.stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
@@ -170,15 +176,35 @@ class _Call:
             self.run(plan.pass_states[0])
         return states, sums
 
+    def scan(self, for_backward, exchange=None):
+        """Queue the forward scan; returns the states that are kept for the backward pass, see `_forward`."""
+        plan = self.plan
+        scan, states = plan.scan[for_backward], None
+        if plan.side_by_side or exchange is not None:
+            states, sums = self.chunk_states(scan.options["JOINED"], exchange)  # kept until the scan is queued
+        if for_backward == 1 and not plan.side_by_side:
+            states = None
+            if plan.kept_states:
+                states = self.new(*plan.state_shape(plan.kept_states))
+                self.set(states=states)
+        kept = states if for_backward else None
+        if for_backward == 2:
+            kept = self.new(*plan.state_shape(-(-plan.L // 8)), dtype=plan.dtype)
+            self.set(sub=kept)
+        self.run(scan)
+        return kept
+
     def chunk_adjoints(self, dout, exchange):
         """Adjoint state after each chunk, likewise."""
         plan = self.plan
         parts = plan.chunks if plan.side_by_side else 1
         adjoint, sums = self.new(*plan.state_shape(parts)), self.new(2, plan.B, parts, plan.E)
         u, y = self.arguments.u, self.arguments.y
-        ungated = torch.empty_like(dout)
-        self.run(plan.ungate, y=ungated)
-        self.set(u=ungated, adjoint=adjoint, sums=sums)
+        if plan.gated:
+            ungated = torch.empty_like(dout)
+            self.run(plan.ungate, y=ungated)
+            self.set(u=ungated)
+        self.set(adjoint=adjoint, sums=sums)
         if exchange is None:
             self.run(plan.adjoint)
         else:
@@ -200,7 +226,7 @@ def _tf32_is_allowed():
     return matmul.allow_tf32 if precision is None else precision == "tf32"
 
 
-def _on(xz):
+def on_device_of(xz):
     """A context in which the GPU of `xz` is the current one, and autocast, if it is to another type, is off."""
     device = xz.device
     if device.type == "cuda" and torch.cuda.current_device() != device.index:
@@ -233,7 +259,7 @@ def _forward(
     began with one. `exchange(states that it ends with from zero, sums of Δ)` gives `start` where other processes
     have the parts before.
     """
-    call = _Call(xz, conv_w, conv_b, dt_w, dt_b, A_log, D, visits, structure, before)
+    call = ScanCall(xz, conv_w, conv_b, dt_w, dt_b, A_log, D, visits, structure, before)
     plan, after = call.plan, None
     _check_memory(plan)
     out = call.new(plan.B, plan.L, plan.E, dtype=plan.dtype)
@@ -244,19 +270,7 @@ def _forward(
     u = call.convolve()
     proj = _project(u, x_proj_weight)
     call.set(proj=proj, out=out)
-    scan, states = plan.scan[for_backward], None
-    if plan.side_by_side or exchange is not None:
-        states, sums = call.chunk_states(scan.options["JOINED"], exchange)  # kept until the scan is queued
-    if for_backward == 1 and not plan.side_by_side:
-        states = None
-        if plan.kept_states:
-            states = call.new(*plan.state_shape(plan.kept_states))
-            call.set(states=states)
-    kept = states if for_backward else None
-    if for_backward == 2:
-        kept = call.new(*plan.state_shape(-(-plan.L // 8)), dtype=plan.dtype)
-        call.set(sub=kept)
-    call.run(scan)
+    kept = call.scan(for_backward, exchange)
     if plan.ordered:
         call.run(plan.gate)
     return out, proj, kept, u if for_backward == 2 and not plan.ordered else None, after, call.end
@@ -280,7 +294,7 @@ def _check_memory(plan):
 def _scan(xz, *arguments):
     """`_forward` for the arguments of the operator, multiplied by the weight of `out_proj` if that is given."""
     *parameters, out_proj_weight, visits, before, start, structure, for_backward = arguments
-    with _on(xz):
+    with on_device_of(xz):
         out, *others = _forward(xz, *parameters, visits, before, start, structure, for_backward)
         if out_proj_weight is not None:
             out = torch.nn.functional.linear(out, out_proj_weight)
@@ -353,7 +367,7 @@ def _backward_op(
     kept: bool,
 ) -> list[torch.Tensor]:
     parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
-    with _on(xz):
+    with on_device_of(xz):
         return _gradients(
             dout, d_after, d_end, xz, *parameters, out_proj_weight, visits, before, proj, states, u, structure, kept
         )
@@ -368,7 +382,7 @@ def _gradients(
     is called with `adjoint=True`, for adjoint states.
     """
     dxz = torch.empty_like(xz)
-    call = _Call(xz, conv_weight, conv_bias, dt_proj_weight, dt_proj_bias, A_log, D, visits, structure, before)
+    call = ScanCall(xz, conv_weight, conv_bias, dt_proj_weight, dt_proj_bias, A_log, D, visits, structure, before)
     plan = call.plan
     B, E, R, N, K = plan.B, plan.E, plan.R, plan.N, plan.K
     dprojected, y = dout, None
@@ -388,12 +402,12 @@ def _gradients(
     if plan.exact:
         ddelta = torch.empty_like(u)
         call.set(ddelta=ddelta)
-        dA, d_skip, d_dt_bias, _ = _walk_back(call, dout, dproj[..., R:], states if kept else None, exchange)
+        dA, d_skip, d_dt_bias, _ = walk_back(call, dout, dproj[..., R:], states if kept else None, exchange)
         ddelta, rows = ddelta.view(2, -1, E), dproj.view(2, -1, R + 2 * N)
         torch.bmm(ddelta, dt_proj_weight.to(xz.dtype), out=rows[..., :R])
         d_dt_weight = torch.bmm(ddelta.transpose(1, 2), proj.view(2, -1, R + 2 * N)[..., :R])
     else:
-        dA, d_skip, d_dt_bias, d_dt_weight = _walk_back(call, dout, dproj, states if kept else None, exchange)
+        dA, d_skip, d_dt_bias, d_dt_weight = walk_back(call, dout, dproj, states if kept else None, exchange)
     u, du, dproj = u.view(2, -1, E), du.view(2, -1, E), dproj.view(2, -1, R + 2 * N)
     d_x_weight = torch.bmm(dproj.transpose(1, 2), u)
     if plan.conv_takes_projection:
@@ -421,7 +435,7 @@ def _gradients(
     return [g.contiguous().to(t) for g, t in zip(gradients, types, strict=True)]
 
 
-def _walk_back(call, dout, dproj, sub, exchange):
+def walk_back(call, dout, dproj, sub, exchange):
     """
     Writes `out`, `du` and `y` of the call, and into `dproj` (2, B, L, R + 2N) the gradients of the projection. In
     float32, `dproj` are those of B and C alone (2, B, L, 2N), and `ddelta` is written.
@@ -463,7 +477,7 @@ def _walk_back(call, dout, dproj, sub, exchange):
             if direction and plan.ordered:
                 tokens = call.visits[tokens]
             dproj[direction][:, tokens] = found.sum(0).to(plan.dtype)
-    if plan.ordered:
+    if plan.ordered and plan.gated:
         call.run(plan.gate_backward)
     # (block, group, g, q, row, column): channel = block * 16 + g * 2 + row, state = group * 8 + 2q + column
     dA = da.sum(dim=(1, 2)).view(2, -1, -(-N // 8), 8, 4, 2, 2).permute(0, 1, 3, 5, 2, 4, 6)
@@ -502,7 +516,7 @@ def _backward(ctx, dout, _, __, ___, d_after, d_end):
     if torch.is_grad_enabled() or not nobody_traces(arguments[:-2]):
         gradients = _backward_op(*arguments)
     else:
-        with _on(xz):
+        with on_device_of(xz):
             gradients = _gradients(*arguments)
     of_inputs, others = gradients[:8], gradients[8:]
     of_projection = others.pop(0) if out_proj_weight is not None else None
@@ -520,7 +534,7 @@ class _PartScan(torch.autograd.Function):
         *parameters, out_proj_weight = parameters_and_out
         visits = None if part.order is None else part.order.visits
         x, taps, A_log = xz[..., : xz.shape[2] // 2], parameters[0].shape[2], parameters[5]
-        with _on(xz):
+        with on_device_of(xz):
             before = part.from_neighbour(last_inputs(x, taps - 1, part.order))
             exchange = functools.partial(part.start, A_log=A_log)
             out, proj, states, u, _, _ = _forward(xz, *parameters, visits, before, None, structure, keep, exchange)
@@ -533,7 +547,7 @@ class _PartScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         xz, *parameters, out_proj_weight, visits, before, proj, states, u = ctx.saved_tensors
-        with _on(xz):
+        with on_device_of(xz):
             exchange = functools.partial(ctx.part.start, A_log=parameters[5])
             rest = (out_proj_weight, visits, before, proj, states, u, ctx.structure, ctx.kept)
             gradients = _gradients(dout, None, None, xz, *parameters, *rest, exchange)

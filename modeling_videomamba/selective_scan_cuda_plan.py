@@ -38,15 +38,17 @@ class ScanPlan:
         tf32 (`bool`): whether the tensor cores' precision is enough for float32.
         stateful (`bool`): whether the directions begin with a state.
         parameters: shape, type and device of the convolution's weight and bias, dt_proj's weight and bias, A_log, D.
+        options (`tuple[tuple[str, int]]`): further macros that all kernels are compiled with.
     """
 
     def __init__(
-        self, device, multiprocessors, turn_tokens, dtype, shape, aligned, ordered, tf32, stateful, parameters
-    ):
+        self, device, multiprocessors, turn_tokens, dtype, shape, aligned, ordered, tf32, stateful, parameters,
+        options=(),
+    ):  # fmt: skip
         self.device, self.multiprocessors, self.dtype, self.ordered = device, multiprocessors, dtype, ordered
         self.B, self.L, self.E = shape[0], shape[1], shape[2] // 2
         self.R, self.N, self.K = parameters[2][0][-1], parameters[4][0][-1], parameters[0][0][-1]
-        self.stateful = stateful
+        self.stateful, self.gated = stateful, self.R > 0  # without a rank, it is the scan alone
         self.tf32 = tf32 and dtype == torch.float32
         self.exact = dtype == torch.float32  # of the backward pass
         # A kernel does not look where its pointers lead.
@@ -68,6 +70,7 @@ class ScanPlan:
             "VEC": int(self.E % 8 == 0 and aligned),
             "ORDERED": int(ordered),
             "WIDE": int(self.L * shape[2] * dtype.itemsize >= 2**32),
+            **dict(options),
         }
         self.side_by_side, self.chunk, self.chunks, self.span = split_length(
             self.B, self.L, self.E, multiprocessors, turn_tokens
@@ -438,7 +441,8 @@ def shared_bytes(kernel, blocks, split, rank, states, dtype, tf32=False):
         sums = 4 * group if exact else -(-rank // 8) * 512
         return 7 * tile + 5 * TILE * 20 * 4 + group * size + 1536 + step_size + sums
     steps = TILE * (16 * blocks + 4) * 4  # Δ, and the outputs of each half
-    tiles = 2 * projection_bytes(rank, states, dtype) + (4 if kernel == "scan" else 2) * tile
+    # Without a rank, what is given for Δ comes through shared memory: of the scan, in the place of the gate's tiles.
+    tiles = 2 * projection_bytes(rank, states, dtype) + (4 if kernel == "scan" or rank == 0 else 2) * tile
     return tiles + (3 if split else 1) * steps + step_size
 
 

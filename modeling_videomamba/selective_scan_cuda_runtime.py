@@ -27,6 +27,7 @@ KERNEL_FILES = {
     **dict.fromkeys(("conv", "conv_backward", "proj_conv_backward"), "convolution.cu"),
     "backward": "scan_backward.cu",
     "rms_norm": "norm.cu",
+    "layout": "layout.cu",
     **dict.fromkeys(("simt_ends", "simt_pass", "simt_scan", "simt_backward"), "simt.cu"),
 }
 PLAIN_TENSORS = {torch.Tensor, torch.nn.Parameter, type(None)}

@@ -459,6 +459,89 @@ extern "C" __global__ void __launch_bounds__(CONV_BACKWARD_THREADS, CONV_BACKWAR
 }
 #endif
 """,
+    "layout.cu": r"""// A product of up to three tensors (B, channels, tokens) of any strides, written with any strides: between other codes'
+// layout, channels before tokens, and ours.
+#include "primitives.cuh"
+
+#define LAYOUT_THREADS 256
+#define LAYOUT_SIDE 64  // tokens and channels of a tile
+#define PER_THREAD (LAYOUT_SIDE * LAYOUT_SIDE / LAYOUT_THREADS)
+
+// What becomes of the second tensor, z, before it is multiplied.
+#define SILU 1
+#define SILU_SLOPE 2
+
+// `LayoutArguments` in selective_scan_interface.py; a test compares the two. A tensor and its strides; it may be null.
+struct Strided {
+    const io_t *at;
+    long long batch, channel, token;
+};
+struct LayoutArgs {
+    Strided to, x, z, grad;
+    int channels, tokens, of_z;
+};
+
+extern "C" __global__ void __launch_bounds__(LAYOUT_THREADS) layout(const LayoutArgs p) {
+    extern __shared__ __align__(16) char shared[];
+    float *tile = (float *)shared;  // [channel][token], a line a value longer, so that columns meet all banks
+    const int LINE = LAYOUT_SIDE + 1, STEP = LAYOUT_THREADS / LAYOUT_SIDE;
+    const int channel = blockIdx.y * LAYOUT_SIDE, token = blockIdx.x * LAYOUT_SIDE;
+    // A thread goes down one column of the tile, the lanes of a warp lie side by side in memory.
+    const int fast = threadIdx.x % LAYOUT_SIDE, slow = threadIdx.x / LAYOUT_SIDE;
+    const bool along_tokens = p.to.token <= p.to.channel;
+    // What lies the other way round is read first, along its own lines, and turned in shared memory.
+    bool turned = false;
+#pragma unroll
+    for (int last = 0; last < 2; last++) {
+        const bool by_token = along_tokens == (last == 1);
+        // So many of the thread's elements exist.
+        const int left = by_token ? p.channels - channel : p.tokens - token;
+        const bool some = fast < (by_token ? p.tokens - token : p.channels - channel);
+        const int count = some ? min(PER_THREAD, (left - slow + STEP - 1) / STEP) : 0;
+        auto first = [&](const Strided &t) {
+            const io_t *corner = t.at + blockIdx.z * t.batch + channel * t.channel + token * t.token;
+            return corner + fast * (by_token ? t.token : t.channel) + slow * (by_token ? t.channel : t.token);
+        };
+        auto step = [&](const Strided &t) { return STEP * (by_token ? t.channel : t.token); };
+        bool read_some = false;
+        float v[PER_THREAD];
+#pragma unroll
+        for (int i = 0; i < PER_THREAD; i++) v[i] = 1.f;
+        auto multiply = [&](const Strided &t, int of_z) {
+            if (!t.at || (t.token <= t.channel) != by_token) return;
+            const io_t *at = first(t);
+            const long long next = step(t);
+            io_t read[PER_THREAD];
+#pragma unroll
+            for (int i = 0; i < PER_THREAD; i++, at += next) read[i] = i < count ? *at : (io_t)0;
+#pragma unroll
+            for (int i = 0; i < PER_THREAD; i++) {
+                const float x = value(read[i]), gate = of_z ? sigmoid(x) : 0.f;
+                v[i] *= of_z == SILU ? x * gate : of_z == SILU_SLOPE ? gate * fmaf(x, 1.f - gate, 1.f) : x;
+            }
+            read_some = true;
+        };
+        multiply(p.x, 0);
+        multiply(p.z, p.of_z);
+        multiply(p.grad, 0);
+        float *place = tile + (by_token ? slow * LINE + fast : fast * LINE + slow);
+        const int down = STEP * (by_token ? LINE : 1);
+        if (!last) {
+            if (!read_some) continue;
+            turned = true;
+#pragma unroll
+            for (int i = 0; i < PER_THREAD; i++) place[i * down] = v[i];
+            barrier(0, LAYOUT_THREADS);
+        } else {
+            io_t *to = (io_t *)first(p.to);
+            const long long next = step(p.to);
+#pragma unroll
+            for (int i = 0; i < PER_THREAD; i++, to += next)
+                if (i < count) *to = stored(turned ? v[i] * place[i * down] : v[i]);
+        }
+    }
+}
+""",
     "norm.cu": r"""// RMSNorm of the float32 residual stream, out in the type of the weights: one launch instead of three. With an update,
 // of that type too, it is added first, and the sum is left as well. A warp takes a row of CHANNELS values, a multiple of
 // four, and keeps it in registers.
@@ -536,7 +619,13 @@ extern "C" __global__ void rms_norm(const NormArgs p) {
 #define N 16  // states
 #endif
 #ifndef R
-#define R 24  // time-step rank
+#define R 24  // time-step rank; 0: the scan alone, see `PLAIN`
+#endif
+#ifndef COMMON
+#define COMMON 0  // of the scan alone: both halves of the channels have the same B and C
+#endif
+#ifndef SOFTPLUS
+#define SOFTPLUS 1  // of the scan alone: Δ is the softplus of what is given
 #endif
 #ifndef K
 #define K 4  // taps of the convolution
@@ -582,6 +671,10 @@ extern "C" __global__ void rms_norm(const NormArgs p) {
 #endif
 
 #define EXACT (IO == 0 && !TF32)
+// The scan alone: Δ and A are given, and there is no gate. The halves of the channels take the places of the directions,
+// and both are walked forward. CHANNELS is those of a half; a row has both.
+#define PLAIN (R == 0)
+#define ROW_OF_CHANNELS (PLAIN ? 2 * CHANNELS : CHANNELS)
 #define DEV static __device__ __forceinline__
 #define NT ((N + 7) / 8)
 #define PROJ (R + 2 * N)
@@ -601,7 +694,8 @@ typedef float io_t, kept_t;
 typedef u16 io_t, kept_t;  // activations, and the states that the adjoint walk starts from
 #endif
 
-// `Arguments` in selective_scan_cuda.py; a test compares the two.
+// `KernelArguments` in selective_scan_cuda_runtime.py; a test compares the two. Of the scan alone, (B, L, 2 CHANNELS): xz
+// is the input, u what is given for Δ, out the output; and a_log is A.
 struct Args {
     const io_t *xz, *u, *proj, *dout;
     const void *conv_w, *conv_b, *dt_w, *dt_b, *a_log, *skip;
@@ -905,9 +999,9 @@ DEV int visited(const Args &p, int step) {
 #define ADJOINT 3
 
 // Bytes of shared memory of a warp.
-#define FORWARD_SHARED(M, KIND)                                                        \
-    (2 * (PROJ_TILE + TILE * ROW(M) * (int)sizeof(io_t)) + TILE * (16 * M + 4) * 4 +   \
-     (KIND == SCAN ? 2 * TILE * ROW(M) * (int)sizeof(io_t) : 0) + STEP_SIZE_BYTES(M) + \
+#define FORWARD_SHARED(M, KIND)                                                                 \
+    (2 * (PROJ_TILE + TILE * ROW(M) * (int)sizeof(io_t)) + TILE * (16 * M + 4) * 4 +            \
+     (KIND == SCAN || PLAIN ? 2 * TILE * ROW(M) * (int)sizeof(io_t) : 0) + STEP_SIZE_BYTES(M) + \
      2 * SPLIT * TILE * (16 * M + 4) * 4)
 
 // Without outputs to make, the multiply-add units are idle where the special-function unit is not: of a lane's decays
@@ -965,13 +1059,16 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
     const int U_TILE = TILE * LU * sizeof(io_t), STAGE = PROJ_TILE + U_TILE;
     char *mine = shared + w.team * FORWARD_SHARED(M, KIND);
     float *delta = (float *)(mine + 2 * STAGE);
-    io_t *gate = (io_t *)(delta + TILE * LD), *before = gate + TILE * LU;  // of SCAN alone
+    io_t *gate = (io_t *)(delta + TILE * LD), *before = gate + TILE * LU;  // of SCAN; PLAIN: two stages of given Δ
     float *ys = SPLIT ? (float *)(before + TILE * LU) : delta;  // of each half; or Δ gives its place to the outputs
-    const io_t *proj_rows = p.proj + ((size_t)w.dir * p.B * p.L + w.row) * PROJ;
-    const io_t *u_rows = p.u + ((size_t)(KIND == ADJOINT ? 0 : w.dir) * p.B * p.L + w.row) * CHANNELS + w.channel;
+    const io_t *proj_rows = p.proj + ((size_t)(COMMON ? 0 : w.dir) * p.B * p.L + w.row) * PROJ;
+    const io_t *u_rows =
+        PLAIN ? (KIND == ADJOINT ? p.dout : p.xz) + half_row(w)
+              : p.u + ((size_t)(KIND == ADJOINT ? 0 : w.dir) * p.B * p.L + w.row) * CHANNELS + w.channel;
+    const io_t *given_rows = p.u + half_row(w);
     const io_t *z_rows = p.xz + (w.row * 2 + 1) * CHANNELS + w.channel;
     // Along an order the directions meet anywhere: each leaves its outputs in the place of its inputs, for `gate`.
-    io_t *out_rows = ORDERED ? (io_t *)u_rows : p.out + w.row * CHANNELS + w.channel;
+    io_t *out_rows = PLAIN ? p.out + half_row(w) : ORDERED ? (io_t *)u_rows : p.out + w.row * CHANNELS + w.channel;
 
     const int first_group = w.half * GROUPS;
     float a[M][GROUPS][4], h[M][GROUPS][4], total[S];
@@ -1019,9 +1116,13 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
         auto fetch = [&] {
             if (tile + 1 < w.tiles) {
                 char *stage = mine + STAGE - now;
-                const int from = begin + way * TILE;
-                load_row<PROJ, PROJ, PROJ, PROJ_PIECE>((io_t *)stage, proj_rows, PROJ, w, row, from);
-                load_row<16 * M, LU, CHANNELS, CHANNEL_PIECE>((io_t *)(stage + PROJ_TILE), u_rows, left, w, row, from);
+                const int next = begin + way * TILE;
+                load_row<PROJ, PROJ, PROJ, PROJ_PIECE>((io_t *)stage, proj_rows, PROJ, w, row, next);
+                auto load_channels = [&](io_t *to, const io_t *rows) {
+                    load_row<16 * M, LU, ROW_OF_CHANNELS, CHANNEL_PIECE>(to, rows, left, w, row, next);
+                };
+                load_channels((io_t *)(stage + PROJ_TILE), u_rows);
+                if (PLAIN) load_channels(now ? gate : before, given_rows);
             }
             copy_commit();
         };
@@ -1047,7 +1148,7 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
             sync_warp();
         }
         const io_t *proj = (io_t *)(mine + now), *u = (io_t *)(mine + now + PROJ_TILE);
-        step_size.apply(p, w, begin, proj, delta);
+        step_size.apply(p, w, begin, proj, delta, now ? before : gate);
         w.sync();
         const int in_at = KIND == ADJOINT ? R + N : R;
         // Unrolled, the loop outgrows the instruction cache; rolled, it wants its addresses ready.
@@ -1180,7 +1281,7 @@ template <int M, int KIND> DEV void walk_forward(const Args &p) {
 #pragma unroll
                     for (int e = 0; e < 4; e++) y[e] = (y[e] + other[e]) * z[e] * half_sigmoid(z[e]);
                 }
-                if (place < w.last) store4(cell(out_rows, w.token(place), CHANNELS, four), y, here);
+                if (place < w.last) store4(cell(out_rows, w.token(place), ROW_OF_CHANNELS, four), y, here);
             }
             if (meeting && !w.dir && tile == (w.tiles - 1) / 2) barrier(1, BLOCK_THREADS);
         }
@@ -1230,7 +1331,11 @@ extern "C" __global__ void pass_states(const Args p) {
     int lane = i / 4 % 32, e = i % 4, nt = i / 128 % NT;
     int channel = i / (128 * NT) * 16 + lane / 4 * 2 + (e >> 1), n = nt * 8 + 2 * (lane % 4) + (e & 1);
     const bool exists = channel < CHANNELS && n < N;  // others become zero
+#if PLAIN
+    float a = exists ? rate(p, ((size_t)dir * CHANNELS + channel) * N + n) : 0.f, h = 0.f;
+#else
     float a = exists ? -expf(parameter(p.a_log, ((size_t)dir * CHANNELS + channel) * N + n)) * LOG2E : 0.f, h = 0.f;
+#endif
     const int adjoints = STATEFUL ? p.mode & ADJOINTS : p.mode;
     const bool whole = STATEFUL && p.mode & WHOLE_PART;
     bool down = (dir && !ORDERED) != (adjoints == 1);
@@ -1432,10 +1537,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
     // Exactly: sums over channels. Otherwise the gradient of dt_proj's weight: of the channels 2g and 2g + 1, the ranks
     // 8k + 2q and 8k + 2q + 1.
     float *sums = (float *)((char *)before + U_TILE + 1536 + STEP_SIZE_BYTES(1));
-    const io_t *proj_rows = p.proj + ((size_t)w.dir * p.B * p.L + w.row) * PROJ;
-    const size_t rows = ((size_t)w.dir * p.B * p.L + w.row) * CHANNELS + w.channel;
-    const io_t *dout_rows = p.dout + w.row * CHANNELS + w.channel;
-    const io_t *z_rows = p.xz + (w.row * 2 + 1) * CHANNELS + w.channel;
+    const io_t *proj_rows = p.proj + ((size_t)(COMMON ? 0 : w.dir) * p.B * p.L + w.row) * PROJ;
+    const size_t rows = PLAIN ? half_row(w) : ((size_t)w.dir * p.B * p.L + w.row) * CHANNELS + w.channel;
+    const io_t *dout_rows = p.dout + (PLAIN ? rows : w.row * CHANNELS + w.channel);
+    // Of the scan alone, what is given for Δ takes the gate's place.
+    const io_t *z_rows = PLAIN ? p.u + rows : p.xz + (w.row * 2 + 1) * CHANNELS + w.channel;
     io_t *dz_rows = p.out + (w.row * 2 + 1) * CHANNELS + w.channel;
     // [dir][block of 16 W channels][b][place]
     const int places = p.turn < 0 ? p.L : p.chunk;
@@ -1469,8 +1575,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
         const int from = w.begin(w.tiles - 1 - i);
         char *stage = mine + (i & 1) * STAGE;
         io_t *tile = (io_t *)stage;
-        load_row<16, 16, CHANNELS, CHANNEL_PIECE>(tile, p.u + rows, left, w, row, from);
-        load_row<16, 16, CHANNELS, CHANNEL_PIECE>(tile + TILE * 16, dout_rows, left, w, row, from);
+        load_row<16, 16, ROW_OF_CHANNELS, CHANNEL_PIECE>(tile, (PLAIN ? p.xz : p.u) + rows, left, w, row, from);
+        load_row<16, 16, ROW_OF_CHANNELS, CHANNEL_PIECE>(tile + TILE * 16, dout_rows, left, w, row, from);
         load_row<16, 16, 2 * CHANNELS, CHANNEL_PIECE>(tile + TILE * 32, z_rows, left, w, row, from);
         load_projection((io_t *)(ours + (i & 1) * PROJ_TILE), proj_rows, w, from, team * 32 + lane, teams * 32);
     };
@@ -1534,7 +1640,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
         char *stage = mine + (i & 1) * STAGE;
         const io_t *proj = (io_t *)(ours + (i & 1) * PROJ_TILE), *u = (io_t *)stage;
         const io_t *dout = u + TILE * 16, *z = dout + TILE * 16;
-        step_size.apply(p, w, begin, proj, delta);
+        step_size.apply(p, w, begin, proj, delta, z);
         sync_warp();
 #pragma unroll
         for (int k = 0; k < 2; k++) {
@@ -1545,7 +1651,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
             unpack4(vu, u + at);
             load_vector<4>(step, delta + row * LD + four);
 #pragma unroll
-            for (int e = 0; e < 4; e++) vo[e] *= vz[e] * half_sigmoid(vz[e]), vu[e] *= step[e];
+            for (int e = 0; e < 4; e++) vo[e] *= PLAIN ? 1.f : vz[e] * half_sigmoid(vz[e]), vu[e] *= step[e];
             store_vector<4>(dy + row * LD + four, vo);
             store_vector<4>(dx + row * LD + four, vu);
         }
@@ -1761,7 +1867,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
             load_vector<4>(d_bias, d_bias_at);
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                r_dd[e] = fmaf(vdx[e], vu[e], vds[e] * LN2) * softplus_slope(step[e]);
+                r_dd[e] = fmaf(vdx[e], vu[e], vds[e] * LN2) * (SOFTPLUS ? softplus_slope(step[e]) : 1.f);
                 r_du[e] = fmaf(vdx[e], step[e], skip[e] * vdy[e]);
                 d_skip[e] = fmaf(vdy[e], vu[e], d_skip[e]);
                 d_bias[e] += r_dd[e];
@@ -1782,10 +1888,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
                 }
                 if (p.y) store4(cell(p.y + w.row * CHANNELS + w.channel, token, CHANNELS, four), other, here);
             }
-            store4(cell(p.du + rows, token, CHANNELS, four), r_du, here);
-#if EXACT
-            store4(cell(p.ddelta + rows, token, CHANNELS, four), r_dd, here);
-#else
+            store4(cell(p.du + rows, token, ROW_OF_CHANNELS, four), r_du, here);
+#if EXACT || PLAIN
+            store4(cell(p.ddelta + rows, token, ROW_OF_CHANNELS, four), r_dd, here);
+#endif
+#if PLAIN
+            continue;  // there is no gate
+#endif
+#if !EXACT
             slopes[0] = pack16(r_dd[0], r_dd[2]), slopes[1] = pack16(r_dd[1], r_dd[3]);
 #endif
             // Along an order, each direction its own, for `gate_backward`.
@@ -1822,7 +1932,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MINBLOCKS) backward(
 #pragma unroll
     for (int nt = 0; nt < NT; nt++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) da[0][nt][e] *= a[0][nt][e] * LN2;
+        for (int e = 0; e < 4; e++) da[0][nt][e] *= PLAIN ? 1.f : a[0][nt][e] * LN2;
     store_states<1, NT>(fragment<1>(p.da, p, w, p.chunks, w.chunk), da, w);
     if (p.turn >= 0) store_states<1, NT>(passed(), states, w);
     if (STATEFUL && w.chunk == (w.reversed ? p.chunks - 1 : 0)) store_end<1, NT>(states, p, w);
@@ -2134,7 +2244,7 @@ struct Walk {
     __device__ __forceinline__ int begin(int i) const { return first + (reversed ? tiles - 1 - i : i) * TILE; }
     __device__ __forceinline__ int place(int begin, int r) const { return begin + (reversed ? TILE - 1 - r : r); }
     __device__ __forceinline__ int token(int place) const {
-        if (ORDERED && dir) return place < last ? visited(*args, place) : 0;
+        if (ORDERED && !PLAIN && dir) return place < last ? visited(*args, place) : 0;
         return place;
     }
 };
@@ -2248,12 +2358,13 @@ template <int M> struct StepSize {
 #endif
         sync_warp();
     }
-    // Δ of a tile: softplus(time_step dt_proj' + bias), into delta[t][channel]. Steps past the end get a Δ too; their
-    // inputs and the gradients that come back to them are zero.
+    // Δ of a tile: softplus(time_step dt_proj' + bias), or of the scan alone, of a tile that is `given`, and the bias;
+    // into delta[t][channel]. Steps past the end get a Δ too; their inputs and the gradients that come back to them are
+    // zero.
     // If the warp is split, half of the channels in each. With a state, which they would change, steps past the end get
     // zero.
-    __device__ __forceinline__ void apply(const Args &p, const Walk &w, int begin, const io_t *proj,
-                                          float *delta) const {
+    __device__ __forceinline__ void apply(const Args &p, const Walk &w, int begin, const io_t *proj, float *delta,
+                                          const io_t *given) const {
         const int LD = 16 * M + 4, S = 2 * M;
         const int g = w.g, q = w.q, COUNT = S / (SPLIT + 1), first = w.half * COUNT;  // slots of channels
         float acc[COUNT][4];
@@ -2284,7 +2395,7 @@ template <int M> struct StepSize {
                 }
         }
 #else
-        u32 words[WORDS(M)];
+        u32 words[EIGHTS ? WORDS(M) : 1];
         if (SPLIT) {
 #pragma unroll
             for (int i = 0; i < COUNT * EIGHTS; i++) words[i] = weight[(first * EIGHTS + i) * 32 + w.lane];
@@ -2318,7 +2429,11 @@ template <int M> struct StepSize {
 #pragma unroll
             for (int s = 0; s < COUNT; s++)
 #pragma unroll
-                for (int e = 0; e < 2; e++) v[e * S + s] = past ? 0.f : softplus(acc[s][2 * half + e]);
+                for (int e = 0; e < 2; e++) {
+                    float &step = acc[s][2 * half + e];
+                    if (PLAIN) step += value(given[(g + 8 * half) * ROW(M) + (2 * q + e) * S + first + s]);
+                    v[e * S + s] = past ? 0.f : SOFTPLUS ? softplus(step) : step;
+                }
             if (!SPLIT) store_vector<2 * S>(to, v);
             else
                 for (int s = 0; s < COUNT; s++) to[s] = v[s], to[S + s] = v[S + s];
@@ -2326,6 +2441,12 @@ template <int M> struct StepSize {
     }
 };
 
+// A of a state, which is given or -exp(a_log), for powers of two.
+DEV float rate(const Args &p, size_t at) {
+    return (PLAIN ? parameter(p.a_log, at) : -expf(parameter(p.a_log, at))) * LOG2E;
+}
+// The row of a half of the channels, of the scan alone.
+DEV size_t half_row(const Walk &w) { return w.row * 2 * CHANNELS + w.dir * CHANNELS + w.channel; }
 // A of a lane's channels and states, from group FIRST of eight on.
 template <int M, int COUNT> DEV void load_A(const Args &p, const Walk &w, float a[M][COUNT][4], int first = 0) {
 #pragma unroll
@@ -2336,8 +2457,7 @@ template <int M, int COUNT> DEV void load_A(const Args &p, const Walk &w, float 
             for (int e = 0; e < 4; e++) {
                 int channel = w.channel + w.g * 2 * M + 2 * i + (e >> 1), n = (first + nt) * 8 + 2 * w.q + (e & 1);
                 bool valid = channel < CHANNELS && n < N;
-                a[i][nt][e] =
-                    valid ? -expf(parameter(p.a_log, ((size_t)w.dir * CHANNELS + channel) * N + n)) * LOG2E : 0.f;
+                a[i][nt][e] = valid ? rate(p, ((size_t)w.dir * CHANNELS + channel) * N + n) : 0.f;
             }
 }
 // States lie in memory as the lanes of a walk over 16 channels hold them: [dir][b][part][block of 16][group of 8

@@ -7,12 +7,16 @@ it, hence the polynomials. The backward pass walks chunks of `CHUNK` tokens from
 the states of a chunk from the one that the forward pass left at its border.
 """
 
+from pathlib import Path
+
 import numpy as np
+
+from .selective_scan_cuda_runtime import cache_folder
 
 
 try:
     from llvmlite import ir
-    from numba import njit, types
+    from numba import config, njit, types
     from numba.extending import intrinsic, overload
 
     IMPORT_ERROR = None
@@ -45,11 +49,23 @@ def _compiled(*fastmath, **options):
 
 
 def _kernel(function):
-    """Compile a kernel, and keep the result on disk: beside this file, or else in the user's cache directory."""
+    """
+    Compile a kernel, and keep the result on disk: beside this file, or else in the user's cache directory.
+
+    What pip has installed is kept among the GPU's kernels. pip does not remove what it has not written, and Python
+    would take the folder that remains for the package, even where another copy is installed since.
+    """
+    if IMPORT_ERROR is not None:
+        return function
+    given = config.CACHE_DIR
     try:
+        if not given and Path(__file__).parents[1].name in ("site-packages", "dist-packages"):
+            config.CACHE_DIR = str(cache_folder())
         return _compiled("contract", nogil=True, cache=True)(function)
     except RuntimeError:  # nowhere to write
         return _compiled("contract", nogil=True)(function)
+    finally:
+        config.CACHE_DIR = given
 
 
 if IMPORT_ERROR is None:

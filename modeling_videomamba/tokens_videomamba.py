@@ -1,6 +1,6 @@
 """
-Between a clip and its tokens: which clips the model takes, where their tokens stand, and in which order they are
-visited. Functions of a config and a size; nothing here has weights.
+Between a clip and its tokens: which clips the model takes, where their tokens stand, in which order they are visited,
+and how steps in time are merged. Functions of a config and a size; nothing here has weights.
 """
 
 import functools
@@ -9,7 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .configuration_videomamba import height_and_width, tubelet_grid
+from .configuration_videomamba import height_and_width, tubelet_grid, unmergeable_reason
 from .selective_scan import ScanOrder
 from .selective_scan_cuda_runtime import nobody_traces
 
@@ -78,6 +78,8 @@ def checked_clips(config, pixel_values, interpolate_pos_encoding=False, are_part
             f"The clip has {num_frames} frames of {height} x {width} pixels, less than one tubelet of "
             f"{config.tubelet_size} frames of {' x '.join(map(str, height_and_width(config.patch_size)))}."
         )
+    if reason := unmergeable_reason(config, grid[0]):
+        raise ValueError(f"The clip {reason}.")
     return pixel_values, grid
 
 
@@ -98,6 +100,12 @@ def cut_tubelets(pixel_values, tubelet):
 def class_token_index(config, num_patches):
     """Where the class token stands among `num_patches` tubelet tokens: before the first, or before the middle one."""
     return num_patches // 2 if config.class_token_position == "middle" else 0
+
+
+def insert_class_token(config, tokens, class_token):
+    """Tubelet tokens (B, n_t · n_h · n_w, D) with the class token (B, 1, D) in its place."""
+    place = class_token_index(config, tokens.shape[1])
+    return torch.cat([tokens[:, :place], class_token, tokens[:, place:]], dim=1)
 
 
 def sinusoidal_positions(num_positions, dim):
@@ -152,6 +160,32 @@ def backward_order(config, grid, device=None):
     return (_kept_order if kept else _order)(config.backward_scan, tuple(grid), place, device)
 
 
+def merge_steps(config, tokens, grid):
+    """
+    The mean of two neighbouring steps in time, tubelet by tubelet, in their place. The class token moves to where it
+    stands among so many tokens.
+
+    Args:
+        config (`VideoMambaConfig`).
+        tokens (`torch.Tensor` of shape `(B, L, D)`).
+        grid (`tuple[int, int, int]`): (n_t, n_h, n_w) of the tubelets, with an even n_t.
+
+    Returns:
+        what goes into the layers from here on: the tokens, their `backward_order`, and the grid (n_t / 2, n_h, n_w).
+    """
+    has_class_token = config.class_token_position != "none"
+    steps, *space = grid
+    if has_class_token:
+        place = class_token_index(config, math.prod(grid))
+        before, class_token, after = tokens.tensor_split([place, place + 1], dim=1)
+        tokens = torch.cat([before, after], dim=1) if place else after  # of a first token without a copy
+    grid = steps // 2, *space
+    tokens = tokens.unflatten(1, (grid[0], 2, -1)).mean(2).flatten(1, 2)
+    if has_class_token:
+        tokens = insert_class_token(config, tokens, class_token)
+    return tokens, backward_order(config, grid, tokens.device), grid
+
+
 def _order(reversal, grid, place, device):
     """The order of a reversal, with a class token at `place` or without one (None)."""
     frames, *space = grid
@@ -183,6 +217,8 @@ __all__ = [
     "backward_order",
     "checked_clips",
     "class_token_index",
+    "insert_class_token",
     "interpolate_positions",
+    "merge_steps",
     "sinusoidal_positions",
 ]

@@ -80,7 +80,7 @@ def queue_on_cpu(launch, arguments, stream):
     assert launch.shared <= 227 * 1024, "more shared memory than a Hopper GPU has"
     # The limit of registers is nothing to a CPU.
     options = ((f"{launch.name.upper()}_KERNEL", 1), *((k, v) for k, v in launch.options.items() if k != "MINBLOCKS"))
-    struct = {"rms": "NormArgs", "simt": "SimtArgs"}.get(launch.name.split("_")[0], "Args")
+    struct = {"rms": "NormArgs", "simt": "SimtArgs", "layout": "LayoutArgs"}.get(launch.name.split("_")[0], "Args")
     start = f"""extern "C" void launch(const {struct} *args, int x, int y, int z, int threads) {{
         run_on_cpu([=] {{ {launch.name}(*args); }}, x, y, z, threads);
     }}"""
@@ -101,7 +101,7 @@ def on_cpu(monkeypatch):
         return torch.full(shape, float("nan"), dtype=dtype, device="cpu")
 
     monkeypatch.setattr(runtime.Launch, "queue", queue_on_cpu)
-    monkeypatch.setattr(selective_scan_cuda._Call, "new", new)
+    monkeypatch.setattr(selective_scan_cuda.ScanCall, "new", new)
     monkeypatch.setattr(selective_scan_cuda_simt._Walks, "new", new)
 
     def plan_for(multiprocessors):

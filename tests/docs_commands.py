@@ -33,6 +33,7 @@ LEFT_OUT = {
     "python examples/deploy/browser/build.py": "asks npm; test_export.py builds the page",
     "python examples/benchmarks/benchmark.py": "times whole models for an hour; test_benchmark.py runs a small one",
     "python examples/benchmarks/benchmark_parallel.py": "needs several GPUs",
+    "python examples/benchmarks/benchmark_kernel.py": "needs a GPU",
     "python examples/benchmarks/benchmark_decoding.py": "measures for minutes; no figure is made in a test",
     "python examples/tools/tag_video.py --live": "waits for a camera; test_tag_video.py has one",
     "python examples/training/run_video_classification.py --recipe examples/training/recipes/camera_motion_"
@@ -207,7 +208,7 @@ def write_data(folder, made=()):
 
 
 def write_lists(folder):
-    """HMDB51, Kinetics-400 and COIN as their authors give them, of two labels."""
+    """HMDB51, Kinetics-400, COIN and Charades as their authors give them, of two labels."""
     labels = ["to the left", "to the right"]
     for name in ("hmdb51/splits", "kinetics/clips", "coin/videos"):
         (folder / name).mkdir(parents=True)
@@ -233,6 +234,15 @@ def write_lists(folder):
             csv.writer(file).writerows([("label", "youtube_id", "time_start", "time_end", "split")])
             csv.writer(file).writerows(row for row in rows if row[-1] == split)
     (folder / "COIN.json").write_text(json.dumps({"database": coin}))
+    (folder / "Charades").mkdir()
+    (folder / "Charades" / "Charades_v1_classes.txt").write_text("c000 Holding clothes\nc001 Opening a door\n")
+    (folder / "Charades_v1_480").symlink_to(folder / "coin/videos")
+    for split, subset in (("train", "training"), ("test", "testing")):
+        ids = [name for name, row in coin.items() if row["subset"] == subset]
+        actions = ["c000 0.00 0.30;c001 0.10 0.20", "c001 0.00 0.30", ""]
+        lines = [f"{name},{actions[number % 3]},0.32" for number, name in enumerate(ids)]
+        text = "\n".join(["id,actions,length", *lines])
+        (folder / "Charades" / f"Charades_v1_{split}.csv").write_text(text, encoding="utf-8")
 
 
 def fill_hub(hub, folder):

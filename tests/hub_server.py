@@ -20,13 +20,14 @@ class HubServer:
         files: what the repositories hold: {repo_id: {filename: bytes}}; what is pushed appears here. A data set
             stands under "datasets/<repo_id>".
         created: {repo_id: whether it was created as private}.
+        branches: {repo_id: those that were made beside `main`}; their files are not kept apart.
         large_files: whether weights, videos and pictures are uploaded as large files (LFS).
         uploaded: {sha256: bytes} of large files.
         readers: tokens that may not write.
     """
 
     def __init__(self, large_files=False):
-        self.files, self.created, self.url = {}, {}, ""
+        self.files, self.created, self.branches, self.url = {}, {}, {}, ""
         self.large_files, self.uploaded, self.readers = large_files, {}, set()
 
     @contextlib.contextmanager
@@ -75,9 +76,13 @@ class HubServer:
                     repo_id = (
                         f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
                     )
+                    if asked.get("type") == "kernel":
+                        repo_id = f"kernels/{repo_id}"
                     hub.created[repo_id] = bool(asked.get("private")) or asked.get("visibility") == "private"
                     hub.files.setdefault(repo_id, {})
                     reply = {"url": f"{hub.url}/{repo_id}", "name": repo_id}
+                elif "/branch/" in path:
+                    hub.branches.setdefault(repo_id, []).append(path.partition("/branch/")[2])
                 elif "/preupload/" in path:
                     names = [file["path"] for file in json.loads(body)["files"]]
                     reply = {"files": [self.preupload(name) for name in names]}

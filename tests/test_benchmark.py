@@ -1,10 +1,13 @@
 """The benchmark script: what it makes of its rows, and the table that it puts in VideoMAE's place."""
 
+import sys
+
 import pytest
 import torch
 from transformers.models.videomae import modeling_videomae
 
 import benchmark
+from benchmark import MODELS
 
 
 def row(model, frames, clips_per_s, batch=2):
@@ -53,7 +56,28 @@ def test_parameters_and_multiply_accumulates_are_those_of_the_papers(name, frame
     assert gmacs is None or macs / 1e9 == pytest.approx(gmacs, rel=0.01)
 
 
-@pytest.mark.parametrize("name", benchmark.MODELS)
+@pytest.mark.parametrize(
+    ("words", "timed"),
+    [
+        ([], [*MODELS]),
+        (["--merge-layers", "8"], [*MODELS, "VideoMamba-S merged"]),
+        (["--models", "VideoMamba-S", "--merge-layers", "8", "16"], ["VideoMamba-S", "VideoMamba-S merged"]),
+    ],
+)
+def test_models_that_are_timed(words, timed, monkeypatch):
+    monkeypatch.setattr(benchmark, "MODELS", dict(benchmark.MODELS))
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--frames", "16", "--device", "cpu", "--no-training", *words])
+    arguments = benchmark.parse_arguments()
+    benchmark.choose_models(arguments)
+    assert arguments.models == timed
+    cases = list(benchmark.cases(arguments))
+    assert {name for _, name, *_ in cases} - {*benchmark.OLDER_GPUS} == set(timed)
+    assert any(name in benchmark.OLDER_GPUS for _, name, *_ in cases) == ("--models" not in words)
+    if words:
+        assert benchmark.size_of("VideoMamba-S merged", 16)[1] < 0.8 * benchmark.size_of("VideoMamba-S", 16)[1]
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_every_model_takes_the_clips_of_the_benchmark(name):
     with torch.device("meta"), torch.no_grad():
         model, forward = benchmark.MODELS[name](16)

@@ -79,12 +79,17 @@ def test_figures_are_compared_with_the_tables(rule, text, fault):
 # What is fenced
 # ---------------------------------------------------------------------------------------------------------------------
 
-RUNNABLE = [page for page in PAGES if {language for _, language, _ in docs_commands.blocks(page)} & {"bash", "python"}]
+UNPUBLISHED = ROOT / "csrc" / "hub" / "README.md"  # the card of a repository that is on no Hub yet
+RUNNABLE = [
+    page
+    for page in PAGES
+    if page != UNPUBLISHED and {language for _, language, _ in docs_commands.blocks(page)} & {"bash", "python"}
+]
 # What stands before a page's snippets: the names that its text has explained.
 BEFORE = f"""
 import torch, modeling_videomamba
 from transformers import AutoImageProcessor, AutoModelForVideoClassification, AutoVideoProcessor, pipeline
-folder = start = {SHIPPED!r}
+folder = {SHIPPED!r}
 files = ["clip.mp4", "film.mkv"]
 model = AutoModelForVideoClassification.from_pretrained(folder)
 inputs = AutoVideoProcessor.from_pretrained(folder)("clip.mp4", return_tensors="pt")
@@ -103,6 +108,14 @@ if TEXT.startswith("import openvino"):
 folder = "my-streaming-checkpoint"
 camera = torch.randint(256, (3, 2, 64, 96, 3), dtype=torch.uint8).numpy()
 """,
+    "kernels.md": """
+import runpy
+from pathlib import Path
+from kernels import get_local_kernel
+code = Path("docs").resolve().parent / "csrc/make_kernel_repo.py"
+Path("kernel").exists() or runpy.run_path(str(code))["assemble"]("kernel")
+scan = get_local_kernel(Path("kernel"))
+""",
     "README.md": """
 camera = torch.randint(256, (3, 2, 64, 96, 3), dtype=torch.uint8).numpy()
 """,
@@ -116,7 +129,7 @@ MADE = {
     "model_cards/videomamba-tiny-camera-stream/README.md": ["clips"],
 }
 # Snippets of packages that the tests do not ask for.
-NEEDS = {"import openvino": "openvino", "from torchao": "torchao"}
+NEEDS = {"import openvino": "openvino", "from torchao": "torchao", "import get_local_kernel": "kernels"}
 
 
 @pytest.fixture(scope="module")

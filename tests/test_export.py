@@ -103,6 +103,7 @@ def test_torch_export_holds_no_custom_operator(tmp_path):
     [
         pytest.param(False, {"class_token_position": "none"}, marks=pytest.mark.slow),
         (True, {"backward_scan": "temporal", "class_token_position": "middle", "num_hidden_layers": 1}),
+        pytest.param(True, {"class_token_position": "middle", "merge_layers": [1]}, marks=pytest.mark.slow),
     ],
 )
 def test_onnx_file_gives_the_logits_of_the_model(tmp_path, any_length, options):
@@ -247,6 +248,14 @@ def test_script_without_pytorch_prints_what_the_pipeline_says(python, tmp_path):
     assert [label for _, label in lines] == [answer["label"] for answer in expected]
     for (score, _), answer in zip(lines, expected, strict=True):
         assert float(score) / 100 == pytest.approx(answer["score"], abs=0.01)  # Pillow resizes, not torchvision
+
+    config = json.loads((exported / "config.json").read_text())  # of a model that gives a clip several labels
+    (exported / "config.json").write_text(json.dumps(config | {"problem_type": "multi_label_classification"}))
+    run = subprocess.run([sys.executable, "-c", without_torch], check=True, capture_output=True, text=True)
+    classify = pipeline("video-classification", model=str(tmp_path / "checkpoint"))
+    expected = [answer["score"] for answer in classify(str(clip), top_k=3, function_to_apply="sigmoid")]
+    found = [float(line.split("%")[0]) / 100 for line in run.stdout.splitlines()]
+    assert found == pytest.approx(expected, abs=0.01)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ def test_the_script_alone_trains_and_pushes(bars, start, hub, python, tmp_path):
     assert not [name for name in files if name.startswith("checkpoint")]
     card = ModelCard(files["README.md"].decode())
     assert "video-classification" in card.data.tags and "- Accuracy: " in card.content
+    assert "No log" not in card.content, "the table has the losses of short runs, too"
     assert f"was fine-tuned from {start.name} on" in card.content and card.data.license == "mit"
     assert str(tmp_path.parent) not in card.content, "paths of this machine are nobody's business"
 

@@ -95,13 +95,17 @@ def test_receptive_field_of_a_random_videomamba(place):
 def test_from_clips_to_tables_and_pictures(tmp_path, monkeypatch, capsys):
     clips = tmp_path / "clips" / "pan left"
     clips.mkdir(parents=True)
-    make_camera_motion_clips.write_demo_clip(clips / "a.mp4", motion="pan left")
+    for seed, name in enumerate("ac"):
+        make_camera_motion_clips.write_demo_clip(clips / f"{name}.mp4", motion="pan left", seed=seed)
+    (clips / "b.mp4").write_text("no film")
     monkeypatch.setattr(judge_maps, "STEPS", 2)
     monkeypatch.setattr(judge_maps, "RANDOM_ORDERS", 1)
     words = ["--model_name_or_path", CHECKPOINT, "--clips", tmp_path / "clips", "--output_dir", tmp_path / "judged"]
     monkeypatch.setattr(sys, "argv", ["judge_maps.py", *map(str, words)])
     judge_maps.main()
+    assert "Skipped" in (said := capsys.readouterr()).err and "b.mp4 cannot be read" in said.err
     table = (tmp_path / "judged" / "maps.md").read_text()
+    assert "videomamba-tiny-camera-motion, 2 clips" in table
     assert [line.split(" | ")[0] for line in table.splitlines()[4:]] == [
         "| Δ, first layer",
         "| Δ, last layer",
@@ -112,6 +116,11 @@ def test_from_clips_to_tables_and_pictures(tmp_path, monkeypatch, capsys):
     ]
     assert (tmp_path / "judged" / "maps.png").read_bytes()[:4] == b"\x89PNG"
 
+    (clips / "c.mp4").unlink()
+    with pytest.raises(SystemExit, match="Two clips"):
+        judge_maps.main()
+
+    (clips / "b.mp4").unlink()
     words = ["--models", CHECKPOINT, "--clips", tmp_path / "clips", "--output", tmp_path / "erf.png"]
     monkeypatch.setattr(sys, "argv", ["receptive_field.py", *map(str, words)])
     receptive_field.main()

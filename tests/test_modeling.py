@@ -80,14 +80,15 @@ def test_counts_follow_every_option(options):
     assert count_parameters_and_macs(config)["parameters"] == sum(p.numel() for p in model.parameters())
 
 
-def test_macs_against_the_counter_of_pytorch():
+@pytest.mark.parametrize(("merge_layers", "tokens"), [(None, 33 + 33), ([1], 33 + 17)])
+def test_macs_against_the_counter_of_pytorch(merge_layers, tokens):
     """PyTorch counts the matrix products and the tubelet convolution it sees; two operations a multiply-accumulate."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    config = tiny_config(hidden_size=48, image_size=64)
+    config = tiny_config(hidden_size=48, image_size=64, merge_layers=merge_layers)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), use_scan_backend("torch"):
         VideoMambaForVideoClassification(config)(clip(batch=1, size=64))
-    taps = 2 * config.num_hidden_layers * 33 * config.intermediate_size * config.conv_kernel  # not a matrix product
+    taps = 2 * tokens * config.intermediate_size * config.conv_kernel  # not a matrix product
     assert counter.get_total_flops() / 2 == count_parameters_and_macs(config)["macs"] - taps
 
 

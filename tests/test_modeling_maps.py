@@ -125,6 +125,25 @@ def test_delta_maps_of_chosen_layers_and_other_sizes():
         model.delta_maps(clips(1, 8, 48))
 
 
+@pytest.mark.parametrize("position", ["first", "middle", "none"])
+def test_delta_maps_of_merged_steps_are_those_of_a_model_that_begins_there(position):
+    """Its tokens are the means of two frames, as the tubelets of a clip of half the frames would be."""
+    model = small_model(num_frames=8, class_token_position=position, merge_layers=[0])
+    half = small_model(num_frames=4, class_token_position=position)
+    half.load_state_dict(model.state_dict() | {k: v for k, v in half.state_dict().items() if "position" in k})
+    embeddings = (each.videomamba.embeddings for each in (model, half))
+    for each in embeddings:
+        nn.init.constant_(each.position_embeddings, 0.1)
+    frames = clips(2, 8)
+    pairs = frames.unflatten(1, (2, 2, 2)).mean(2).flatten(1, 2)
+    found, expected = model.delta_maps(frames), half.delta_maps(pairs)
+    for layer, token in zip(found.maps, expected.maps, strict=True):
+        assert layer.shape == (2, 2, 4, 2, 2)
+        torch.testing.assert_close(layer, token.repeat_interleave(2, dim=2))
+    if position != "none":
+        torch.testing.assert_close(found.class_token, expected.class_token)
+
+
 # ---- reading maps
 
 
@@ -233,6 +252,43 @@ def test_reading_map_of_all_layers_is_the_product_of_their_matrices(backward_sca
         place = class_token_index(model.config, len(tokens) - 1)
         contributions = torch.cat([contributions[:place], contributions[place + 1 :]])
     found = model.reading_maps(pixel_values)
+    torch.testing.assert_close(found.flatten().double(), contributions, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("backward_scan", "position"), EVERY_SCAN)
+@torch.no_grad()
+def test_reading_map_where_steps_are_merged_is_the_product_of_all_matrices(backward_scan, position):
+    """Of two steps of 2 × 2 tubelets, which the second layer sees as one: half of a token's share is each one's."""
+    options = {"backward_scan": backward_scan, "class_token_position": position, "merge_layers": [1]}
+    model = small_model(layers=2, num_frames=4, **options)
+    pixel_values = clips(1, 4)
+    outputs = model(pixel_values, output_hidden_states=True)
+    label = outputs.logits.argmax().item()
+    states = [h[0].double() for h in outputs.hidden_states]
+    class_token = position != "none"
+    before, after = (class_token_index(model.config, count) if class_token else count for count in (8, 4))
+    mean = torch.zeros(4 + class_token, 8 + class_token, dtype=torch.float64)
+    for place in range(4):
+        row, *columns = (at + (at >= token) for at, token in ((place, after), (place, before), (place + 4, before)))
+        mean[row, columns] = 0.5
+    if class_token:
+        mean[after, before] = 1
+
+    def matrix(layer, hidden_states, steps):
+        order = backward_order(model.config, (steps, 2, 2))
+        tokens = torch.arange(len(hidden_states))
+        visits = tokens, tokens.flip(0) if order is None else order.visits
+        return written_out(layer, hidden_states, visits)[0]
+
+    first, second = model.videomamba.layers
+    weight = head_written_out(model, states[2], label)
+    weight = torch.einsum("id,idjf->jf", weight, matrix(second, mean @ states[1], 1))
+    weight = torch.einsum("id,idjf->jf", mean.T @ weight, matrix(first, states[0], 2))
+    contributions = (weight * states[0]).sum(1)
+    if class_token:
+        contributions = torch.cat([contributions[:before], contributions[before + 1 :]])
+    found = model.reading_maps(pixel_values)
+    assert found.shape == (1, 2, 2, 2)
     torch.testing.assert_close(found.flatten().double(), contributions, atol=1e-5, rtol=1e-4)
 
 

@@ -306,21 +306,28 @@ except ValueError as error:
 
 
 @pytest.mark.slow
-def test_compiled_code_is_kept_and_its_making_told_once(tmp_path):
-    """Code of a checkpoint lies in a folder of its own; there, too, only the first process compiles."""
-    package = tmp_path / "checkpoint"
+@pytest.mark.parametrize("place", ["modules", "site-packages"])
+def test_compiled_code_is_kept_and_its_making_told_once(place, tmp_path):
+    """
+    Code of a checkpoint lies in a folder of its own; there, too, only the first process compiles. Where pip installs,
+    nothing is written that pip would not remove: the folder that remained would be taken for the package.
+    """
+    package = tmp_path / place / "checkpoint"
     shutil.copytree(Path(modeling_videomamba.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     code = f"""
 import sys
-sys.path.insert(0, {str(tmp_path)!r})
+sys.path.insert(0, {str(package.parent)!r})
 import torch
 from checkpoint import selective_scan_numba
 xz, *parameters = (torch.ones(shape) for shape in
     ((1, 3, 4), (2, 2, 4), (2, 2), (2, 3, 2), (2, 2, 1), (2, 2), (2, 2, 1), (2, 2)))
 print(selective_scan_numba.bidirectional_selective_scan(xz, *parameters).sum().item())
 """
-    first, second = (run_python(code, NUMBA_CACHE_DIR="") for _ in range(2))
+    folders = {"NUMBA_CACHE_DIR": "", "VIDEOMAMBA_CACHE": str(tmp_path / "cache")}
+    first, second = (run_python(code, **folders) for _ in range(2))
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     assert first.stderr.count("Compiled the CPU scan's forward pass for torch.float32") == 1, first.stderr
     assert "Compiled" not in second.stderr
     assert first.stdout == second.stdout
+    kept = tmp_path / "cache" if place == "site-packages" else package
+    assert {path.is_relative_to(kept) for path in tmp_path.rglob("*.nbi")} == {True}

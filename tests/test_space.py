@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import socket
 import sys
 import time
@@ -126,6 +127,26 @@ def test_upload_and_phone(browser, url, tmp_path, app):
         wait_for(lambda: browser.execute_script(in_view))
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_a_model_of_several_labels_shows_all_that_hold(app, tmp_path):
+    """The shipped one, as if it had been trained so: scores of a sigmoid, on both tabs."""
+    folder = shutil.copytree(CAMERA_MOTION, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text()) | {"problem_type": "multi_label_classification"}
+    (folder / "config.json").write_text(json.dumps(config))
+    checkpoint = app.Checkpoint(str(folder))
+    clip = str(EXAMPLE.with_name("pan-right.mp4"))
+    with torch.no_grad():
+        logits = checkpoint.model(checkpoint.read(clip)[0]).logits[0]
+    scores = dict(zip(checkpoint.model.config.id2label.values(), logits.sigmoid().tolist(), strict=True))
+    holding = [label for label in sorted(scores, key=scores.get, reverse=True) if scores[label] >= 0.5]
+    _, confidences, summary, *_ = app.classify(clip, checkpoint, tmp_path)
+    assert confidences == pytest.approx(scores, abs=1e-4) and len(holding) > 1
+    assert summary.startswith(f"From 50% on: **{', '.join(holding)}**")
+    assert "any number may hold" in app.knowledge(checkpoint)
+    camera = app.Camera(checkpoint)
+    answers = [camera.look(picture) for picture in np.zeros((16, 60, 80, 3), np.uint8)]
+    assert float(answers[-1].sum()) != pytest.approx(1, abs=1e-2)
 
 
 def test_a_bad_upload_gets_the_librarys_message(browser, url, tmp_path):

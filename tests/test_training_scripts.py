@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from datasets import ClassLabel, Dataset
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -25,6 +26,7 @@ from transformers import (
     TrainingArguments,
     get_scheduler,
 )
+from transformers.video_utils import VideoMetadata
 
 import evaluate_video_classification as evaluation
 import run_video_classification_no_trainer as plain_loop
@@ -35,6 +37,7 @@ from modeling_videomamba import (
     VideoMambaConfig,
     VideoMambaForVideoClassification,
     VideoMambaImageProcessor,
+    VideoMambaVideoProcessor,
 )
 from modeling_videomamba.selective_scan import use_scan_backend
 from training_clips import NAMES, tiny_processor, touch
@@ -233,7 +236,8 @@ def test_recipes_train_as_the_paper_says(name, mirrored, tmp_path, monkeypatch):
 
     reader = tiny_processor()
     plain = dataclasses.replace(clips, rand_augment=0, random_erasing=0.0, min_crop_area=1.0)
-    splits = {"train": [{"video": {"path": write_video(tmp_path / "bar.mp4", 8), "bytes": None}, "label": 0}] * 40}
+    row = {"video": {"path": write_video(tmp_path / "bar.mp4", 8), "bytes": None}, "label": 0}
+    splits = {"train": Dataset.from_list([row] * 40).cast_column("label", ClassLabel(names=["a", "b"]))}
     seen = data.transform_clips(splits, ["a", "b"], plain, reader, reader, None, 0, CPU)[0]["train"]
     clips = (seen[index]["pixel_values"].int() for index in range(40))
     red_is_left = {bool(clip[0, 0, 4, 1] > clip[0, 0, 4, -2] + 60) for clip in clips}
@@ -241,6 +245,17 @@ def test_recipes_train_as_the_paper_says(name, mirrored, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*command, "no such recipe"])
     with pytest.raises(FileNotFoundError, match="no such recipe"):
         parse_arguments(plain_loop.LoopArguments)
+
+
+@pytest.mark.parametrize("frames, rate", [(32, 25), (66, 25), (254, 25), (513, 25), (250, 19.82)])
+def test_the_first_frame_of_tank_state_is_not_seen(frames, rate, monkeypatch, tmp_path):
+    """It tells the label."""
+    recipe = str(EXAMPLES / "recipes/tank_state.args")
+    monkeypatch.setattr(sys, "argv", ["script", "--use_cpu", "--output_dir", str(tmp_path), "--recipe", recipe])
+    model, *_ = parse_arguments(ModelArguments, DataArguments, TrainingArguments)
+    clip = VideoMetadata(total_num_frames=frames, fps=rate)
+    reader = VideoMambaVideoProcessor(num_frames=model.num_frames, sampling_fps=model.sampling_fps)
+    assert reader.sample_frames(clip).min() > 0
 
 
 def checkpoints(folder):

@@ -154,6 +154,7 @@ class VideoMambaModelTester:
     image_size = 16
     hidden_size = 32
     num_hidden_layers = 2
+    merge_layers = [1]  # the hidden states that the mixin measures come before
     seq_length = 1 + 2 * 2 * 2  # the class token, and the tubelets in time, height and width
 
     def get_config(self):
@@ -164,6 +165,7 @@ class VideoMambaModelTester:
             tubelet_size=self.tubelet_size,
             hidden_size=self.hidden_size,
             num_hidden_layers=self.num_hidden_layers,
+            merge_layers=self.merge_layers,
             state_size=8,
         )
 
@@ -242,6 +244,7 @@ class VideoMambaModelTest(modeling_common.ModelTesterMixin, pipeline_common.Pipe
 class VideoMambaImageModelTester(VideoMambaModelTester):
     num_frames = 1
     tubelet_size = 1
+    merge_layers = None
     seq_length = 1 + 2 * 2  # the class token, and the patches
 
     def prepare_config_and_inputs_for_common(self):

@@ -12,6 +12,7 @@ from accelerate import PartialState
 from datasets import ClassLabel, Dataset, IterableDataset
 from torchvision.transforms import v2
 
+import finetune
 import video_classification_data as data
 from finetune import DecodeFailures
 from modeling_videomamba import video_decoding
@@ -200,6 +201,20 @@ def test_bad_data_is_refused_with_advice(bars, tmp_path):
         load(**missing)
     with pytest.raises(ValueError, match=r"labels \['upwards'\], but the model or the training clips have only"):
         load(train_dir=bars / "train", validation_dir=tmp_path / "strange")
+
+
+def test_a_label_may_read_like_a_split(bars, tmp_path):
+    """Left to itself, datasets takes `train_in_out` for the training split: no other label, or validation clips too."""
+    labels = dict(zip(NAMES, ("train_in_out", "val"), strict=True))
+    for split in ("train", "validation"):
+        for old, new in labels.items():
+            shutil.copytree(bars / split / old, tmp_path / split / new)
+    both = {"train_dir": tmp_path / "train", "validation_dir": tmp_path / "validation"}
+    for clips in (load(**both)[0], finetune.load_clips(str(tmp_path), 0.1, 0)):
+        for split in ("train", "validation"):
+            files = sorted(str(path) for path in (tmp_path / split).rglob("*.mp4"))
+            assert sorted(video["path"] for video in clips[split]["video"]) == files
+            assert clips[split].features["label"].names == sorted(labels.values())
 
 
 def test_labels_are_numbered_as_the_model_does():

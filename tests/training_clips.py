@@ -1,5 +1,8 @@
 """What the tests of the training scripts share: a tiny processor, and clips for it."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 
 from modeling_videomamba import VideoMambaVideoProcessor
@@ -27,3 +30,26 @@ def still_clip(folder):
 def tiny_processor():
     sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     return VideoMambaVideoProcessor(num_frames=4, frame_stride=2, **sizes)
+
+
+COLOURS = ["blue", "green", "red"]
+
+
+def write_coloured_clips(root, counts) -> Path:
+    """
+    Clips of noise in up to three colours, every eighth in none: `root/<split>/<number>.mp4`, and the colours of each
+    in `metadata.jsonl`. `counts` gives the clips by split, in multiples of eight.
+    """
+    rng = np.random.default_rng(0)
+    for split, count in counts.items():
+        folder, lines = Path(root, split), []
+        folder.mkdir(parents=True)
+        for number in range(count):
+            labels = [colour for place, colour in enumerate(COLOURS) if number >> place & 1]
+            frames = rng.integers(0, 40, (8, 32, 32, 3), dtype=np.uint8)
+            for colour in labels:
+                frames[..., 2 - COLOURS.index(colour)] += 180
+            write_video(folder / f"{number}.mp4", frames, pix_fmt="yuv444p", options={"crf": "10"})
+            lines.append(json.dumps({"file_name": f"{number}.mp4", "labels": labels}))
+        (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return Path(root)

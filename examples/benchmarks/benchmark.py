@@ -18,6 +18,8 @@ On a CPU, models take turns step by step, so that other load slows all of them a
 printed: compare these, not the times. Inference is of one clip, in float32 and, for the shortest clips, in bfloat16
 too. A training step is of the tiny checkpoint's model. Two Python loops over tokens run twice, for scale: the scan
 `sequential`, and transformers' Mamba, eager and without its kernels.
+
+`--models VideoMamba-S --merge-layers 8` times VideoMamba-S and what temporal merging makes of it, and nothing besides.
 """
 
 import argparse
@@ -34,11 +36,20 @@ from pathlib import Path
 
 
 PRECISIONS = ["bfloat16", "float32"]
+MERGED = "VideoMamba-S merged"
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", help="default: a GPU if there is one")
+    parser.add_argument("--models", nargs="+", metavar="MODEL", help="time these alone, and nothing besides")
+    parser.add_argument(
+        "--merge-layers",
+        type=int,
+        nargs="+",
+        metavar="LAYER",
+        help=f"time {MERGED} too, with these `merge_layers` of its config",
+    )
     parser.add_argument("--frames", type=int, nargs="+", help="default: 8 to 2048 on a GPU, 16 64 on a CPU")
     parser.add_argument(
         "--precisions",
@@ -103,9 +114,9 @@ COLUMNS += ["median_ms", "min_ms", "max_ms", "clips_per_s", "peak_gib"]
 STYLE = {"VideoMamba-S": "C0", "VideoMamba-S (mamba_ssm)": "C3", "VideoMAE-S": "C1", "Swin3D-T": "C2"}
 
 
-def videomamba(frames):
+def videomamba(frames, **options):
     config = VideoMambaConfig(
-        hidden_size=384, num_hidden_layers=24, num_frames=frames, image_size=SIZE, num_labels=LABELS
+        hidden_size=384, num_hidden_layers=24, num_frames=frames, image_size=SIZE, num_labels=LABELS, **options
     )
     model = VideoMambaForVideoClassification(config)
     return model, lambda clips: model(clips).logits
@@ -243,15 +254,17 @@ def run_case(task, name, precision, mode, frames, batch, arguments):
 
 def cases(arguments):
     """What is run on a GPU, case by case: the arguments of `run_case`."""
-    baselines = list(MODELS)
-    if BACKENDS["mamba_ssm"].unusable_reason(torch.device(arguments.device), torch.bfloat16) is None:
-        baselines.insert(1, "VideoMamba-S (mamba_ssm)")
+    baselines, older = list(arguments.models), []
+    if not arguments.selected:
+        older = OLDER_GPUS
+        if BACKENDS["mamba_ssm"].unusable_reason(torch.device(arguments.device), torch.bfloat16) is None:
+            baselines.insert(1, "VideoMamba-S (mamba_ssm)")
 
     def models(frames, precision):
         # Swin's windows do not grow with the clip; beyond 64 frames of float32 it does not fit.
         found = [m for m in baselines if m != "Swin3D-T" or frames <= 64 and precision == "bfloat16"]
         found = [m for m in found if m not in LARGE or frames <= 256 and precision == "bfloat16"]
-        return found + OLDER_GPUS * (frames == 16 and precision == "float32")
+        return found + older * (frames == 16 and precision == "float32")
 
     def modes(name, frames):
         yield "eager"
@@ -269,7 +282,7 @@ def cases(arguments):
                         yield "inference", name, precision, mode, frames, batch
     for frames in [] if arguments.no_training else arguments.frames:
         batch = max(1, min(MOST_TRAINED, FRAMES_OF_A_BATCH // frames))
-        for name in models(frames, "bfloat16") + OLDER_GPUS * (frames == 16):
+        for name in models(frames, "bfloat16") + older * (frames == 16):
             if frames > 1024 or name in LARGE or name == "Swin3D-T" and frames > 32:
                 continue  # more than a GPU of 80 GB holds, without gradient checkpointing
             for mode in modes(name, frames):
@@ -380,10 +393,13 @@ def cpu_comparisons(arguments):
 
     for frames in arguments.frames:
         for dtype in (torch.float32, torch.bfloat16) if frames == min(arguments.frames) else (torch.float32,):
-            names = [m for m in MODELS if m not in LARGE or frames == min(arguments.frames) and dtype == torch.float32]
+            small = frames == min(arguments.frames) and dtype == torch.float32
+            names = [m for m in arguments.models if m not in LARGE or small]
             steps = {name: inference_step(name, frames, dtype) for name in names}
             yield "inference", str(dtype)[6:], frames, 1, steps, arguments.warmup, arguments.repeats
 
+    if arguments.selected:
+        return
     if not arguments.no_training:
         torch.manual_seed(0)
         model = VideoMambaForVideoClassification(VideoMambaConfig.from_pretrained(TINY))
@@ -477,6 +493,19 @@ def print_ratios(rows):
         print(f"    {first['model']} takes {fastest:.2f} × (medians: {median:.2f} ×) the time of {row['model']}")
 
 
+def choose_models(arguments):
+    """Makes `models` the list of what is timed, and `selected` whether it was chosen; exits for an unknown model."""
+    if arguments.merge_layers:
+        MODELS[MERGED] = functools.partial(videomamba, merge_layers=arguments.merge_layers)
+    for option in ("compiled", "models"):
+        if unknown := set(getattr(arguments, option) or []) - set(MODELS):
+            sys.exit(f"--{option}: no model {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
+    arguments.selected = arguments.models is not None
+    arguments.models = list(dict.fromkeys(arguments.models)) if arguments.selected else list(MODELS)
+    if arguments.merge_layers and MERGED not in arguments.models:
+        arguments.models.append(MERGED)
+
+
 def main():
     arguments = parse_arguments()
     arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -487,16 +516,14 @@ def main():
     for name, value in defaults.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
-    unknown = set(arguments.compiled) - set(MODELS)
-    if unknown:
-        sys.exit(f"--compiled: no model {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
+    choose_models(arguments)
     arguments.output.mkdir(parents=True, exist_ok=True)
     processor = torch.cuda.get_device_name() if gpu else cpu_name()
     title = (
         f"{processor}, torch {torch.__version__}, transformers {transformers.__version__}, {time.strftime('%Y-%m-%d')}"
     )
     print(f"{title}\nRandom weights, {SIZE}² pixels, medians of up to {arguments.repeats} steps\n")
-    for name in MODELS:
+    for name in arguments.models:
         parameters, macs = size_of(name, 16)
         print(f"{name}: {parameters / 1e6:.1f} M parameters, {macs / 1e9:.0f} GMACs a clip of 16 frames")
     print("".join(f"{column:>26}" if column == "model" else f"{column:>12}" for column in COLUMNS))
@@ -530,6 +557,8 @@ def main():
         add(row)
         gc.collect()
         torch.cuda.empty_cache()
+    if arguments.selected:
+        return
     for task, precision, mode, frames in crossing_points(rows):
         print(f"{task} in {precision}, {mode}: VideoMamba-S at least as fast as VideoMAE-S from {frames} frames on")
     host_share(arguments)

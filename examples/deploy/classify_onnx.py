@@ -96,10 +96,12 @@ def read_clip(video, settings):
 
 if __name__ == "__main__":
     args = parse_arguments()
-    labels = json.loads((args.model / "config.json").read_text(encoding="utf-8"))["id2label"]
+    config = json.loads((args.model / "config.json").read_text(encoding="utf-8"))
     settings = json.loads((args.model / "video_preprocessor_config.json").read_text(encoding="utf-8"))
     session = onnxruntime.InferenceSession(args.model / "model.onnx")
     (logits,) = session.run(["logits"], {"pixel_values": read_clip(args.video, settings)})
-    scores = np.exp(logits[0] - logits[0].max())
+    powers = np.exp(logits[0] - logits[0].max())
+    several = config["problem_type"] == "multi_label_classification"  # each label has a score of its own
+    scores = 1 / (1 + np.exp(-logits[0])) if several else powers / powers.sum()
     for label in np.argsort(-scores)[:3]:
-        print(f"{scores[label] / scores.sum():6.1%}  {labels[str(label)]}")
+        print(f"{scores[label]:6.1%}  {config['id2label'][str(label)]}")

@@ -68,8 +68,9 @@ def export_onnx(model, path, any_length=False):
     axes = {0: torch.export.Dim("batch")}
     frames = config.num_frames
     if any_length:
-        axes[1] = config.tubelet_size * torch.export.Dim("tubelets", min=2)
-        frames += config.tubelet_size  # at the config's own length the model would not interpolate
+        shortest = config.tubelet_size * config.merge_factor
+        axes[1] = shortest * torch.export.Dim("tubelets", min=2)
+        frames += shortest  # at the config's own length the model would not interpolate
     # Two clips, since torch.export takes an axis of one for a constant.
     clips = torch.zeros(2, frames, config.num_channels, height, width)
     with torch.no_grad():
@@ -142,9 +143,9 @@ def largest_difference(model, path, any_length=False):
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    frames, tubelet = model.config.num_frames, model.config.tubelet_size
+    frames, shortest = model.config.num_frames, model.config.tubelet_size * model.config.merge_factor
     differences = []
-    for batch, length in ((1, frames), (3, frames + 2 * tubelet if any_length else frames)):
+    for batch, length in ((1, frames), (3, frames + 2 * shortest if any_length else frames)):
         shape = (batch, length, *session.get_inputs()[0].shape[2:])
         clips = torch.randn(shape, generator=torch.Generator().manual_seed(batch))
         (logits,) = session.run(["logits"], {"pixel_values": clips.numpy()})

@@ -206,11 +206,16 @@ def main():
     passes = 2 * (STEPS + 1) * (5 + RANDOM_ORDERS)
     print(f"Clips: {len(paths)}. The model judges each {passes} times: on a CPU a minute a clip or more.")
     for path in tqdm(paths, unit="clip"):
-        clip = processor(str(path), return_tensors="pt")["pixel_values"][0].to(device)
+        try:
+            clip = processor(str(path), return_tensors="pt")["pixel_values"][0].to(device)
+        except (OSError, ValueError) as error:
+            tqdm.write(f"Skipped {path}: {error}", file=sys.stderr)
+            continue
         with torch.no_grad():
             label = int(model(clip[None]).logits.argmax(-1))
         results.append(judge(model, clip, label, rng))
-
+    if len(results) < 2:
+        sys.exit("Two clips that can be read are needed: the intervals are over clips.")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     columns, lines = table_of(results)
     title = f"{Path(args.model_name_or_path).name}, {len(results)} clips, 95 % intervals over clips"

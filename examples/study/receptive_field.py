@@ -55,6 +55,7 @@ def receptive_field(model, clips, projections=4, seed=0):
     """
     backbone, config = model.base_model, model.config
     steps, rows, columns = config.grid_size
+    steps //= config.merge_factor  # of the last states
     centre = (steps // 2 * rows + rows // 2) * columns + columns // 2
     if config.class_token_position != "none":
         centre += centre >= class_token_index(config, steps * rows * columns)

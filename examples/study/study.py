@@ -333,7 +333,7 @@ def read_config(path):
 def check_data(common, training):
     from transformers import HfArgumentParser
 
-    from finetune import DecodeFailures
+    from finetune import DecodeFailures, has_several
     from video_classification_arguments import DataArguments
     from video_classification_data import load_clips
 
@@ -342,9 +342,11 @@ def check_data(common, training):
     )
     try:
         wanted = ["train"] * bool(training) + ["validation"]
-        _, labels = load_clips(data, wanted, 0, DecodeFailures(os.devnull + ".d", 10**9))
+        splits, labels = load_clips(data, wanted, 0, DecodeFailures(os.devnull + ".d", 10**9))
     except (OSError, ValueError) as error:
         sys.exit(f"The clips cannot be read: {error}")
+    if any(map(has_several, splits.values())):
+        sys.exit("The study compares accuracies of clips with one label each, but these clips have lists of labels.")
     if len(labels) < 2:
         sys.exit(f"The clips have one class, {labels}: at least two are needed.")
 

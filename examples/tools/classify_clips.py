@@ -4,14 +4,19 @@
     python examples/tools/classify_clips.py clips/ --output scores                # all videos in and below a folder
     python examples/tools/classify_clips.py clips.csv --output features --columns scores pooled
     accelerate launch examples/tools/classify_clips.py you/clips --split test --output scores   # a data set, all GPUs
+    python examples/tools/classify_clips.py films/ --output features --dense 16   # a feature every 16 frames
 
 Each part of `--part_size` clips is a file, written whole or not at all. After an interruption, the same command does
 the missing parts, on any number of processes, with the same result. Clips that have come to the source since are done
 in new parts. Clips that cannot be read are skipped and listed in `unreadable.csv`.
 
+`--dense FRAMES` writes no Parquet, but `<film>.npy` of each file, (T, C) float32: features of windows that slide over
+it, for toolboxes of temporal detection (docs/tools.md).
+
 Columns: `clip` (its path, or row:name in a data set), `label` (the name of its folder, or the data set's), `scores` (a
 probability for each label of the model, in the order of its config), `prediction` and `score` (the largest of them),
-`pooled` (what the classifier reads, hidden size) and `tokens` (the last layer's, tokens x hidden size, float16).
+`predictions` (of a model that gives a clip several labels: all from 50 % on, the best first), `pooled` (what the
+classifier reads, hidden size) and `tokens` (the last layer's, tokens x hidden size, float16).
 """
 
 import argparse
@@ -24,7 +29,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from tool_models import add_model
+from tool_models import THRESHOLD, add_model, gives_several, to_scores
 
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".ts", ".flv", ".3gp"}
@@ -38,6 +43,7 @@ def parse_arguments():
     parser.add_argument("--output", type=Path, required=True, help="folder for the Parquet files")
     choices = ["scores", "pooled", "tokens"]
     parser.add_argument("--columns", nargs="+", choices=choices, default=["scores"], help="what to keep of each clip")
+    parser.add_argument("--dense", type=int, metavar="FRAMES", help="features of windows so many frames apart")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--part_size", type=int, default=256, help="clips per file, and the most that a kill loses")
     share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of the launcher's processes
@@ -49,8 +55,9 @@ def parse_arguments():
     )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the model")
     args = parser.parse_args()
-    if args.batch_size < 1 or args.part_size < 1 or args.num_workers < 0:
-        parser.error("--batch_size and --part_size must be at least 1, --num_workers at least 0")
+    smallest = min(args.batch_size, args.part_size, 1 if args.dense is None else args.dense)
+    if smallest < 1 or args.num_workers < 0:
+        parser.error("--batch_size, --part_size and --dense must be at least 1, --num_workers at least 0")
     return args
 
 
@@ -100,10 +107,17 @@ def list_clips(source, split):
             rows = list(csv.DictReader(file))
         if rows and "path" not in rows[0]:
             raise ValueError(f"{path} has the columns {', '.join(rows[0])}; one of them must be called path.")
-        return [Clip(row["path"], row.get("label")) for row in rows], None
+        return [Clip(row["path"], row.get("label", row.get("labels"))) for row in rows], None
     elif path.is_file():
         return [Clip(line, None) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()], None
     return _list_data_set(source, split)
+
+
+def _name(label, names):
+    """A label of a data set as text; of several, between semicolons."""
+    if isinstance(label, list):
+        return ";".join(str(_name(each, names)) for each in label)
+    return names[label] if names and label is not None and label >= 0 else label
 
 
 def _list_data_set(source, split):
@@ -119,9 +133,11 @@ def _list_data_set(source, split):
         raise ValueError(f"The data set {source} has no column of videos, only {', '.join(data.features)}.")
     data = data.cast_column(columns[0], datasets.Video(decode=False)).rename_column(columns[0], "video")
     labels = [None] * len(data)
-    if "label" in data.features:
-        names = getattr(data.features["label"], "names", None)
-        labels = [names[label] if names and label is not None and label >= 0 else label for label in data["label"]]
+    column = next((name for name in ("label", "labels") if name in data.features), None)
+    if column is not None:
+        kind = data.features[column]
+        names = getattr(getattr(kind, "feature", kind), "names", None)
+        labels = [_name(label, names) for label in data[column]]
     clips = []
     for row, label in enumerate(labels):
         name = os.path.basename(data[row]["video"]["path"] or "")
@@ -156,17 +172,18 @@ class Classifier:
         self.model = AutoModelForVideoClassification.from_pretrained(args.model, dtype=args.dtype).to(device).eval()
         self.processor = AutoVideoProcessor.from_pretrained(args.model)
         self.device, self.columns = device, args.columns
+        self.several = gives_several(self.model.config)
         self.labels = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
 
     def __call__(self, pixel_values):
         """The wanted columns of a batch, by name."""
         outputs = self.model.base_model(pixel_values.to(self.model.dtype))
-        columns = {"scores": self.model.classifier(outputs.pooler_output).float().softmax(-1)}
+        columns = {"scores": to_scores(self.model.classifier(outputs.pooler_output), self.model.config)}
         columns |= {"pooled": outputs.pooler_output.float(), "tokens": outputs.last_hidden_state.half()}
         return {name: columns[name] for name in self.columns}
 
 
-def write_part(path, clips, results, labels):
+def write_part(path, clips, results, labels, several=False):
     """Writes one Parquet file, and before it the list of what could not be read, whole or not at all."""
     good = [clips[number] for batch, _ in results for number in batch.clips]
     unreadable = {clips[number].name: batch.errors[number] for batch, _ in results for number in sorted(batch.errors)}
@@ -178,6 +195,9 @@ def write_part(path, clips, results, labels):
         features |= {"prediction": datasets.Value("string"), "score": datasets.Value("float32")}
         best = arrays["scores"].argmax(1)
         rows |= {"prediction": [labels[i] for i in best], "score": arrays["scores"].max(1)}
+        if several:
+            features["predictions"] = datasets.List(datasets.Value("string"))
+            rows["predictions"] = [[labels[i] for i in (-s).argsort() if s[i] >= THRESHOLD] for s in arrays["scores"]]
     for name, values in arrays.items():
         rows[name] = values
         if name == "tokens":
@@ -219,7 +239,7 @@ def classify_parts(args, clips, data, classifier, parts, state):
         missing[owner] -= 1
         if not missing[owner]:
             in_order = sorted(results[owner], key=lambda result: result[0].index)
-            write_part(parts[owner][0], clips, in_order, classifier.labels)
+            write_part(parts[owner][0], clips, in_order, classifier.labels, classifier.several)
             results[owner] = None
         spent["decoding"] += batch.seconds
         spent["clips"] += len(batches[batch.index])
@@ -302,6 +322,41 @@ def report(args, folder, clips, spent):
     print(f"{folder}: {good} clip{'s' * (good != 1)}; {len(listing)} could not be read (unreadable.csv).")
 
 
+def write_dense(args, state):
+    """`<film>.npy` of each file that has none yet; of all together `features.json`, and what could not be read."""
+    from dense_features import FeatureTagger, write_features
+
+    clips, data = list_clips(args.source, args.split)
+    names = [Path(clip.name).stem for clip in clips]
+    if data is not None:
+        raise ValueError(f"--dense takes a folder or a list of files, not a data set ({args.source}).")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"{args.source} has several files called {twice[0]}, whose features would have one name.")
+    args.output.mkdir(parents=True, exist_ok=True)
+    tagger = FeatureTagger(args.model, state.device, 25)
+    tagger.model.to(getattr(torch, args.dtype))
+    settings = {"model": args.model, "dtype": args.dtype, "feature_stride": args.dense}
+    if state.is_main_process:
+        check_settings(args.output, settings)
+    unreadable, own = {}, range(state.process_index, len(clips), state.num_processes)
+    for number in tqdm(own, unit="film", disable=not state.is_main_process):
+        if (args.output / f"{names[number]}.npy").exists():
+            continue
+        try:
+            write_features(clips[number].name, args.output, tagger, args.dense, args.batch_size)
+        except (OSError, ValueError) as error:
+            unreadable[clips[number].name] = str(error)
+    unreadable = {name: reason for part in gather_object([unreadable]) for name, reason in part.items()}
+    if state.is_main_process:
+        done = [name for name in names if (args.output / f"{name}.npy").exists()]
+        films = {name: json.loads((args.output / f"{name}.json").read_text(encoding="utf-8")) for name in done}
+        about = settings | {"feature_dim": tagger.model.config.hidden_size, "database": films}
+        write_json(args.output / "features.json", about)
+        with open(args.output / "unreadable.csv", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("clip", "reason"), *unreadable.items()])
+        print(f"{args.output}: {len(done)} film{'s' * (len(done) != 1)}; {len(unreadable)} could not be read.")
+
+
 def main():
     args = parse_arguments()
     if reason := unloadable_reason(args.model):
@@ -309,6 +364,11 @@ def main():
     # Without `cpu`, two processes on a machine without a GPU would not know of each other.
     state = PartialState(cpu=not torch.accelerator.is_available())
     datasets.disable_progress_bars()
+    if args.dense is not None:
+        try:
+            return write_dense(args, state)
+        except (ValueError, StrictDataclassError) as error:
+            sys.exit(str(error))
     try:
         clips, data = list_clips(args.source, args.split)
         if not clips:

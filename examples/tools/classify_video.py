@@ -5,8 +5,9 @@
     python examples/tools/classify_video.py clips/*.mp4 --format csv > scores.csv
 
 Without a video, the script takes a short clip in which the camera pans right. Without `--model`, it uses this
-repository's checkpoint for camera motion. A video that cannot be read is named, the others are done all the same, and
-the exit status is 1.
+repository's checkpoint for camera motion. Of a model that gives a clip several labels, each score is a label's own;
+all from 50 % on are printed, and `--top_k` at least. A video that cannot be read is named, the others are done all the
+same, and the exit status is 1.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from tool_models import add_model
+from tool_models import THRESHOLD, add_model, gives_several
 
 
 EXAMPLE = Path(__file__).resolve().parent / "space" / "examples" / "pan-right.mp4"
@@ -45,6 +46,11 @@ import modeling_videomamba  # noqa: F401  registers VideoMamba in transformers' 
 from modeling_videomamba.loading_videomamba import unloadable_reason
 
 
+def choose(answers, top_k, several):
+    """The best `top_k`; of several labels a clip, all that reach the threshold, if these are more."""
+    return answers[: max(top_k, several * sum(answer["score"] >= THRESHOLD for answer in answers))]
+
+
 def write_text(video, answers, seconds):
     print(f"{os.path.basename(video)} ({seconds:.2f} s)")
     for answer in answers:
@@ -64,6 +70,9 @@ def main():
     if reason := unloadable_reason(args.model):
         sys.exit(reason)
     classifier = pipeline("video-classification", model=args.model)
+    several = gives_several(classifier.model.config)
+    # Said, because pipelines before transformers 5.23 took a softmax of such models, too.
+    options = {"top_k": classifier.model.config.num_labels} | ({"function_to_apply": "sigmoid"} if several else {})
     write = {"text": write_text, "json": write_json, "csv": write_csv}[args.format]
     if args.format == "csv":
         csv.writer(sys.stdout).writerow(["video", "label", "score"])
@@ -73,7 +82,7 @@ def main():
         try:
             if os.path.isdir(video):
                 raise ValueError(f"{video} is a folder: classify_clips.py (videomamba-classify-clips) takes folders.")
-            answers = classifier(video, top_k=args.top_k)
+            answers = choose(classifier(video, **options), args.top_k, several)
             write(video, answers, time.perf_counter() - start)
         except (OSError, ValueError) as error:
             print(error, file=sys.stderr)

@@ -7,8 +7,9 @@
 
 Windows of as many frames as the model takes slide over the film. A model that can stream (docs/streaming.md) computes
 each frame once instead and gives a label after each step of two frames, also live. PySceneDetect finds the cuts, and
-nothing crosses a cut. The film is decoded once and never held in memory. After a kill or Ctrl-C, the same command
-resumes, with the same result.
+nothing crosses a cut. Of a model that gives a clip several labels, all from 50 % on hold, and segments may overlap.
+The film is decoded once and never held in memory. After a kill or Ctrl-C, the same command resumes, with the same
+result.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from tool_models import add_model
+from tool_models import THRESHOLD, add_model, gives_several, to_scores
 
 
 def parse_arguments():
@@ -291,7 +292,7 @@ class Tagger:
     def __init__(self, model, device, rate, window=None, step=1.0):
         self.model = self.load(model).to(device).eval()
         self.processor = AutoVideoProcessor.from_pretrained(model)
-        self.device = device
+        self.device, self.several = device, gives_several(self.model.config)
         self.set_window(rate, window, step)
 
     def load(self, model):
@@ -331,11 +332,13 @@ class Tagger:
         return self.best(self.model(torch.stack(clips)).logits)
 
     def best(self, logits):
-        """The TOP_K labels with their scores, of logits (B, num_labels)."""
-        scores, labels = logits.float().softmax(-1).topk(min(TOP_K, self.model.config.num_labels))
-        names = self.model.config.id2label
-        pairs = [zip(*pair, strict=True) for pair in zip(labels.tolist(), scores.tolist(), strict=True)]
-        return [{names[label]: round(score, 4) for label, score in pair} for pair in pairs]
+        """The TOP_K labels with their scores, of logits (B, num_labels); of several a clip, also more that hold."""
+        names, found = self.model.config.id2label, []
+        for row in to_scores(logits, self.model.config):
+            count = max(TOP_K, self.several * int((row >= THRESHOLD).sum()))
+            best = zip(*(part.tolist() for part in row.topk(min(count, len(row)))), strict=True)
+            found.append({names[label]: round(score, 4) for score, label in best})
+        return found
 
 
 class StreamTagger(Tagger):
@@ -476,23 +479,47 @@ class Journal:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def to_segments(windows):
-    """Joins neighbouring windows of one shot and one label. Between two windows the border lies in the middle."""
-    segments, scores = [], []
+def labels_that_hold(scores, several):
+    """Of a window's scores, those of the labels that hold: the best; or of `several`, all that reach THRESHOLD."""
+    if several:
+        return {label: score for label, score in scores.items() if score >= THRESHOLD}
+    return dict(itertools.islice(scores.items(), 1))
+
+
+def name_all(scores):
+    """All labels that hold in a text, and the least of their scores."""
+    held = labels_that_hold(scores, several=True)
+    return "; ".join(held), min(held.values(), default=0.0)
+
+
+def to_segments(windows, several=False):
+    """
+    Joins neighbouring windows of one shot and one label. Between two windows the border lies in the middle. Of several
+    labels a window, the segments of one may overlap those of another.
+    """
+    segments, scores, last, start = [], [], {}, windows[0].start if windows else 0.0
     for i, window in enumerate(windows):
         after = windows[i + 1] if i + 1 < len(windows) else None
         end = window.end
         if after is not None:
             same_shot = after.shot == window.shot
             end = (window.start + window.end + after.start + after.end) / 4 if same_shot else after.start
-        label, score = next(iter(window.scores.items()))
-        start = segments[-1].end if segments else window.start
-        if segments and (segments[-1].shot, segments[-1].label) == (window.shot, label):
-            start, scores = segments.pop().start, [*scores, score]
-        else:
-            scores = [score]
-        segments.append(Segment(start, end, window.shot, label, sum(scores) / len(scores)))
+        before, last = last, {}
+        for label, score in labels_that_hold(window.scores, several).items():
+            place = before.get((window.shot, label), len(segments))
+            if place == len(segments):
+                segments.append(Segment(start, end, window.shot, label, score))
+                scores.append([])
+            scores[place].append(score)
+            segments[place] = segments[place]._replace(end=end, score=sum(scores[place]) / len(scores[place]))
+            last[window.shot, label] = place
+        start = end
     return segments
+
+
+def to_moments(windows):
+    """Segments that name all labels that hold, which do not overlap: for what shows one thing at a time."""
+    return to_segments([window._replace(scores=dict([name_all(window.scores)])) for window in windows])
 
 
 def write(path, text):
@@ -508,8 +535,12 @@ def clock(seconds, separator="."):
     )
 
 
-def write_tables(folder, film, model, segments, windows):
-    """tags.csv, tags.json and chapters.vtt."""
+def counted(number, noun):
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def write_tables(folder, film, model, segments, windows, moments=None):
+    """tags.csv, tags.json and chapters.vtt, which is of the moments if the segments overlap."""
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")
     rows.writerow(Segment._fields)
@@ -525,13 +556,13 @@ def write_tables(folder, film, model, segments, windows):
     write(folder / "tags.json", json.dumps(content, indent=1) + "\n")
 
     cues = []
-    for number, s in enumerate(segments, 1):
+    for number, s in enumerate([s for s in moments or segments if s.label], 1):
         name = " ".join(s.label.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
         cues.append(f"{number}\n{clock(s.start)} --> {clock(s.end)}\n{name}\n")
     write(folder / "chapters.vtt", "WEBVTT\n\n" + "\n".join(cues))
 
 
-def draw_timeline(path, film, segments):
+def draw_timeline(path, film, segments, moments):
     """A row for each label, the ten that last longest; above them the cuts and pictures from the film."""
     try:
         import matplotlib
@@ -546,9 +577,9 @@ def draw_timeline(path, film, segments):
     for s in segments:
         seconds[s.label] += s.end - s.start
     labels = sorted(label for label, _ in seconds.most_common(10))
-    end = segments[-1].end
+    end, height = moments[-1].end, 0.32 * max(1, len(labels))
     figure, (strip, axes) = plt.subplots(
-        2, 1, figsize=(12, 1.6 + 0.32 * len(labels)), height_ratios=[1.1, 0.32 * len(labels)], layout="constrained"
+        2, 1, figsize=(12, 1.6 + height), height_ratios=[1.1, height], layout="constrained"
     )
     count = 12
     for i in range(count):
@@ -562,13 +593,13 @@ def draw_timeline(path, film, segments):
         color = plt.get_cmap("tab10")(row % 10)
         colors = [(*color[:3], 0.3 + 0.7 * s.score) for s in own]
         axes.broken_barh([(s.start, s.end - s.start) for s in own], (row - 0.4, 0.8), facecolors=colors)
-    cuts = [s.start for s, before in zip(segments[1:], segments, strict=False) if s.shot != before.shot]
+    cuts = [s.start for s, before in zip(moments[1:], moments, strict=False) if s.shot != before.shot]
     if len(cuts) <= 300:
         axes.vlines(cuts, -0.5, len(labels) - 0.5, color="black", linewidth=0.4, alpha=0.5)
-    axes.set(xlim=(0, end), ylim=(len(labels) - 0.5, -0.5), yticks=range(len(labels)), yticklabels=labels)
+    axes.set(xlim=(0, end), ylim=(max(1, len(labels)) - 0.5, -0.5), yticks=range(len(labels)), yticklabels=labels)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=10, steps=[1, 3, 6, 10]))
     axes.xaxis.set_major_formatter(lambda value, _: clock(value)[:8].removeprefix("00:"))
-    axes.set_title(f"{Path(film).name}: {len(cuts) + 1} shots", fontsize=10)
+    axes.set_title(f"{Path(film).name}: {counted(len(cuts) + 1, 'shot')}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     temporary = path.with_suffix(".part")
     figure.savefig(temporary, dpi=100, format="png")
@@ -591,7 +622,7 @@ def picture_at(film, seconds):
     return np.asarray(picture)
 
 
-def write_overlay(path, film, segments):
+def write_overlay(path, film, moments):
     """Copies the film with the label of each moment in its lower left corner; sound comes along."""
     with open_pyav(str(film), str(film)) as (container, stream):
         first = next(decoded_frames(container, stream))
@@ -601,7 +632,7 @@ def write_overlay(path, film, segments):
         with (
             open_pyav(str(film), str(film)) as (source, stream),
             av.open(str(temporary), "w", format="mp4") as target,
-            tqdm(total=round(segments[-1].end), unit=" s of film", desc=path.name) as bar,
+            tqdm(total=round(moments[-1].end), unit=" s of film", desc=path.name) as bar,
         ):
             sound = next((s for s in source.streams.audio if s.codec_context.name in ("aac", "mp3", "ac3")), None)
             sound_copy = target.add_stream_from_template(sound) if sound else None
@@ -623,9 +654,10 @@ def write_overlay(path, film, segments):
                 for frame in frames:
                     timed = frame.pts is not None and first.pts is not None
                     seconds = (frame.pts - first.pts) * frame.time_base if timed else count / frame_rate(stream)
-                    while current + 1 < len(segments) and seconds >= segments[current].end:
+                    while current + 1 < len(moments) and seconds >= moments[current].end:
                         current += 1
-                    picture = burn(upright(frame), f"{segments[current].label}  {segments[current].score:.0%}")
+                    label, score = moments[current].label, moments[current].score
+                    picture = burn(upright(frame), f"{label}  {score:.0%}" if label else "")
                     burned = av.VideoFrame.from_ndarray(picture, format="rgb24")
                     if timed:
                         burned.pts, burned.time_base = frame.pts, frame.time_base
@@ -642,6 +674,8 @@ def burn(picture, text):
     """Writes text into (H, W, 3); the sides become even, as H.264 needs them."""
     height, width = (side // 2 * 2 for side in picture.shape[:2])
     image = Image.fromarray(picture[:height, :width])
+    if not text:
+        return np.asarray(image)
     draw = ImageDraw.Draw(image)
     size = max(12, height // 18)
     font = ImageFont.load_default(size)
@@ -664,10 +698,16 @@ def boundary_errors(rows, segments):
     ]
 
 
-def compare(truth, segments):
-    """The share of seconds in which the label is that of a table with start, end, label; each second at its middle."""
+def compare(truth, segments, several=False):
+    """
+    The share of seconds in which the label is that of a table with start, end, label; each second at its middle. Of
+    several labels at a time, only what `report` says.
+    """
     with open(truth, newline="", encoding="utf-8") as file:
         rows = [(float(row["start"]), float(row["end"]), row["label"]) for row in csv.DictReader(file)]
+    if several:
+        print(report([LabelledSegment(*row) for row in rows], segments))
+        return
 
     def labels(rows, seconds):
         rows, found, current = iter(rows), [], (0, 0, None)
@@ -809,7 +849,7 @@ def tag_live(args, device):
     try:
         for scores, came, missed in labels_of(live, tagger, args.step):
             dropped += missed
-            label, score = next(iter(scores.items()))
+            label, score = name_all(scores) if tagger.several else next(iter(scores.items()))
             latencies.append(time.monotonic() - came + live.lag)
             now = time.strftime("%H:%M:%S")
             print(f"{now}  {label:24} {score:6.1%}  latency {latencies[-1] * 1000:4.0f} ms  {missed} frames dropped")
@@ -862,25 +902,26 @@ def tag_film(args, device):
     if not journal.windows:
         sys.exit(130 if interrupted else f"{args.film}: no frame can be decoded.")
 
-    segments = to_segments(journal.windows)
-    write_tables(folder, args.film, args.model, segments, journal.windows)
+    segments = to_segments(journal.windows, tagger.several)
+    moments = to_moments(journal.windows) if tagger.several else segments
+    write_tables(folder, args.film, args.model, segments, journal.windows, moments)
     task = label_studio_task(args.film, args.model, segments, float(rate))
     write(folder / "label_studio.json", json.dumps([task], indent=1) + "\n")
-    draw_timeline(folder / "timeline.png", args.film, segments)
+    draw_timeline(folder / "timeline.png", args.film, segments, moments)
     if interrupted:
-        print(f"Stopped; {folder} holds the result up to {clock(segments[-1].end)}. Run the command again to go on.")
+        print(f"Stopped; {folder} holds the result up to {clock(moments[-1].end)}. Run the command again to go on.")
         sys.exit(130)
     if before is not None:
         seconds = time.perf_counter() - started
         print(
-            f"{segments[-1].end - before:.1f} s of film in {seconds:.1f} s: "
-            f"{(segments[-1].end - before) / seconds:.1f} times as fast as it plays"
+            f"{moments[-1].end - before:.1f} s of film in {seconds:.1f} s: "
+            f"{(moments[-1].end - before) / seconds:.1f} times as fast as it plays"
         )
     if args.overlay:
-        write_overlay(folder / "overlay.mp4", args.film, segments)
-    print(f"{folder}: {segments[-1].shot + 1} shots, {len(segments)} segments")
+        write_overlay(folder / "overlay.mp4", args.film, moments)
+    print(f"{folder}: {counted(moments[-1].shot + 1, 'shot')}, {counted(len(segments), 'segment')}")
     if args.truth:
-        compare(args.truth, segments)
+        compare(args.truth, segments, tagger.several)
 
 
 def main():

@@ -8,7 +8,8 @@
 spread evenly along the longer side of the frames. One part is the one in the middle, as the model's own processor
 takes it; one square is the one in the middle. With `accelerate launch` the clips are shared among processes; each clip
 is counted once. The output folder gets `results.json`, `predictions.csv`, `scores.npz`, `classes.csv` and
-`confusion_matrix.png`.
+`confusion_matrix.png`. Of clips with several labels each, the scores are those of a sigmoid, and measured are the
+average precisions, as scikit-learn defines them; there is no confusion matrix.
 """
 
 import os
@@ -50,17 +51,17 @@ from accelerate.utils import gather_object
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from finetune import IGNORED, DecodeFailures
+from finetune import IGNORED, DecodeFailures, has_several, multi_hot
 from modeling_videomamba import ClipLoader, predict_clips
 from modeling_videomamba.video_decoding import DecodedVideoMetadata
 from video_classification_data import (
     Normalize,
     clip_name,
-    load_accuracy,
     load_clips,
+    load_metric,
     match_labels,
 )
-from video_classification_model import load_model, write_json, write_predictions
+from video_classification_model import SEVERAL, load_model, to_scores, write_json, write_predictions
 
 
 def frame_order(name, num_frames):
@@ -185,8 +186,9 @@ class Views:
 
 def score(model, processor, clips, views, failures, args, process):
     """
-    The scores of the clips, the mean over their views, and their labels; None where another process has them. A clip
-    that cannot be read has the label -100, and is written down.
+    The scores of the clips, the mean over their views, and their labels, (clips,) or of several a clip, 0 or 1,
+    (clips, labels); None where another process has them. A clip that cannot be read has the label -100, and is written
+    down.
     """
     # Each process takes every n-th clip: none twice, none left out, whatever the number of processes.
     own, count = list(range(process.process_index, len(clips), process.num_processes)), args.per_device_eval_batch_size
@@ -197,20 +199,21 @@ def score(model, processor, clips, views, failures, args, process):
         num_workers=args.dataloader_num_workers,
         device=process.device,
     )
+    several, count = model.config.problem_type == SEVERAL, model.config.num_labels
     key, normalize = processor.model_input_names[0], Normalize(processor, process.device)
 
     def look(pixel_values):
         scores = []
         for part in pixel_values.flatten(0, 1).split(args.max_views_per_step):
             with torch.autocast(process.device.type, torch.bfloat16, enabled=args.bf16):
-                scores.append(model(**{key: normalize(part)}).logits.float().softmax(-1))
+                scores.append(to_scores(model(**{key: normalize(part)}).logits.float(), several))
         return {"scores": torch.cat(scores).unflatten(0, pixel_values.shape[:2]).mean(1)}
 
     parts, shown = [], process.is_main_process
     for batch, outputs in tqdm(predict_clips(look, loader), "evaluation", len(loader), disable=not shown):
         for number, reason in batch.errors.items():
             failures.record(clip_name(clips[number]["video"]), reason)
-            parts.append((number, np.zeros(model.config.num_labels, np.float32), IGNORED))
+            parts.append((number, np.zeros(count, np.float32), IGNORED))
         found = outputs["scores"].numpy() if outputs else ()
         parts += [(number, row, clips[number]["label"]) for number, row in zip(batch.clips, found, strict=True)]
     parts = sorted(gather_object(parts) if process.num_processes > 1 else parts, key=lambda part: part[0])
@@ -218,22 +221,24 @@ def score(model, processor, clips, views, failures, args, process):
         return None, None
     if [part[0] for part in parts] != list(range(len(clips))):
         raise RuntimeError(f"{len(parts)} results came back for {len(clips)} clips.")
-    return np.stack([part[1] for part in parts]), np.array([part[2] for part in parts])
+    labels = [multi_hot(part[2], count).numpy() if several else part[2] for part in parts]
+    return np.stack([part[1] for part in parts]), np.array(labels)
 
 
 def summarise(scores, labels):
-    """Accuracies with their intervals, and how many clips were counted and skipped."""
-    counted = int((labels != IGNORED).sum())
-    return load_accuracy().compute(predictions=scores, references=labels) | {
-        "clips": counted,
-        "skipped": len(labels) - counted,
-    }
+    """Accuracies with their intervals, or average precisions, and how many clips were counted and skipped."""
+    counted = int((labels.reshape(len(labels), -1)[:, 0] != IGNORED).sum())
+    return load_metric(labels.ndim == 2)(scores, labels) | {"clips": counted, "skipped": len(labels) - counted}
 
 
 def report(results):
     """The results in a line."""
     count = results["clips"]
     text = f"{count} clip{'s' if count != 1 else ''}, {results['views']} views: "
+    if "mean_average_precision" in results:
+        macro, micro = results["mean_average_precision"], results["micro_average_precision"]
+        text += f"mAP {macro:.1%} over {results['measured_labels']} labels, micro {micro:.1%}"
+        return f"{text}; {results['skipped']} could not be read"
     for title, name in (("top-1", "accuracy"), ("top-5", "top5_accuracy")):
         if name in results:
             share, low, high = (results[f"{name}{bound}"] for bound in ("", "_low", "_high"))
@@ -256,7 +261,8 @@ def main():
         if process.is_main_process:
             failures.forget()
         splits, names = load_clips(data_args, ["validation"], 0, failures)
-    model, names, reader, processor, _ = load_model(model_args, names, training=False)
+    several = has_several(splits["validation"])
+    model, names, reader, processor, _ = load_model(model_args, names, False, several)
     clips = match_labels(splits["validation"], names)
     views = Views(reader, processor, args.num_clips, args.num_crops, args.frame_order)
     scores, labels = score(model.eval().to(process.device), processor, clips, views, failures, args, process)

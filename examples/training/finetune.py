@@ -4,10 +4,11 @@
     python finetune.py --model_name_or_path you/videomamba-k400 --dataset clips --output_dir my-classifier
 
 `clips` is a folder with a sub-folder for each label (`clips/train/waving/*.mp4`, `clips/validation/waving/*.mp4`), or
-the name of a data set of the Hub with a video and a label column. Without a validation split, a part of the training
-clips is held out. Clips that cannot be read are skipped and listed. `--push_to_hub` uploads the result. All flags of
-`transformers.TrainingArguments` work. The same command run again goes on from the last checkpoint in `--output_dir`;
-other settings are refused there.
+the name of a data set of the Hub with a video and a label column. If the column holds lists, a clip has any number of
+labels; a folder then has `clips/train/metadata.jsonl`, with lines `{"file_name": "a.mp4", "labels": ["waving"]}`.
+Without a validation split, a part of the training clips is held out. Clips that cannot be read are skipped and listed.
+`--push_to_hub` uploads the result. All flags of `transformers.TrainingArguments` work. The same command run again goes
+on from the last checkpoint in `--output_dir`; other settings are refused there.
 
 This file needs nothing but the package with its extra `train`: copy it and change it.
 """
@@ -19,6 +20,7 @@ import reprlib
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
@@ -36,6 +38,7 @@ DEFAULTS = {
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
     "save_total_limit": 2,
+    "logging_steps": 0.01,  # likewise: a hundred losses, or one a step
     "load_best_model_at_end": True,  # the one of the lowest validation loss
     "report_to": "none",
 }
@@ -89,6 +92,7 @@ def make_parser():
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
     make_parser().parse_args()  # before the imports below, which take seconds
 
+import numpy as np
 import torch
 import yaml
 from huggingface_hub import EvalResultEntry, ModelCard, eval_result_entries_to_yaml
@@ -99,11 +103,12 @@ from transformers.utils import logging
 
 from modeling_videomamba import VideoMambaImageProcessor, VideoMambaVideoProcessor
 from modeling_videomamba.loading_videomamba import unloadable_reason
+from modeling_videomamba.loss_videomamba import classification_loss
 
 
 try:
     import accelerate  # noqa: F401  what the Trainer stands on
-    from datasets import ClassLabel, DatasetDict, Video, load_dataset
+    from datasets import ClassLabel, DatasetDict, List, Value, Video, load_dataset
 except ModuleNotFoundError as error:
     sys.exit(f"{error}. Install the extra `train`: pip install '.[train]' in a clone of videomamba-transformers.")
 
@@ -112,34 +117,157 @@ logger = logging.get_logger(__name__)
 
 
 def load_clips(name, validation_fraction, seed):
-    """The splits `train` and `validation` with the columns `video` (a path, or bytes: not decoded) and `label`."""
-    clips = load_dataset(name)
+    """
+    The splits `train` and `validation` with the columns `video` (a path, or bytes: not decoded) and `label` (a
+    `ClassLabel`, or lists of them).
+    """
+    clips = load_dataset(name, data_files=find_splits(name))
     features = clips["train"].features if "train" in clips else {}
     videos = [column for column, kind in features.items() if isinstance(kind, Video)]
-    labels = [column for column, kind in features.items() if isinstance(kind, ClassLabel)]
+    labels = [column for column, kind in features.items() if isinstance(getattr(kind, "feature", kind), ClassLabel)]
+    labels = labels or [column for column, kind in features.items() if isinstance(kind, List) and is_text(kind)]
     if len(videos) != 1 or len(labels) != 1:
         raise ValueError(
-            f"{name} must have a split 'train' with one column of videos and one of class labels, but has "
-            f"{clips.column_names}. In a folder, each label needs a sub-folder of clips: {name}/train/<label>/<clips>."
+            f"{name} must have a split 'train' with one column of videos and one of class labels, or of lists of "
+            f"labels, but has {clips.column_names}. In a folder, each label needs a sub-folder of clips: "
+            f"{name}/train/<label>/<clips>; or {name}/train/metadata.jsonl says the labels of each clip."
         )
     clips = clips.select_columns([videos[0], labels[0]])
     clips = clips.rename_columns({old: new for old, new in ((videos[0], "video"), (labels[0], "label")) if old != new})
     clips = clips.cast_column("video", Video(decode=False))  # the processor decodes, only the frames that it needs
+    if is_text(clips["train"].features["label"]):
+        names = sorted(labels_that_occur(clips["train"]))
+        clips = DatasetDict({split: number_labels(part, names) for split, part in clips.items()})
     if "validation" not in clips:
-        parts = clips["train"].train_test_split(validation_fraction, seed=seed, stratify_by_column="label")
+        # Of clips with several labels each, no part can have an equal share of every label.
+        stratify = None if has_several(clips["train"]) else "label"
+        parts = clips["train"].train_test_split(validation_fraction, seed=seed, stratify_by_column=stratify)
         clips = DatasetDict(train=parts["train"], validation=parts["test"])
     return clips
 
 
-def load_model(name, labels, **size):
-    """The model with these labels; `size`: its `num_frames` and `image_size`, if they are to be others."""
+def find_splits(folder):
+    """
+    Where the splits of a local folder are; None if it has no train/. Left to itself, datasets takes a label such as
+    "train_in_out" for a split, and its validation clips for training clips.
+    """
+    names = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev")}
+    folders = {split: [each for each in known if os.path.isdir(f"{folder}/{each}")] for split, known in names.items()}
+    files = {split: [f"{each}/**" for each in found] for split, found in folders.items() if found}
+    return files if "train" in files else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several labels a clip
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def has_several(clips):
+    """Whether the column `label` holds a list for each clip."""
+    return not isinstance(clips.features["label"], ClassLabel)
+
+
+def is_text(kind):
+    """Whether a column's lists hold names, not numbers."""
+    return isinstance(getattr(kind, "feature", None), Value) and "string" in kind.feature.dtype
+
+
+def labels_that_occur(clips):
+    """The `set` of all labels in lists."""
+    return {label for labels in clips["label"] for label in labels or []}
+
+
+def number_labels(clips, names):
+    """The clips with lists of numbers in place of lists of names."""
+    if unknown := sorted(labels_that_occur(clips) - set(names)):
+        raise ValueError(f"The clips have labels {unknown}, but the training clips have only {names}.")
+    return clips.cast_column("label", List(ClassLabel(names=names)))
+
+
+def multi_hot(labels, count):
+    """A list of label numbers as float32 (count,): 1 for these, else 0. -100 throughout if `labels` is that number."""
+    if labels == IGNORED:
+        return torch.full((count,), float(IGNORED))
+    vector = torch.zeros(count)
+    vector[labels or []] = 1
+    return vector
+
+
+def multi_label_loss(outputs, labels, num_items_in_batch=None):
+    """For a `Trainer`, of any architecture: binary cross-entropy, without clips that could not be read."""
+    logits, kind = outputs["logits"], SimpleNamespace(problem_type="multi_label_classification")
+    return classification_loss(labels, logits.float(), kind, num_items_in_batch)
+
+
+def refuse_smoothing(several, factor):
+    if several and factor:
+        raise ValueError(
+            f"--label_smoothing_factor {factor} is for one label a clip, but these clips have lists of labels. Set it "
+            "to 0."
+        )
+
+
+def average_precision(relevant, scores):
+    """
+    Of one ranking, as scikit-learn's `average_precision_score`: the precision down to each distinct score, weighted by
+    the share of the relevant that has exactly this score.
+
+    Args:
+        relevant (`np.ndarray`): booleans (n,), at least one of them true.
+        scores (`np.ndarray`): (n,), the more the sooner.
+    """
+    order = np.argsort(-scores, kind="stable")
+    ranked = scores[order]
+    last = np.append(ranked[1:] != ranked[:-1], True)  # of equal scores none comes before the other
+    found = np.cumsum(relevant[order])[last]
+    precision = found / (np.flatnonzero(last) + 1)
+    return float((np.diff(found, prepend=0) * precision).sum() / found[-1])
+
+
+def precisions(scores, labels):
+    """
+    The metrics of clips with several labels each.
+
+    Args:
+        scores (`np.ndarray`): logits or probabilities, (clips, labels).
+        labels (`np.ndarray`): 0 or 1, (clips, labels); clips with -100 are left out.
+
+    Returns:
+        `dict`: `mean_average_precision` (mAP, macro), the mean of the average precisions of the labels that some clip
+        has (scikit-learn counts 0 for the others, and warns); how many these are, `measured_labels`; and
+        `micro_average_precision`, of all pairs of clip and label in one ranking.
+
+    Raises:
+        ValueError: no clip has a label, or a score is NaN.
+    """
+    known = (labels != IGNORED).all(-1)
+    scores, relevant = scores[known], labels[known] > 0.5
+    if not relevant.any():
+        raise ValueError("There is no clip with a label: nothing to measure.")
+    if np.isnan(scores).any():
+        raise ValueError("Some scores are NaN: the training has diverged. Lower --learning_rate.")
+    each = [average_precision(relevant[:, i], scores[:, i]) for i in np.flatnonzero(relevant.any(0))]
+    return {
+        "mean_average_precision": float(np.mean(each)),
+        "micro_average_precision": average_precision(relevant.ravel(), scores.ravel()),
+        "measured_labels": len(each),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model, and what a run leaves behind
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_model(name, labels, several=False, **size):
+    """The model with these labels, one or several a clip; `size`: another `num_frames` and `image_size`."""
     config = AutoConfig.from_pretrained(name)
     model = AutoModelForVideoClassification.from_pretrained(
         name,
         **size,
         id2label=dict(enumerate(labels)),
         label2id={label: number for number, label in enumerate(labels)},
-        problem_type="single_label_classification",
+        problem_type="multi_label_classification" if several else "single_label_classification",
         ignore_mismatched_sizes=True,  # a new head if the clips have another number of labels
     )
     fit_head(model, config.id2label, labels)
@@ -232,9 +360,16 @@ def licence(name):
     return card.data.get("license")
 
 
-def write_eval_results(folder, data_set, accuracy, notes):
+def main_metric(metrics):
+    """Which of the metrics of an evaluation stands for it: accuracy, or mAP of clips with several labels each."""
+    return next((name for name in ("accuracy", "mean_average_precision") if f"eval_{name}" in metrics), None)
+
+
+def write_eval_results(folder, data_set, metrics, what):
     """`.eval_results/<data set>.yaml`, where the leaderboard of a data set of the Hub looks for a model's result."""
-    entry = EvalResultEntry(dataset_id=data_set, task_id="default", value=round(accuracy, 4), notes=notes)
+    name = main_metric(metrics)
+    value, notes = round(metrics[f"eval_{name}"], 4), f"{name.replace('_', ' ')} on {what}"
+    entry = EvalResultEntry(dataset_id=data_set, task_id="default", value=value, notes=notes)
     path = Path(folder, ".eval_results", f"{data_set.replace('/', '--')}.yaml")
     path.parent.mkdir(exist_ok=True)
     path.write_text(yaml.safe_dump(eval_result_entries_to_yaml([entry])), encoding="utf-8")
@@ -256,8 +391,12 @@ def tell_place(checkpoint):
 class ClipTransform:
     """A batch of rows in, `pixel_values` and `labels` out. (A class: workers that are spawned can take no lambda.)"""
 
-    def __init__(self, processor, augment=None):
+    def __init__(self, processor, augment=None, num_labels=None):
         self.processor, self.augment = processor, augment
+        self.num_labels = num_labels  # None: each clip has one
+
+    def encode(self, label):
+        return label if self.num_labels is None else multi_hot(label, self.num_labels)
 
     def read(self, video):
         frames, _ = self.processor.fetch_videos(video, sample_indices_fn=self.processor.sample_frames)
@@ -267,7 +406,8 @@ class ClipTransform:
     def __call__(self, rows):
         # Clips may differ in size, so that the processor takes them one by one.
         clips = [self.processor(self.read(video), return_tensors="pt") for video in rows["video"]]
-        return {"pixel_values": [clip["pixel_values"][0] for clip in clips], "labels": rows["label"]}
+        labels = [self.encode(label) for label in rows["label"]]
+        return {"pixel_values": [clip["pixel_values"][0] for clip in clips], "labels": labels}
 
 
 class DecodeFailures:
@@ -327,7 +467,8 @@ class Clips(torch.utils.data.Dataset):
             if self.transform.augment is None:
                 processor = self.transform.processor
                 size = (processor.crop_size["height"], processor.crop_size["width"])
-                return {"pixel_values": torch.zeros(processor.num_frames, 3, *size), "labels": IGNORED}
+                black = torch.zeros(processor.num_frames, 3, *size)
+                return {"pixel_values": black, "labels": self.transform.encode(IGNORED)}
         raise RuntimeError(f"None of the {len(self)} clips can be read; they are named in {self.failures.path}.")
 
 
@@ -343,10 +484,10 @@ class FineTuner(Trainer):
         if os.path.isdir(start):
             kwargs["license"] = kwargs.get("license") or licence(start)
         super().create_model_card(*args, **kwargs)
-        measured = [entry["eval_accuracy"] for entry in self.state.log_history if "eval_accuracy" in entry]
+        measured = [entry for entry in self.state.log_history if main_metric(entry)]
         if kwargs.get("dataset_tags") and measured and self.is_world_process_zero():
-            notes = "accuracy on what was kept for validation"
-            write_eval_results(self.args.output_dir, kwargs["dataset_tags"], measured[-1], notes)
+            what = "what was kept for validation"
+            write_eval_results(self.args.output_dir, kwargs["dataset_tags"], measured[-1], what)
         if os.path.isdir(start) and self.is_world_process_zero():
             path = Path(self.args.output_dir, "README.md")
             text, name = path.read_text(encoding="utf-8"), Path(start).absolute().name
@@ -370,6 +511,10 @@ def accuracy(prediction):
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids)[known].mean())}
 
 
+def multi_label_metrics(prediction):
+    return precisions(prediction.predictions, prediction.label_ids)
+
+
 def main():
     parser = make_parser()
     parser.set_defaults(bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported())
@@ -380,22 +525,26 @@ def main():
         sys.exit(reason)
 
     clips = load_clips(args.dataset, args.validation_fraction, training_args.seed)
-    names = clips["train"].features["label"].names
+    several, label = has_several(clips["train"]), clips["train"].features["label"]
+    names = (label.feature if several else label).names
+    refuse_smoothing(several, training_args.label_smoothing_factor)
     settings = {**vars(args), **training_args.to_dict(), "labels": names, "train_clips": len(clips["train"])}
     keep_settings(training_args.output_dir, settings, training_args.process_index == 0)
     sizes = {name: getattr(args, name) for name in ("num_frames", "image_size") if getattr(args, name) is not None}
-    model = load_model(args.model_name_or_path, names, **sizes)
+    model = load_model(args.model_name_or_path, names, several, **sizes)
     processor = AutoVideoProcessor.from_pretrained(args.model_name_or_path)
     fit_processor(processor, model.config, args.frame_stride, args.sampling_fps)
     size = (processor.crop_size["height"], processor.crop_size["width"])
     augment = v2.RandomResizedCrop(size, scale=(args.min_crop_area, 1), antialias=True)  # all frames of a clip alike
     failures = DecodeFailures(training_args.output_dir, args.max_decode_failures, "_decode_failures.jsonl")
+    count = len(names) if several else None
     trainer = FineTuner(
         model=model,
         args=training_args,
-        train_dataset=Clips(clips["train"], ClipTransform(processor, augment), failures),
-        eval_dataset=Clips(clips["validation"], ClipTransform(processor), failures),
-        compute_metrics=accuracy,
+        train_dataset=Clips(clips["train"], ClipTransform(processor, augment, count), failures),
+        eval_dataset=Clips(clips["validation"], ClipTransform(processor, num_labels=count), failures),
+        compute_loss_func=multi_label_loss if several else None,
+        compute_metrics=multi_label_metrics if several else accuracy,
         preprocess_logits_for_metrics=logits_alone,
         processing_class=processor,
     )

@@ -10,7 +10,7 @@
 set of the Hub with an image and a label column. Without `--model_name_or_path` a VideoMamba is trained from random
 weights. All flags of `transformers.TrainingArguments` work; the same command run again goes on from the last
 checkpoint, and other settings are refused in its folder.
-`python -m conversion.inflate_image_model` makes a video model of the result.
+`videomamba-convert image` makes a video model of the result.
 """
 
 import os
@@ -30,6 +30,7 @@ DEFAULTS = {
     "weight_decay": 0.05,
     "warmup_steps": 0.1,  # below 1: the share of all steps
     "lr_scheduler_type": "cosine",
+    "logging_steps": 0.01,  # likewise
     "label_smoothing_factor": 0.1,
     "per_device_train_batch_size": 64,
     "per_device_eval_batch_size": 256,

@@ -4,11 +4,11 @@
     python examples/training/run_video_classification.py --train_dir clips/train --validation_dir clips/validation \
         --model_name_or_path you/videomamba-k400 --output_dir my-classifier --do_train --do_eval
 
-A folder of clips has one sub-folder for each label (`clips/train/pan left/a.mp4`). Without `--model_name_or_path` a
-new VideoMamba of the given size is trained from scratch; with it, `--num_frames`, `--frame_stride`, `--sampling_fps`
-and `--image_size` change the model and its processor. Interrupted training goes on from the last checkpoint in
-`--output_dir` when the same command is run again; other settings are refused there. The output folder is a complete
-Hub repository.
+A folder of clips has one sub-folder for each label (`clips/train/pan left/a.mp4`). If the labels of the clips are
+lists, a clip may have several or none (docs/training.md). Without `--model_name_or_path` a new VideoMamba of the given
+size is trained from scratch; with it, `--num_frames`, `--frame_stride`, `--sampling_fps` and `--image_size` change the
+model and its processor. Interrupted training goes on from the last checkpoint in `--output_dir` when the same command
+is run again; other settings are refused there. The output folder is a complete Hub repository.
 
 `--recipe examples/training/recipes/k400.args` sets the flags in that file; a flag of the command line takes precedence
 over the file's. For the common case there is a short script, `finetune.py`.
@@ -35,15 +35,24 @@ import torch
 from torch.utils.data import default_collate
 from transformers import Trainer, TrainerCallback, set_seed
 
-from finetune import DecodeFailures, keep_settings, tell_place
+from finetune import (
+    IGNORED,
+    DecodeFailures,
+    has_several,
+    keep_settings,
+    multi_label_loss,
+    refuse_smoothing,
+    tell_place,
+)
 from video_classification_data import (
     Stopwatch,
-    load_accuracy,
     load_clips,
+    load_metric,
     match_labels,
     transform_clips,
 )
 from video_classification_model import (
+    SEVERAL,
     add_adapters,
     draw_curve,
     finish_push,
@@ -53,6 +62,7 @@ from video_classification_model import (
     parameter_groups,
     save_for_users,
     start_push,
+    to_scores,
     without_fsdp,
     write_card,
     write_predictions,
@@ -145,14 +155,16 @@ def make_trainer(model, processor, clips, finish, training_args, layer_decay):
         groups = parameter_groups(model, training_args.learning_rate, training_args.weight_decay, layer_decay)
         kind, options = Trainer.get_optimizer_cls_and_kwargs(training_args, model)
         optimizer = (kind, {**options, "params": groups})
-    metric = load_accuracy()
+    several = model.config.problem_type == SEVERAL
+    metric = load_metric(several)
     trainer = ClipTrainer(
         model=model,
         args=training_args,
         train_dataset=clips.get("train"),
         eval_dataset=clips.get("validation"),
         data_collator=default_collate,
-        compute_metrics=lambda p: metric.compute(predictions=p.predictions, references=p.label_ids),
+        compute_loss_func=multi_label_loss if several else None,
+        compute_metrics=lambda p: metric(p.predictions, p.label_ids),
         # A config may ask for hidden states as well.
         preprocess_logits_for_metrics=lambda outputs, _: outputs[0] if isinstance(outputs, tuple) else outputs,
         processing_class=processor,
@@ -185,16 +197,18 @@ def train(trainer, processors, checkpoint):
 
 
 def evaluate(trainer, clips, names):
-    """Measures and writes the accuracy and the predictions."""
+    """Measures and writes the metrics and the predictions."""
     output_dir = trainer.args.output_dir
     result = trainer.predict(clips["validation"], metric_key_prefix="eval")
-    metrics = result.metrics | {"eval_samples": int((result.label_ids >= 0).sum())}
+    counted = result.label_ids.reshape(len(result.label_ids), -1)[:, 0] != IGNORED
+    metrics = result.metrics | {"eval_samples": int(counted.sum())}
     for view in {"mirrored", "reversed"} & set(clips):
         metrics |= trainer.predict(clips[view], metric_key_prefix=f"eval_{view}").metrics
     trainer.log_metrics("eval", metrics)
     if trainer.is_world_process_zero():
         write_results(output_dir, "eval", metrics)
-        scores = torch.from_numpy(np.asarray(result.predictions)).float().softmax(-1).numpy()
+        logits = torch.from_numpy(np.asarray(result.predictions)).float()
+        scores = to_scores(logits, several=result.label_ids.ndim == 2).numpy()
         write_predictions(output_dir, clips["validation"].names(len(scores)), result.label_ids, scores, names)
     return metrics
 
@@ -229,7 +243,9 @@ def main():
     if training_args.do_train:
         found = {"labels": names} | ({} if data_args.streaming else {"train_clips": len(splits["train"])})
         keep_settings(output_dir, found, training_args.process_index == 0)
-    model, names, reader, *processors = load_model(model_args, names, training_args.do_train)
+    several = any(map(has_several, splits.values()))
+    refuse_smoothing(several, training_args.label_smoothing_factor)
+    model, names, reader, *processors = load_model(model_args, names, training_args.do_train, several)
     splits = {split: match_labels(clips, names) for split, clips in splits.items()}
     clips, finish = transform_clips(
         splits, names, data_args, reader, processors[0], failures, training_args.seed, training_args.device

@@ -66,16 +66,17 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from finetune import DecodeFailures, keep_settings
+from finetune import DecodeFailures, has_several, keep_settings, main_metric, multi_label_loss, refuse_smoothing
 from video_classification_data import (
     Stopwatch,
-    load_accuracy,
     load_clips,
+    load_metric,
     match_labels,
     number_from,
     transform_clips,
 )
 from video_classification_model import (
+    SEVERAL,
     add_adapters,
     draw_curve,
     finish_push,
@@ -98,6 +99,7 @@ class Training:
     def __init__(self, accelerator, args, model, clips, finish, processors, layer_decay):
         self.accelerator, self.args, self.clips, self.processors = accelerator, args, clips, processors
         self.key, self.finish = processors[0].model_input_names[0], finish
+        self.several = model.config.problem_type == SEVERAL
         on_gpu = accelerator.device.type == "cuda"
         groups = parameter_groups(model, args.learning_rate, args.weight_decay, layer_decay)
         loaders = make_loaders(clips, args, pin_memory=on_gpu)
@@ -132,7 +134,8 @@ class Training:
             self.state.update(epoch=self.state["epoch"] + 1, batch=0)
             metrics = None if self.eval_loader is None else self.evaluate()
             best = self.state["best"]
-            if metrics is None or best is None or metrics["eval_accuracy"] > best["eval_accuracy"]:
+            best_by = f"eval_{main_metric(metrics or {})}"
+            if metrics is None or best is None or metrics[best_by] > best[best_by]:
                 self.save_model()
                 self.state["best"] = metrics
             self.save_checkpoint()
@@ -170,8 +173,8 @@ class Training:
             batch = self.finish(batch)
             # Processes add up their gradients once, at the last batch.
             with contextlib.nullcontext() if number == len(group) else accelerator.no_sync(self.model):
-                logits = self.model(**{self.key: batch[self.key]}).logits.float()
-                loss = F.cross_entropy(logits, batch["labels"], label_smoothing=args.label_smoothing_factor)
+                outputs = self.model(**{self.key: batch[self.key]})
+                loss = self.loss(outputs, batch["labels"])
                 loss = loss * (len(batch["labels"]) / count)
                 accelerator.backward(loss)
             self.loss_sum += loss.detach()
@@ -179,6 +182,11 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.scheduler.step()
+
+    def loss(self, outputs, labels):
+        if self.several:
+            return multi_label_loss(outputs, labels)
+        return F.cross_entropy(outputs.logits.float(), labels, label_smoothing=self.args.label_smoothing_factor)
 
     def report(self, learning_rate):
         """Logs the mean loss since the last report, and the speed."""
@@ -200,7 +208,6 @@ class Training:
     def evaluate(self):
         accelerator, step = self.accelerator, self.state["step"]
         self.model.eval()
-        metric = load_accuracy()
         scores, labels = [], []
         for batch in tqdm(self.eval_loader, desc="evaluation", disable=not accelerator.is_main_process, leave=False):
             logits = self.model(**{self.key: self.finish(batch)[self.key]}).logits.float()
@@ -208,7 +215,7 @@ class Training:
             scores.append(logits.cpu())
             labels.append(expected.cpu())
         self.model.train()
-        found = metric.compute(predictions=torch.cat(scores).numpy(), references=torch.cat(labels).numpy())
+        found = load_metric(self.several)(torch.cat(scores).numpy(), torch.cat(labels).numpy())
         metrics = {f"eval_{name}": value for name, value in found.items()}
         self.state["history"].append({"step": step, **metrics})
         accelerator.log(metrics, step=step)
@@ -275,7 +282,9 @@ def load(model_args, data_args, args, accelerator, fresh):
         splits, names = load_clips(data_args, ["train"] + ["validation"] * has_validation, args.seed, failures)
     found = {"labels": names} | ({} if data_args.streaming else {"train_clips": len(splits["train"])})
     keep_settings(args.output_dir, found, accelerator.is_main_process)
-    model, names, reader, *processors = load_model(model_args, names, training=True)
+    several = any(map(has_several, splits.values()))
+    refuse_smoothing(several, args.label_smoothing_factor)
+    model, names, reader, *processors = load_model(model_args, names, True, several)
     splits = {split: match_labels(clips, names) for split, clips in splits.items()}
     settings = (data_args, reader, processors[0], failures, args.seed, accelerator.device)
     clips, finish = transform_clips(splits, names, *settings)

@@ -60,7 +60,7 @@ from transformers import (
     set_seed,
 )
 
-from finetune import IGNORED, DecodeFailures, keep_settings
+from finetune import IGNORED, DecodeFailures, has_several, keep_settings
 from modeling_videomamba import (
     VideoMambaConfig,
     VideoMambaForVideoClassification,
@@ -166,6 +166,8 @@ def main():
 
     failures = DecodeFailures(args.output_dir, data_args.max_decode_failures)
     splits, _ = load_clips(data_args, ["train"], args.seed, failures)
+    if has_several(splits["train"]):
+        raise ValueError("Streams are trained with one label a clip, but these clips have lists of labels.")
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
     splits["train"] = match_labels(splits["train"], names)
     how = data_args, processor, processor, failures, args.seed, device

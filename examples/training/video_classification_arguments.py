@@ -34,8 +34,8 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Instead of folders: an annotation file of Kinetics (CSV), Something-Something V2 or COIN (JSON), "
-            "HMDB51's folder of split files, OpenGVLab's lists of Breakfast, COIN and LVU, or a CSV file with the "
-            "columns video and label."
+            "HMDB51's folder of split files, OpenGVLab's lists of Breakfast, COIN and LVU, Charades' CSV file, or a "
+            "CSV file with the columns video and label, or video and labels: several, between semicolons."
         },
     )
     validation_list: str | None = field(default=None, metadata={"help": "The same for validation."})
@@ -47,12 +47,14 @@ class DataArguments:
         default=None,
         metadata={
             "help": "What stands in the columns of lists without a header, if there are more than a path and a label: "
-            "'path,label,seconds', for example. What is neither path nor label is not used."
+            "'path,label,seconds', for example, or 'path,labels'. What is neither path nor label is not used."
         },
     )
     hmdb51_split: int = field(default=1, metadata={"help": "Which of HMDB51's three splits: 1, 2 or 3."})
     video_column: str = field(default="video", metadata={"help": "Column of the data set that holds the videos."})
-    label_column: str = field(default="label", metadata={"help": "Column of the data set that holds the labels."})
+    label_column: str = field(
+        default="label", metadata={"help": "Column of the data set that holds the labels, or lists of them."}
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use this many clips, drawn at random."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use this many clips, drawn at random."})
     max_decode_failures: int = field(

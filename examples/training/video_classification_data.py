@@ -12,11 +12,11 @@ import evaluate
 import numpy as np
 import torch
 from accelerate import PartialState
-from datasets import ClassLabel, Video, load_dataset
+from datasets import ClassLabel, List, Video, load_dataset
 from torchvision.transforms import v2
 from transformers.utils import logging
 
-from finetune import IGNORED, clip_name
+from finetune import IGNORED, clip_name, has_several, is_text, labels_that_occur, multi_hot, number_labels, precisions
 from video_classification_lists import read_list
 
 
@@ -34,8 +34,8 @@ def load_clips(args, wanted, seed, failures):
 
     Returns:
         `dict` of `datasets.Dataset` (or `IterableDataset`, with `args.streaming`) by split, each with the columns
-        `video` (a path or the bytes of a file, not decoded) and `label` (a `ClassLabel` with the names of the first
-        split), and the list of these names.
+        `video` (a path or the bytes of a file, not decoded) and `label` (a `ClassLabel`, or lists of them, with the
+        names of the first split), and the list of these names.
     """
     lists = args.train_list is not None or args.validation_list is not None
     folders = args.train_dir is not None or args.validation_dir is not None
@@ -70,19 +70,28 @@ def load_clips(args, wanted, seed, failures):
         if missing:
             raise ValueError(
                 f"The {split} clips have no column {sorted(missing)}, only {list(clips.features)}. Name them with "
-                "--video_column and --label_column; of a folder, each label needs a sub-folder of its own."
+                "--video_column and --label_column; of a folder, each label needs a sub-folder of its own, or its "
+                "metadata.jsonl must have that column."
             )
         video, label = (clips.features[column] for column in columns)
         if not isinstance(video, Video):
             raise ValueError(f"The column {columns[0]} must hold videos, but holds {video}.")
-        if not isinstance(label, ClassLabel):
-            raise ValueError(f"The column {columns[1]} must hold class labels, but holds {label}.")
+        if not (isinstance(getattr(label, "feature", label), ClassLabel) or is_text(label)):
+            raise ValueError(f"The column {columns[1]} must hold class labels, or lists of labels, but holds {label}.")
         # The video processor decodes, only the frames it needs; here a clip stays a path, or the bytes of a file.
         clips = clips.decode(False) if args.streaming else clips.cast_column(columns[0], Video(decode=False))
         clips = clips.select_columns(columns)
-        if columns != ["video", "label"]:
-            clips = clips.rename_columns(dict(zip(columns, ["video", "label"], strict=True)))
-        names = names or clips.features["label"].names
+        # A stream takes no name that stays.
+        names_of_columns = zip(columns, ["video", "label"], strict=True)
+        clips = clips.rename_columns({old: new for old, new in names_of_columns if old != new})
+        if is_text(clips.features["label"]):
+            if args.streaming:
+                raise ValueError(
+                    f"The column {columns[1]} holds names, of which a stream does not say how many there are. Leave "
+                    "out --streaming, or make it lists of class labels."
+                )
+            clips = number_labels(clips, sorted(labels_that_occur(clips)))
+        names = names or label_names(clips)
         clips = match_labels(clips, names)
         limit = getattr(args, "max_train_samples" if split == "train" else "max_eval_samples")
         if limit is not None and args.streaming:
@@ -90,8 +99,11 @@ def load_clips(args, wanted, seed, failures):
         elif limit is not None and limit < len(clips):
             clips = clips.shuffle(seed=seed).select(range(limit))
         splits[split] = clips
+    several = {split: has_several(clips) for split, clips in splits.items()}
+    if len(set(several.values())) > 1:
+        raise ValueError(f"One split has one label a clip, the other lists of labels ({several}). Give both alike.")
     if {"train", "validation"} <= set(splits) and not (args.streaming or args.allow_missing_classes):
-        absent = sorted(set(splits["train"]["label"]) - set(splits["validation"]["label"]))
+        absent = sorted(_classes(splits["train"]) - _classes(splits["validation"]))
         if absent and args.max_eval_samples is None:
             raise ValueError(
                 f"There is no validation clip of {[names[label] for label in absent]}. Add some, or set "
@@ -100,11 +112,23 @@ def load_clips(args, wanted, seed, failures):
     return splits, names
 
 
+def label_names(clips):
+    """The names of the labels, in the order of their numbers."""
+    label = clips.features["label"]
+    return (label.feature if has_several(clips) else label).names
+
+
+def _classes(clips):
+    return labels_that_occur(clips) if has_several(clips) else set(clips["label"])
+
+
 def _load_folder(folder):
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"There is no folder {folder}. It should hold a sub-folder of clips for each label.")
     labelled = any(entry.is_dir() for entry in os.scandir(folder))
-    return load_dataset("videofolder", data_dir=folder, split="train", drop_labels=not labelled)
+    # Without a pattern, datasets takes a label such as "train_in_out" for the split, and leaves out all others.
+    files = {"train": "**"}
+    return load_dataset("videofolder", data_dir=folder, data_files=files, split="train", drop_labels=not labelled)
 
 
 def _load_from_hub(args, split):
@@ -124,7 +148,7 @@ def first_line(error):
 
 def match_labels(clips, names):
     """Numbers the labels of `clips` as in `names`."""
-    own = clips.features["label"].names
+    own = label_names(clips)
     unknown = set(own) - set(names)
     if unknown:
         raise ValueError(
@@ -132,8 +156,12 @@ def match_labels(clips, names):
         )
     if own == names:
         return clips
-    new = [names.index(name) for name in own]
-    features = clips.features.copy()
+    new, features = [names.index(name) for name in own], clips.features.copy()
+    if has_several(clips):
+        features["label"] = List(ClassLabel(names=names))
+        return clips.map(
+            lambda labels: {"label": [new[label] for label in labels or []]}, input_columns="label", features=features
+        )
     features["label"] = ClassLabel(names=names)
     return clips.map(lambda label: {"label": new[label]}, input_columns="label", features=features)
 
@@ -313,10 +341,12 @@ def read_frames_once(reader, video, folder, shortest_edge):
 class TrainTransform:
     """
     Reads a clip and augments it, all its frames alike: uint8 (T, C, H, W), for `DeviceTransform`. If it `defers`, the
-    steps after the crop are left to that, which gets the state of the random numbers.
+    steps after the crop are left to that, which gets the state of the random numbers. With `num_labels`, a clip has a
+    list of labels, which becomes a vector.
     """
 
-    def __init__(self, reader, processor, args, mirror_swaps, reversal_swaps, defers=False):
+    def __init__(self, reader, processor, args, mirror_swaps, reversal_swaps, defers=False, num_labels=None):
+        self.num_labels = num_labels
         self.reader, self.cache, self.key = reader, args.frame_cache, processor.model_input_names[0]
         self.mirror_swaps, self.reversal_swaps, self.repeat_frames = mirror_swaps, reversal_swaps, args.repeat_frames
         size = (processor.crop_size["height"], processor.crop_size["width"])
@@ -336,12 +366,13 @@ class TrainTransform:
         else:
             frames = read_frames_once(self.reader, video, self.cache, self.shortest_edge)
         if self.mirror_swaps is not None and torch.rand(()) < 0.5:
-            frames, label = frames.flip(-1), self.mirror_swaps[label]
+            frames, label = frames.flip(-1), swap(label, self.mirror_swaps)
         if self.reversal_swaps is not None and torch.rand(()) < 0.5:
-            frames, label = frames.flip(0), self.reversal_swaps[label]
+            frames, label = frames.flip(0), swap(label, self.reversal_swaps)
         if torch.rand(()) < self.repeat_frames:
             frames = frames[filmed_at(0.25 ** torch.rand(()), torch.rand(()), len(frames))]
         frames = self.crop(frames)
+        label = label if self.num_labels is None else multi_hot(label, self.num_labels)
         if self.defers:
             return {self.key: frames, "labels": label, "random_state": torch.get_rng_state().numpy().tobytes()}
         return {self.key: self.augment(frames), "labels": label}
@@ -359,10 +390,11 @@ def filmed_at(rate, phase, count):
 class EvalTransform:
     """
     Reads a clip and prepares it as for users of the model, but for `Normalize`: uint8 (T, C, H, W). `flip` turns axes
-    round: 0 is time, -1 is width.
+    round: 0 is time, -1 is width. `num_labels` as in `TrainTransform`.
     """
 
-    def __init__(self, reader, processor, flip=(), swaps=None):
+    def __init__(self, reader, processor, flip=(), swaps=None, num_labels=None):
+        self.num_labels = num_labels
         self.reader, self.processor, self.key = reader, processor, processor.model_input_names[0]
         self.flip, self.swaps = flip, swaps
 
@@ -372,8 +404,9 @@ class EvalTransform:
             frames = torch.zeros((self.reader.num_frames, 3, *size), dtype=torch.uint8)
         else:
             frames = read_frames(self.reader, video).flip(self.flip)
-            label = label if self.swaps is None else self.swaps[label]
+            label = label if self.swaps is None else swap(label, self.swaps)
         frames = self.processor(frames, return_tensors="pt", do_rescale=False, do_normalize=False)[self.key][0]
+        label = label if self.num_labels is None else multi_hot(label, self.num_labels)
         return {self.key: frames, "labels": label}
 
 
@@ -434,17 +467,20 @@ def transform_clips(splits, names, args, reader, processor, failures, seed, devi
     """
     mirror, reversal = parse_swaps(args.mirror_swaps, names), parse_swaps(args.reversal_swaps, names)
     make, clips, augment = ClipStream if args.streaming else Clips, {}, None
+    num_labels = len(names) if any(map(has_several, splits.values())) else None
     if "train" in splits:
         # Accelerate joins and splits the batches of a stream, which must be tensors.
         defers = device.type == "cuda" and not args.streaming
-        transform = TrainTransform(reader, processor, args, mirror, reversal, defers)
+        transform = TrainTransform(reader, processor, args, mirror, reversal, defers, num_labels)
         clips["train"] = make(splits["train"], transform, failures, seed, training=True)
         augment = transform.augment if defers else None
     if "validation" in splits:
-        clips["validation"] = make(splits["validation"], EvalTransform(reader, processor), failures)
+        transform = EvalTransform(reader, processor, num_labels=num_labels)
+        clips["validation"] = make(splits["validation"], transform, failures)
         for view, flip, swaps in (("mirrored", (-1,), mirror), ("reversed", (0,), reversal)):
             if swaps is not None and swaps != list(range(len(names))):
-                clips[view] = make(splits["validation"], EvalTransform(reader, processor, flip, swaps), failures)
+                transform = EvalTransform(reader, processor, flip, swaps, num_labels)
+                clips[view] = make(splits["validation"], transform, failures)
     return clips, DeviceTransform(processor, device, augment)
 
 
@@ -460,6 +496,19 @@ def parse_swaps(text, names):
             raise ValueError(f"{pair!r} is not a pair 'label:label' of the labels {names}.") from None
         swaps[first], swaps[second] = second, first
     return swaps
+
+
+def swap(label, swaps):
+    """A label's number after a swap, or those of several."""
+    return swaps[label] if isinstance(label, int) else [swaps[each] for each in label or []]
+
+
+def load_metric(several):
+    """A function of scores (clips, labels) and labels: the metrics of clips with one label each, or `several`."""
+    if several:
+        return precisions
+    metric = load_accuracy()
+    return lambda scores, labels: metric.compute(predictions=scores, references=labels)
 
 
 def load_accuracy():

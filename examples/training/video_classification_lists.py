@@ -1,4 +1,4 @@
-"""Clips as the authors of a data set list them: Kinetics, Something-Something V2, HMDB51, COIN and others."""
+"""Clips as the authors of a data set list them: Kinetics, Something-Something V2, HMDB51, Charades and others."""
 
 import csv
 import glob
@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from datasets import ClassLabel, Dataset, Features, Video
+from datasets import ClassLabel, Dataset, Features, List, Video
 
 
 # What a clip that is listed without its suffix may be; pictures and notes beside it are none.
@@ -31,11 +31,19 @@ def read_list(source, video_root, split, hmdb51_split, failures, label_list=None
       testing;
     - any other CSV file with `video` (a path) and `label`.
 
+    Of these, a clip has several labels, or none:
+
+    - Charades: its CSV file with `id` and `actions` ("c092 11.90 21.20;c147 0.00 12.60"), of clips `<id>.<suffix>`.
+      The times are not used. With `label_list`, Charades' own file of classes, labels get its names;
+    - any other CSV file with `video` and `labels`, between semicolons; or between commas, if no clip has a semicolon;
+    - lines without a header, if `list_columns` ends with labels: "path,labels" for `<path> 3,17` or `<path> 3 17`.
+
     Clips are looked for anywhere below `video_root`; a path may also be absolute. One that is not there counts as one
     that cannot be read.
 
     Returns:
-        `datasets.Dataset` with the columns `video` (a path, not decoded) and `label` (a `ClassLabel`).
+        `datasets.Dataset` with the columns `video` (a path, not decoded) and `label` (a `ClassLabel`, or lists of
+        them).
 
     Raises:
         ValueError: for a list that cannot be read, naming the file and the line; or if a clip that is listed without
@@ -51,13 +59,15 @@ def read_list(source, video_root, split, hmdb51_split, failures, label_list=None
         expected = "a list of objects with 'id' and 'template', or COIN's 'database'"
     else:
         entries = _table_entries(source, label_list, list_columns)
-        expected = "columns label, youtube_id, time_start, time_end, or video, label, or lines `path,number`"
+        expected = "columns label, youtube_id, time_start, time_end, or video, label, or video, labels, or id, actions"
+        expected += ", or lines `path,number`"
     if not entries:
         raise ValueError(f"{source} lists no {split} clips: {expected} were expected.")
     files, labels = _find_files(entries, source, video_root, failures)
     columns = {"video": [{"path": file, "bytes": None} for file in files], "label": labels}
-    names = sorted(set(labels))
-    return Dataset.from_dict(columns, Features(video=Video(decode=False), label=ClassLabel(names=names)))
+    several = isinstance(entries[0][1], list)
+    kind = ClassLabel(names=sorted({name for own in labels for name in own} if several else set(labels)))
+    return Dataset.from_dict(columns, Features(video=Video(decode=False), label=List(kind) if several else kind))
 
 
 def _read_text(path):
@@ -100,6 +110,10 @@ def _table_entries(source, label_list, list_columns):
         columns = ["label", "youtube_id", "time_start", "time_end"]
     elif rows and {"video", "label"} <= set(rows[0]):
         columns = ["video", "label"]
+    elif rows and {"video", "labels"} <= set(rows[0]):
+        return _labels_entries(source, rows)
+    elif rows and {"id", "actions"} <= set(rows[0]):
+        return _charades_entries(source, rows, label_list)
     else:
         return _numbered_entries(source, text, label_list, list_columns)
     entries = []
@@ -114,13 +128,57 @@ def _table_entries(source, label_list, list_columns):
     return entries
 
 
+def _labels_entries(source, rows):
+    mark = ";" if any(";" in (row["labels"] or "") for row in rows) else ","
+    entries = []
+    for number, row in enumerate(rows, 1):
+        if not row["video"]:
+            raise ValueError(f"{source} says nothing of video in row {number} after the header.")
+        names = [name.strip() for name in (row["labels"] or "").split(mark)]
+        entries.append((row["video"], list(dict.fromkeys(filter(None, names)))))
+    return entries
+
+
+def _charades_entries(source, rows, label_list):
+    entries = []
+    for number, row in enumerate(rows, 1):
+        actions = list(filter(None, (row["actions"] or "").split(";")))
+        if not row["id"] or not all(re.fullmatch(r"\s*c\d{3} [\d.]+ [\d.]+\s*", action) for action in actions):
+            raise ValueError(
+                f"{source} has {row['actions']!r} in row {number} after the header, but an id and actions as "
+                "'c092 11.90 21.20;c147 0.00 12.60' were expected."
+            )
+        entries.append((row["id"], sorted({int(action.split()[0][1:]) for action in actions})))
+    names = _names(source, entries, label_list, "c{:03d}")
+    names = [re.sub(r"^c\d{3} ", "", name) for name in names]
+    return [(name, [names[label] for label in labels]) for name, labels in entries]
+
+
+def _names(source, entries, label_list, pattern=None):
+    """The names of the labels that `entries` number, by number: those of `label_list`, or numbers as text."""
+    most = max((label for _, labels in entries for label in labels), default=-1)
+    if label_list is None:
+        pattern = pattern or f"{{:0{len(str(most))}d}}"  # in the order of the numbers
+        return [pattern.format(number) for number in range(most + 1)]
+    names = [name.strip() for name in _read_text(label_list).rstrip().split("\n")]
+    if most >= len(names):
+        raise ValueError(f"{label_list} names {len(names)} labels, but {source} has a label {most}.")
+    return names
+
+
 def _numbered_entries(source, text, label_list, list_columns):
     """(path, label) of lines without a header, whose columns stand between commas or blanks; paths may hold blanks."""
     columns = (list_columns or "path,label").replace(" ", "").split(",")
-    if columns[0] != "path" or columns.count("label") != 1:
-        raise ValueError(f"--list_columns must begin with path and hold label once, but is {list_columns!r}.")
+    several = columns[-1] == "labels"
+    if columns[0] != "path" or columns.count("label") + several != 1:
+        raise ValueError(
+            f"--list_columns must begin with path and hold label once, or end with labels, but is {list_columns!r}."
+        )
     entries = []
     for line in filter(str.strip, text.splitlines()):
+        if several:
+            entries.append(_path_and_numbers(source, line.strip(), columns))
+            continue
         if "," in line:
             cells = [cell.strip() for cell in next(csv.reader([line]))]
         else:
@@ -130,7 +188,8 @@ def _numbered_entries(source, text, label_list, list_columns):
         if list_columns is None and len(cells) > 2:
             raise ValueError(
                 f"{source} has {len(cells)} columns in the line {line.strip()!r}. Say with --list_columns what they "
-                "are: 'path,label,seconds' or 'path,frames,label', for example. (A clip has one label.)"
+                "are: 'path,label,seconds' or 'path,frames,label', for example; or 'path,labels', if clips have "
+                "several labels."
             )
         label = cells[columns.index("label")] if len(cells) == len(columns) else ""
         if not label.isdecimal():
@@ -138,14 +197,24 @@ def _numbered_entries(source, text, label_list, list_columns):
                 f"{source} has the line {line.strip()!r}, but {','.join(columns)} was expected, the label "
                 "as a number. (A table with names needs a header: video,label.)"
             )
-        entries.append((cells[0].strip(), int(label)))
-    most = max((label for _, label in entries), default=-1)
-    names = [f"{number:0{len(str(most))}d}" for number in range(most + 1)]  # in the order of the numbers
-    if label_list is not None:
-        names = _read_text(label_list).rstrip().split("\n")
-        if most >= len(names):
-            raise ValueError(f"{label_list} names {len(names)} labels, but {source} has a label {most}.")
-    return [(name, names[label].strip()) for name, label in entries]
+        entries.append((cells[0].strip(), [int(label)]))
+    names = _names(source, entries, label_list)
+    named = [(name, [names[label] for label in labels]) for name, labels in entries]
+    return named if several else [(name, labels[0]) for name, labels in named]
+
+
+def _path_and_numbers(source, line, columns):
+    """The path and the labels of a line that ends with any number of labels, after the other columns' numbers."""
+    path, numbers = re.fullmatch(r"(.+?)((?:[\s,]+\d+(?:\.\d+)?)*)", line).groups()
+    numbers = re.split(r"[\s,]+", numbers)[1:]
+    labels = numbers[len(columns) - 2 :]
+    too_few = len(numbers) < len(columns) - 2 or (not numbers and Path(path).suffix.lower() not in VIDEO_SUFFIXES)
+    if too_few or not all(map(str.isdecimal, labels)):
+        raise ValueError(
+            f"{source} has the line {line!r}, but {','.join(columns)} was expected, the labels as numbers between "
+            "blanks or commas. (A table with names needs a header: video,labels.)"
+        )
+    return path, sorted(set(map(int, labels)))
 
 
 def _find_files(entries, source, video_root, failures):
@@ -164,6 +233,7 @@ def _find_files(entries, source, video_root, failures):
         if os.path.isabs(name) and os.path.isfile(name):
             file = name
         if file is None:
+            label = ", ".join(label) if isinstance(label, list) else label
             failures.record(f"{name} ({label})", f"it is listed in {source}, but not below {video_root}.")
             continue
         if file in same and len(same) > 1:

@@ -23,7 +23,15 @@ from transformers import (
     PreTrainedModel,
 )
 
-from finetune import fit_processor, for_decoded_frames, licence, write_eval_results
+from finetune import (
+    IGNORED,
+    average_precision,
+    fit_processor,
+    for_decoded_frames,
+    licence,
+    main_metric,
+    write_eval_results,
+)
 from modeling_videomamba import VideoMambaConfig, VideoMambaImageProcessor, VideoMambaVideoProcessor
 from modeling_videomamba.loading_videomamba import unloadable_reason
 from video_classification_data import first_line
@@ -33,10 +41,12 @@ logger = logging.getLogger(__name__)
 
 # Of a new model, if the flags do not say; a trained one has its own, of which the first two cannot be changed.
 NEW_MODEL = {"hidden_size": 384, "num_hidden_layers": 24, "num_frames": 16, "frame_stride": 2, "image_size": 224}
+SEVERAL = "multi_label_classification"  # the `problem_type` of a config whose clips have several labels each
+THRESHOLD = 0.5  # the least score of a label that is predicted, where several may be
 MANIFEST = "complete.json"  # of a checkpoint: the sizes and checksums of its files, written when all else is
 
 
-def load_model(args, names, training):
+def load_model(args, names, training, several=False):
     """
     The model, the names of its labels, and what prepares clips for it.
 
@@ -45,6 +55,7 @@ def load_model(args, names, training):
         names (`list[str]`): the labels of the clips. A trained model keeps its own, in its own order, if they are the
             same or if it is only evaluated.
         training (`bool`).
+        several (`bool`): a clip has a list of labels. The config says so (`problem_type`).
 
     Returns:
         The model; its label names; a processor that reads files, and the video and image processors that belong to the
@@ -63,6 +74,7 @@ def load_model(args, names, training):
             "num_frames": sizes["num_frames"],
             "image_size": sizes["image_size"],
             "drop_path_rate": args.drop_path_rate or 0.0,
+            "problem_type": SEVERAL if several else None,
         }
         if args.config_name is None:
             own |= sizes
@@ -94,6 +106,14 @@ def load_model(args, names, training):
         )
     else:
         config.id2label, config.label2id, config.problem_type = labels["id2label"], labels["label2id"], None
+    if training and several != (config.problem_type == SEVERAL):
+        config.problem_type = SEVERAL if several else None
+    elif several != (config.problem_type == SEVERAL):
+        kinds = ["one label a clip", "several labels a clip"]
+        raise ValueError(
+            f"{args.model_name_or_path} was trained for {kinds[not several]}, but these clips have {kinds[several]}. "
+            "Evaluate it on clips of its kind."
+        )
     for name in ("drop_path_rate", "num_frames", "image_size"):
         if getattr(args, name) is not None:
             setattr(config, name, getattr(args, name))
@@ -302,20 +322,30 @@ def _fingerprint(path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def to_scores(logits, several):
+    """Logits (..., labels) to probabilities: of one label among them, or of each for itself."""
+    return logits.sigmoid() if several else logits.softmax(-1)
+
+
 def write_predictions(folder, clip_names, labels, scores, names):
     """
     `predictions.csv`, one row a clip; `classes.csv`, one row a class; and the picture `confusion_matrix.png`.
 
-    `scores` are probabilities, (clips, labels). Clips that could not be read, with the label -100, are left out.
+    `scores` are probabilities, (clips, labels). Clips that could not be read, with the label -100, are left out. Of
+    clips with several labels each, whose `labels` are 0 or 1 (clips, labels), there is no picture.
     """
-    kept = np.flatnonzero(np.asarray(labels) >= 0)
-    expected, scores = np.asarray(labels)[kept], np.asarray(scores)[kept]
-    predicted, names = scores.argmax(-1), np.array(names)
-    clips = {"clip": np.array(clip_names)[kept], "label": names[expected], "predicted": names[predicted]}
+    labels, names = np.asarray(labels), np.array(names)
+    kept = np.flatnonzero(labels.reshape(len(labels), -1)[:, 0] != IGNORED)
+    clip_names, labels, scores = np.array(clip_names)[kept], labels[kept], np.asarray(scores)[kept]
+    if labels.ndim == 2:
+        _write_lists_of_labels(folder, clip_names, labels, scores, names)
+        return
+    predicted = scores.argmax(-1)
+    clips = {"clip": clip_names, "label": names[labels], "predicted": names[predicted]}
     table = pd.DataFrame({**clips, "score": scores.max(-1)})
     table.to_csv(f"{folder}/predictions.csv", index=False, float_format="%.4f")
     counts = np.zeros((len(names), len(names)), int)
-    np.add.at(counts, (expected, predicted), 1)
+    np.add.at(counts, (labels, predicted), 1)
     right = pd.Series(counts.diagonal())  # whose 0 / 0 is a gap in the file
     classes = {"label": names, "clips": counts.sum(1), "recognised": right}
     table = pd.DataFrame({**classes, "recall": right / counts.sum(1), "precision": right / counts.sum(0)})
@@ -329,7 +359,7 @@ def write_predictions(folder, clip_names, labels, scores, names):
     axes.imshow(counts / counts.sum(1, keepdims=True).clip(1), cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
     axes.set_yticks(range(len(names)), names)
-    title = f"{np.mean(predicted == expected):.1%} of {len(expected)} clips"
+    title = f"{np.mean(predicted == labels):.1%} of {len(labels)} clip{'s' * (len(labels) != 1)}"
     axes.set(xlabel="predicted", ylabel="label", title=title)
     if len(names) <= 60:
         for row, column in np.argwhere(counts):
@@ -338,25 +368,46 @@ def write_predictions(folder, clip_names, labels, scores, names):
     figure.savefig(f"{folder}/confusion_matrix.png", dpi=80)
 
 
+def _write_lists_of_labels(folder, clip_names, labels, scores, names):
+    """Labels of a clip stand between semicolons; predicted are those that reach the threshold."""
+    truth, predicted = labels > 0, scores >= THRESHOLD
+    columns = {"labels": [names[row] for row in truth], "predicted": [names[row] for row in predicted]}
+    columns["scores"] = [[f"{s:.4f}" for s in row[own]] for row, own in zip(scores, predicted, strict=True)]
+    columns = {name: [";".join(each) for each in lists] for name, lists in columns.items()}
+    pd.DataFrame({"clip": clip_names, **columns}).to_csv(f"{folder}/predictions.csv", index=False)
+    right, wanted, found = (pd.Series(part.sum(0)) for part in (truth & predicted, truth, predicted))
+    columns = {"label": names, "clips": wanted, "recognised": right}
+    columns |= {"recall": right / wanted, "precision": right / found}
+    each = [average_precision(truth[:, i], scores[:, i]) if n else None for i, n in enumerate(wanted)]
+    table = pd.DataFrame({**columns, "average_precision": pd.Series(each, dtype=float)})
+    table.to_csv(f"{folder}/classes.csv", index=False, float_format="%.4f")
+
+
 def draw_curve(folder, history):
-    """`training_curve.png` of entries with `step` and `loss` or `eval_accuracy`, if there are two points of either."""
+    """`training_curve.png` of entries with `step` and `loss` or the main metric, if there are two points of either."""
     path = Path(folder, "training_curve.png")
     path.unlink(missing_ok=True)
-    if all(sum(key in entry for entry in history) < 2 for key in ("loss", "eval_accuracy")):
+    measured = f"eval_{next(filter(None, map(main_metric, history)), 'accuracy')}"
+    if all(sum(key in entry for entry in history) < 2 for key in ("loss", measured)):
         return
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.5), layout="tight")
     left = figure.subplots()
     right = left.twinx()
-    for axes, key, colour in ((left, "loss", "tab:blue"), (right, "eval_accuracy", "tab:orange")):
+    for axes, key, colour in ((left, "loss", "tab:blue"), (right, measured, "tab:orange")):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        few = key == "eval_accuracy" or len(points) < 10
+        few = key == measured or len(points) < 10
         axes.plot(*zip(*points, strict=True), color=colour, marker="." if few else None)
         axes.set_ylabel(key, color=colour)
     right.set_ylim(0, 1)
     left.set_xlabel("optimizer steps")
     figure.savefig(path, dpi=80)
+
+
+# How the Hub calls the metrics of a card.
+METRIC_TYPES = {"accuracy": "accuracy", "top5_accuracy": "accuracy", "mean_class_accuracy": "recall"}
+METRIC_TYPES |= {"mean_average_precision": "mean_average_precision", "micro_average_precision": "average_precision"}
 
 
 def write_card(folder, repo_id, model_args, data_args, metrics, settings):
@@ -382,12 +433,11 @@ def write_card(folder, repo_id, model_args, data_args, metrics, settings):
             metric_name=name,
             metric_value=round(metrics[f"eval_{name}"], 4),
         )
-        for kind, name in (("accuracy", "accuracy"), ("accuracy", "top5_accuracy"), ("recall", "mean_class_accuracy"))
+        for name, kind in METRIC_TYPES.items()
         if metrics and f"eval_{name}" in metrics
     ]
     if hub_data and results:
-        notes = f"accuracy on the split {data_args.validation_split}"
-        write_eval_results(folder, hub_data, metrics["eval_accuracy"], notes)
+        write_eval_results(folder, hub_data, metrics, f"the split {data_args.validation_split}")
     card = ModelCardData(
         model_name=title,
         license=licence(base),
@@ -399,23 +449,32 @@ def write_card(folder, repo_id, model_args, data_args, metrics, settings):
     )
     measured = "".join(f"| {result.metric_name} | {result.metric_value:.4f} |\n" for result in results)
     if measured:
-        low, high = (metrics[f"eval_accuracy_{bound}"] for bound in ("low", "high"))
-        measured = (
-            f"| on the validation clips | |\n| --- | --- |\n{measured}\n"
-            f"The 95 % interval (Wilson's) of the accuracy is {low:.4f} to {high:.4f}.\n\n"
-        )
+        measured = f"| on the validation clips | |\n| --- | --- |\n{measured}\n{_about_metrics(metrics)}\n\n"
     curve = "![training curve](training_curve.png)\n\n" if Path(folder, "training_curve.png").exists() else ""
     origin = f"fine-tuned from {hub_base or Path(base).name}" if base else "trained from scratch"
     if model_args.lora_rank:
         origin += f" (LoRA of rank {model_args.lora_rank}, merged; the adapter alone is in `adapter/`)"
+    several = read_json(f"{folder}/config.json").get("problem_type") == SEVERAL
+    kind = "A video classifier, which gives each label a score of its own" if several else "A video classifier"
+    options = ', function_to_apply="sigmoid"' if several else ""  # said to pipelines of before transformers 5.23, too
     Path(folder, "README.md").write_text(
-        f"---\n{card.to_yaml()}\n---\n\n# {title}\n\nA video classifier, {origin} on {clips}.\n\n```python\n"
+        f"---\n{card.to_yaml()}\n---\n\n# {title}\n\n{kind}, {origin} on {clips}.\n\n```python\n"
         f'from transformers import pipeline\n\nclassifier = pipeline("video-classification", '
-        f'model="{repo_id or "."}", trust_remote_code=True)\nclassifier("clip.mp4")\n```\n\n{measured}'
+        f'model="{repo_id or "."}", trust_remote_code=True)\nclassifier("clip.mp4"{options})\n```\n\n{measured}'
         f"{curve}The arguments of the run are in `training_args.json`.\n",
         encoding="utf-8",
     )
     write_json(f"{folder}/training_args.json", settings)
+
+
+def _about_metrics(metrics):
+    if "eval_accuracy_low" in metrics:
+        low, high = (metrics[f"eval_accuracy_{bound}"] for bound in ("low", "high"))
+        return f"The 95 % interval (Wilson's) of the accuracy is {low:.4f} to {high:.4f}."
+    return (
+        f"The mean is over the {metrics['eval_measured_labels']} labels that some validation clip has; the other "
+        "metric takes all pairs of clip and label as one ranking."
+    )
 
 
 def write_json(path, value):

@@ -1,6 +1,6 @@
 // A VideoMamba classifier in the browser: frames of a file or the camera to labels, with ONNX Runtime's WebAssembly.
 // Frames are sampled, resized and normalised as VideoMambaVideoProcessor does it.
-import { framesToPixelValues, sampleIndices, sampleTimes, softmax } from "./preprocessing.js";
+import { framesToPixelValues, sampleIndices, sampleTimes, toScores } from "./preprocessing.js";
 import { Stream, canStream } from "./stream.js";
 
 const CAMERA_STEPS = 4; // that a streaming model classifies together: more are surer, fewer follow a change sooner
@@ -22,10 +22,11 @@ async function load() {
   ort.env.wasm.numThreads = 1; // the loop over tokens is serial: more threads make it slower
   const session = await ort.InferenceSession.create("model.onnx");
   if (canStream(session) && config.pooling_window !== 1) throw new Error("export it with --browser.");
-  classifier = { labels: config.id2label, settings, session };
+  const several = config.problem_type === "multi_label_classification"; // each label has a score of its own
+  classifier = { labels: config.id2label, several, settings, session };
   const names = Object.values(config.id2label);
   element("knows").textContent =
-    `This model knows ${names.length} labels and answers with one of them, whatever a clip shows: ` +
+    `This model knows ${names.length} labels and ${several ? "scores each for itself" : "answers with one of them, whatever a clip shows"}: ` +
     names.slice(0, 12).join(", ") + (names.length > 12 ? " and so on." : ".");
   fileInput.disabled = cameraButton.disabled = false;
   say("Ready.");
@@ -59,10 +60,10 @@ async function logitsOf({ data, shape }, stream) {
 }
 
 async function classify(frames, stream) {
-  const { labels, settings } = classifier;
+  const { labels, several, settings } = classifier;
   const pixelValues = framesToPixelValues(frames, settings);
   const start = performance.now();
-  const scores = softmax(await logitsOf(pixelValues, stream));
+  const scores = toScores(await logitsOf(pixelValues, stream), several);
   const ranked = [...scores.keys()].sort((a, b) => scores[b] - scores[a]).slice(0, 5);
   element("labels").replaceChildren(...ranked.map((i) => {
     const row = document.createElement("tr");

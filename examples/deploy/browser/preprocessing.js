@@ -81,7 +81,8 @@ export function framesToPixelValues(frames, settings) {
   return { data, shape: [1, frames.length, 3, height, width] };
 }
 
-export function softmax(logits) {
+export function toScores(logits, several) {
+  if (several) return Array.from(logits, (logit) => 1 / (1 + Math.exp(-logit)));
   const largest = Math.max(...logits), powers = Array.from(logits, (logit) => Math.exp(logit - largest));
   const sum = powers.reduce((a, b) => a + b, 0);
   return powers.map((power) => power / sum);

@@ -67,11 +67,10 @@ MAX_MEGABYTES = 50
 MAX_SECONDS = 60
 VISITORS = 2  # clips that are read at once; others wait in line
 WAITING = 20
-KEPT_SECONDS, SWEEP_SECONDS = (
-    300,
-    30,
-)  # clips and results older than the first are deleted every time the second passes
+# Clips and results older than the first are deleted every time the second passes.
+KEPT_SECONDS, SWEEP_SECONDS = 300, 30
 PLAYED = {".mp4", ".webm", ".mov", ".m4v", ".ogv"}  # by browsers, as far as their codecs are known to them
+THRESHOLD = 0.5  # the least score of a label that holds, where several may
 PANE = 224  # pixels of each picture in the overlay
 LIVE_SECONDS = 60  # a camera is looked at for so long, then again if asked
 LIVE_FPS = 8  # frames a second of a camera, if the checkpoint does not say
@@ -87,6 +86,7 @@ class Checkpoint:
         options = {"trust_remote_code": True} if OWN_CODE else {}
         self.model = AutoModelForVideoClassification.from_pretrained(name, **options).eval()
         self.processor = AutoVideoProcessor.from_pretrained(name, **options)
+        self.gives_several = self.model.config.problem_type == "multi_label_classification"
         self.lock = threading.Lock()
         # A model that streams computes each frame of a camera once.
         reason = getattr(sys.modules[type(self.model.config).__module__], "unstreamable_reason", lambda _: "unknown")
@@ -115,10 +115,14 @@ class Checkpoint:
     def run(self, pixel_values):
         """Scores (labels,), the last layer's step sizes and the reading map, both (n_t, n_h, n_w)."""
         with self.lock, torch.no_grad():
-            scores = self.model(pixel_values).logits.softmax(-1)[0]
+            scores = self.to_scores(self.model(pixel_values).logits)[0]
             delta = self.model.delta_maps(pixel_values, layers=[-1]).maps[0].mean(1)[0]
             reading = self.model.reading_maps(pixel_values)[0]
         return scores, delta.numpy(), reading.numpy()
+
+    def to_scores(self, logits):
+        """(..., labels): of one label among all, or of each for itself."""
+        return logits.sigmoid() if self.gives_several else logits.softmax(-1)
 
     def pictures(self, pixel_values):
         """What the model saw: (T, H, W, 3) uint8, from normalised `pixel_values` (1, T, C, H, W)."""
@@ -148,7 +152,7 @@ class Camera:
             output = model(clip, **options)
         self.cache = output.cache if self.checkpoint.streams else None
         self.frames = [] if self.checkpoint.streams else self.frames[len(self.frames) // 2 :]
-        return output.logits.softmax(-1)[0]
+        return self.checkpoint.to_scores(output.logits)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,6 +210,8 @@ def knowledge(checkpoint):
     """What a checkpoint can answer, in a sentence."""
     names = list(checkpoint.model.config.id2label.values())
     shown = ", ".join(names[:12]) + (" and so on" if len(names) > 12 else "")
+    if checkpoint.gives_several:
+        return f"It knows {len(names)} labels, of which any number may hold, each with a score of its own: *{shown}*."
     return f"It knows {len(names)} labels, and answers with one of them whatever the clip shows: *{shown}*."
 
 
@@ -242,6 +248,9 @@ def classify(path, checkpoint, folder):
         f"**{done - start:.2f} s**: {read - start:.2f} s to read {read_frames}, {done - read:.2f} s for scores and "
         f"maps. For *{labels[int(scores.argmax())]}*:"
     )
+    if checkpoint.gives_several:
+        holding = [labels[i] for i in scores.argsort(descending=True).tolist() if scores[i] >= THRESHOLD]
+        summary = f"From {THRESHOLD:.0%} on: **{', '.join(holding) or 'no label'}**.\n\n{summary}"
     if Path(path).suffix.lower() not in PLAYED:
         summary = (
             f"Browsers do not play {Path(path).suffix} files: the player stays empty, the scores hold.\n\n{summary}"
