@@ -17,18 +17,22 @@ def test_speeds_are_those_that_the_scripts_log():
     assert benchmark_scaling.speeds_of("".join(logged[:2])) is None
 
 
+TRAINING = [("training", name, "1") for name in ("plain loop", "Trainer")]
+TRAINING += [("training", f"{name}, DDP", "2") for name in ("plain loop", "Trainer")]
+CLIP = [(f"{task} of one clip", "16 frames", count) for task in ("inference", "training") for count in "12"]
+FILES = [("files", "classify_clips.py", count) for count in "12"]
+
+
 @pytest.mark.slow
-def test_rows_of_one_and_two_processes(bars, tmp_path, python):
-    options = "--tiny --processes 1 2 --num_workers 1 --batch_size 2 --max_steps 10 --files 6 --sharding DDP"
+@pytest.mark.parametrize(("parts", "expected"), [("training", TRAINING), ("context files", CLIP + FILES)])
+def test_rows_of_one_and_two_processes(bars, tmp_path, python, parts, expected):
+    options = "--tiny --processes 1 2 --num_workers 1 --batch_size 2 --max_steps 5 --files 6 --sharding DDP"
     script = Path(benchmark_scaling.__file__)
-    python.run([script, bars, "--output", tmp_path, *options.split()], path=[script.parents[2]])
+    options = [*options.split(), "--parts", *parts.split()]
+    python.run([script, bars, "--output", tmp_path, *options], path=[script.parents[2]])
     with open(tmp_path / "scaling.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    training = [("training", name, "1") for name in ("plain loop", "Trainer")]
-    training += [("training", f"{name}, DDP", "2") for name in ("plain loop", "Trainer")]
-    clip = [(f"{task} of one clip", "16 frames", count) for task in ("inference", "training") for count in "12"]
-    files = [("files", "classify_clips.py", count) for count in "12"]
-    assert [(row["task"], row["how"], row["processes"]) for row in rows] == training + clip + files
+    assert [(row["task"], row["how"], row["processes"]) for row in rows] == expected
     for row in rows:
         alone = next(r for r in rows if r["task"] == row["task"] and row["how"].startswith(r["how"]))
         ratio = float(row["clips_per_s"]) / float(alone["clips_per_s"]) / int(row["processes"])

@@ -18,6 +18,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from modeling_videomamba import video_decoding, video_demuxer, video_frames, video_sources
@@ -447,6 +448,20 @@ def test_frames_are_transformed_one_by_one(video):
     assert frames.shape == (3, 3, 32, 48) and seen == [(3, 64, 96)] * 2
     assert read_numbers(frames.permute(0, 2, 3, 1)) == [30, 30, 4]
     assert (metadata.height, metadata.width) == (64, 96)
+
+
+@each_decoder
+def test_frames_are_put_where_the_caller_says(video, decoder):
+    memory, shapes = torch.zeros(3 * 64 * 96 * 3 + 1, dtype=torch.uint8), []
+
+    def empty(shape):
+        shapes.append(shape)
+        return memory[:-1].view(shape)
+
+    frames, _ = decode_video(video("h264.mp4"), lambda metadata: [30, 30, 4], decoder, empty=empty)
+    assert shapes == [(3, 64, 96, 3)] and memory[-1] == 0
+    assert read_numbers(memory[:-1].view(3, 64, 96, 3)) == [30, 30, 4]
+    assert np.shares_memory(frames, memory.numpy())
 
 
 def test_an_error_that_is_kept_keeps_no_decoder(tmp_path, video):

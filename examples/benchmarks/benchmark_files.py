@@ -247,10 +247,10 @@ def measure(name, files, models, arguments):
     clip, _ = processor.fetch_videos(files[0], processor.sample_frames)
     sizes = [processor.fetch_videos(file, processor.sample_frames)[0].nbytes for file in files[:12]]
     slot_bytes = min(max(sizes), 2**27)  # that of most clips
-    start = time.perf_counter()
-    for _ in DataLoader(Decoded(files[:12], processor), None, num_workers=1):
-        pass
-    each = (time.perf_counter() - start) / len(files[:12]) / max(1, arguments.num_workers)
+    times = [
+        time.perf_counter() for _ in DataLoader(Decoded((files * 12)[:12], processor), None, num_workers=1)
+    ]  # when each was decoded; the first waits for its process
+    each = (times[-1] - times[0]) / 11 / max(1, arguments.num_workers)
     least = arguments.num_workers * (2 * arguments.batch_size if arguments.compare else 4)
     count = max(least, round(arguments.seconds / each))
     files = (files * (count // len(files) + 1))[:count]

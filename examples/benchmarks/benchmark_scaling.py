@@ -7,8 +7,8 @@ What several GPUs bring: training, one long clip over all of them, and files to 
 
 VideoMamba-S with random weights, 16 frames. Each figure is of a command of this repository, run as a user runs it:
 
-- `training`: both full scripts with `DistributedDataParallel` and FSDP2, bfloat16, cached frames, `--batch_size` clips
-  a GPU: the median of the speeds that they log, without the first two;
+- `training`: both full scripts with `DistributedDataParallel` and FSDP2, bfloat16, `--batch_size` clips a GPU, of 48
+  clips whose frames are soon cached: the median of the speeds that they log, without the first two;
 - `inference` and `training` of `one clip`: `benchmark_parallel.py`, clips of 2,048 and 4,096 frames (its own table and
   plot lie beside);
 - `files`: `classify_clips.py`, bfloat16, with as many workers a GPU as for one; `decode` is what all workers of that
@@ -118,14 +118,15 @@ class Scaling:
             return None
         return text
 
-    def listed(self, count):
-        return (self.clips * (count // len(self.clips) + 1))[:count]
+    def listed(self, count, different=None):
+        clips = self.clips[:different]
+        return (clips * (count // len(clips) + 1))[:count]
 
     # -----------------------------------------------------------------------------------------------------------------
 
     def training(self, count):
         arguments = self.arguments
-        clips = self.listed(arguments.max_steps * arguments.batch_size * count)
+        clips = self.listed(arguments.max_steps * arguments.batch_size * count, 48)
         with open(self.output / "train.csv", "w", newline="", encoding="utf-8") as file:
             rows = [(path, number % 2) for number, path in enumerate(clips)]
             csv.writer(file).writerows([("video", "label"), *rows])
