@@ -303,7 +303,7 @@ def _find_repeats(frames, indices):
     # Means of green over a fourteenth of height and width: to them compression does little, motion anywhere much.
     green = frames[:, min(1, frames.shape[1] - 1), ::4, ::2].float()
     means = torch.nn.functional.avg_pool2d(green, [max(1, side // 14) for side in green.shape[1:]])
-    change = (means[1:] - means[:-1]).abs().flatten(1).amax(1).numpy()
+    change = (means[1:] - means[:-1]).abs().flatten(1).amax(1).cpu().numpy()
     return same | (change <= _COMPRESSION) if change.max() > _MOTION else same
 
 

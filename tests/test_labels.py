@@ -191,19 +191,17 @@ def test_labels_on_a_gpu_are_checked_without_waiting(kind, labels, message):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind, labels", [(KINDS[0], "[0, 3]"), (KINDS[1], "[[0.0, 0.5, 2.0]] * 2")])
 def test_labels_on_a_gpu_out_of_range_are_named(kind, labels):
-    """In a process of its own: the assertion ends the process's work on the GPU."""
+    """In a process of its own: the assertion ends the process's work on the GPU, at this or a later call."""
     code = f"""
 import torch
 from modeling_videomamba import VideoMambaConfig
 from modeling_videomamba.loss_videomamba import classification_loss
 logits = torch.zeros(2, 3, device="cuda", requires_grad=True)
 classification_loss(torch.tensor({labels}, device="cuda"), logits, VideoMambaConfig(problem_type={kind!r}))
-print("the loss is asked for", flush=True)
 torch.cuda.synchronize()
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0 and "the loss is asked for" in done.stdout
-    assert "`labels` must be " in done.stderr
+    assert done.returncode != 0 and "`labels` must be " in done.stderr
 
 
 def test_the_kind_of_problem_is_forgotten_with_the_number_of_labels(tmp_path):
