@@ -412,8 +412,8 @@ class EvalTransform:
 
 class Normalize:
     """
-    The last step of the processors, on the model's device: uint8 in, float32 out. As bytes, clips take a quarter of the
-    memory and of the way there.
+    The last step of the processors, on the model's device: uint8 in, float32 out. As bytes, clips take a quarter of
+    the memory and of the way there.
     """
 
     def __init__(self, processor, device):
