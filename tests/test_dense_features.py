@@ -80,6 +80,14 @@ def test_names_must_differ(films, tmp_path, monkeypatch):
         run(monkeypatch, films, tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["settings", "features"])
+def test_names_of_the_tables_are_refused(films, tmp_path, monkeypatch, name):
+    """Of such a film the description would take the place of the folder's: the next run would stop at it."""
+    write_video(films / f"{name}.mp4", 4)
+    with pytest.raises(SystemExit, match=f"a file called {name}, .* {name}.json"):
+        run(monkeypatch, films, tmp_path / "out")
+
+
 def test_a_film_without_frames_is_named(monkeypatch):
     monkeypatch.setattr(dense_features, "read_frames", lambda *_: iter(()))
     tagger = dense_features.FeatureTagger(str(CAMERA_MOTION), "cpu", 25)

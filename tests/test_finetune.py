@@ -170,6 +170,23 @@ def test_a_part_is_held_out_if_there_is_no_validation_split(bars, tmp_path):
     assert not paths[0] & paths[1] and len(paths[0] | paths[1]) == 8
 
 
+@pytest.mark.parametrize(("train", "validation"), [("Train", "Validation"), ("train", "Val"), ("TRAINING", "dev")])
+def test_splits_are_found_however_they_are_written(bars, tmp_path, train, validation):
+    """datasets knows small letters alone, and would take all clips for training."""
+    shutil.copytree(bars / "train", tmp_path / train)
+    shutil.copytree(bars / "validation", tmp_path / validation)
+    splits = finetune.load_clips(str(tmp_path), 0.5, seed=0)
+    found = {split: {Path(video["path"]).parts[-3] for video in part["video"]} for split, part in splits.items()}
+    assert found == {"train": {train}, "validation": {validation}}
+
+
+def test_a_validation_folder_without_clips_is_none(bars, tmp_path):
+    shutil.copytree(bars / "train", tmp_path / "train")
+    (tmp_path / "validation" / NAMES[0]).mkdir(parents=True)
+    splits = finetune.load_clips(str(tmp_path), 0.5, seed=0)
+    assert {split: len(part) for split, part in splits.items()} == {"train": 4, "validation": 4}
+
+
 def test_training_clips_are_cropped_and_others_prepared_as_for_users(bars, start):
     processor = AutoVideoProcessor.from_pretrained(start)
     rows = finetune.load_clips(str(bars), 0.2, seed=0)["train"][:2]
@@ -220,6 +237,10 @@ def test_what_is_decayed_is_what_the_full_scripts_decay(start, tmp_path):
 def test_a_folder_without_labels_is_refused(bars, tmp_path):
     shutil.copytree(bars / "train" / NAMES[0], tmp_path / "train")
     with pytest.raises(ValueError, match="each label needs a sub-folder of clips"):
+        finetune.load_clips(str(tmp_path), 0.2, seed=0)
+    # The names of the splits are no labels.
+    shutil.copytree(bars / "validation" / NAMES[1], tmp_path / "validation")
+    with pytest.raises(ValueError, match="Some training clips .* have no label.* each label needs a sub-folder"):
         finetune.load_clips(str(tmp_path), 0.2, seed=0)
 
 

@@ -197,6 +197,8 @@ def test_without_a_gpu_it_is_the_same(channels, groups):
         ({"delta": torch.zeros(2, 20, 32)}, r"`delta` must have the shape \(2, 32, 20\).* got \(2, 20, 32\)"),
         ({"D": torch.zeros(16)}, r"`D` must have the shape \(32,\)"),
         ({"B": torch.zeros(32, 16)}, "`B` and `C` must have the shape"),
+        ({"u": torch.zeros(2, 32, 20, dtype=torch.int32)}, r"`u` must have floating point .* got torch.int32"),
+        ({"u": torch.zeros(32, 20)}, r"`u` must .* \(B, E, L\).* got torch.float32, \(32, 20\)"),
     ],
 )
 def test_what_it_does_not_take_is_refused(change, message):

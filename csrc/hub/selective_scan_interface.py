@@ -278,6 +278,8 @@ def selective_scan_fn(
 
 
 def _check(u, delta, A, B, C, D, z, delta_bias):
+    if u.ndim != 3 or not u.is_floating_point():
+        raise ValueError(f"`u` must have floating point numbers, (B, E, L); got {u.dtype}, {tuple(u.shape)}.")
     batch, channels, tokens = u.shape
     if A.is_complex() or A.ndim != 2:
         raise ValueError(f"`A` must be real, of the shape (E, N); got {A.dtype}, {tuple(A.shape)}.")

@@ -133,14 +133,19 @@ def load_clips(name, validation_fraction, seed):
     videos = [column for column, kind in features.items() if isinstance(kind, Video)]
     labels = [column for column, kind in features.items() if isinstance(getattr(kind, "feature", kind), ClassLabel)]
     labels = labels or [column for column, kind in features.items() if isinstance(kind, List) and is_text(kind)]
+    advice = (
+        f"In a folder, each label needs a sub-folder of clips: {name}/train/<label>/<clips>; or "
+        f"{name}/train/metadata.jsonl says the labels of each clip."
+    )
     if len(videos) != 1 or len(labels) != 1:
         raise ValueError(
             f"{name} must have a split 'train' with one column of videos and one of class labels, or of lists of "
-            f"labels, but has {clips.column_names}. In a folder, each label needs a sub-folder of clips: "
-            f"{name}/train/<label>/<clips>; or {name}/train/metadata.jsonl says the labels of each clip."
+            f"labels, but has {clips.column_names}. {advice}"
         )
     clips = clips.select_columns([videos[0], labels[0]])
     clips = clips.rename_columns({old: new for old, new in ((videos[0], "video"), (labels[0], "label")) if old != new})
+    if not isinstance(clips["train"].features["label"], List) and None in clips["train"]["label"][:]:
+        raise ValueError(f"Some training clips of {name} have no label. {advice}")
     clips = clips.cast_column("video", Video(decode=False))  # the processor decodes, only the frames that it needs
     if is_text(clips["train"].features["label"]):
         names = sorted(labels_that_occur(clips["train"]))
@@ -155,13 +160,14 @@ def load_clips(name, validation_fraction, seed):
 
 def find_splits(folder):
     """
-    Where the splits of a local folder are; None if it has no train/. Left to itself, datasets takes a label such as
-    "train_in_out" for a split, and its validation clips for training clips.
+    Where the splits of a local folder are, in small or large letters; None if it has no train/. Left to itself,
+    datasets takes a label such as "train_in_out" for a split, and the clips of Validation/ for training clips.
     """
     names = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev")}
-    folders = {split: [each for each in known if os.path.isdir(f"{folder}/{each}")] for split, known in names.items()}
-    files = {split: [f"{each}/**" for each in found] for split, found in folders.items() if found}
-    return files if "train" in files else None
+    folders = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    folders = [each for each in folders if any(files for *_, files in os.walk(f"{folder}/{each}", followlinks=True))]
+    files = {split: [f"{each}/**" for each in folders if each.lower() in known] for split, known in names.items()}
+    return {split: found for split, found in files.items() if found} if files["train"] else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
