@@ -332,6 +332,8 @@ def write_dense(args, state):
         raise ValueError(f"--dense takes a folder or a list of files, not a data set ({args.source}).")
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"{args.source} has several files called {twice[0]}, whose features would have one name.")
+    if taken := sorted({"features", "settings"} & set(names)):
+        raise ValueError(f"{args.source} has a file called {taken[0]}, but {taken[0]}.json tells of all. Rename it.")
     args.output.mkdir(parents=True, exist_ok=True)
     tagger = FeatureTagger(args.model, state.device, 25)
     tagger.model.to(getattr(torch, args.dtype))
