@@ -165,6 +165,7 @@ def test_lists_and_data_sets(clips, tmp_path, monkeypatch, capsys):
     (tmp_path / "clips.csv").write_text(f"path,label\n{file},left\n")
     classify(monkeypatch, tmp_path / "clips.txt", tmp_path / "a")
     assert ": 1 clip; 1 could not be read" in capsys.readouterr().out
+    assert classify_clips.list_clips(file, "train") == ([classify_clips.Clip(str(file), None)], None)
     classify(monkeypatch, tmp_path / "clips.csv", tmp_path / "b")
     data = datasets.Dataset.from_dict(
         {"clip": [{"bytes": file.read_bytes(), "path": "x.mp4"}], "label": [1]},

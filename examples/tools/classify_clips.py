@@ -37,7 +37,7 @@ VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpe
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="a folder, a .csv with path (and label), a text file of paths, or a data set")
+    parser.add_argument("source", help="a folder or video, a .csv with path (and label), list of paths, or a data set")
     parser.add_argument("--split", default="train", help="split of a data set")
     add_model(parser)
     parser.add_argument("--output", type=Path, required=True, help="folder for the Parquet files")
@@ -108,6 +108,8 @@ def list_clips(source, split):
         if rows and "path" not in rows[0]:
             raise ValueError(f"{path} has the columns {', '.join(rows[0])}; one of them must be called path.")
         return [Clip(row["path"], row.get("label", row.get("labels"))) for row in rows], None
+    elif path.is_file() and path.suffix.lower() in VIDEO_SUFFIXES:
+        return [Clip(str(path), None)], None
     elif path.is_file():
         return [Clip(line, None) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()], None
     return _list_data_set(source, split)
