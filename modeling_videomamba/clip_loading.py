@@ -9,6 +9,7 @@ model on the caller's. `predict_clips` fetches results while the next batches ru
 import contextlib
 import mmap
 import multiprocessing
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -147,12 +148,16 @@ class _Ring:
     Slots of shared memory, as bytes: (slots, size); and those that are free, once an event has happened.
 
     (The memory is that of arrays of `multiprocessing`, which is shared however processes start, and lies in a file
-    where /dev/shm is too small. An array would be filled with zeros first, half a second for 500 MB.)
+    where /dev/shm is too small. An array would be filled with zeros first, half a second for 500 MB. Pages are taken
+    at their first use; but where they may run out, all at once: without, a worker would die of a bus error.)
     """
 
     def __init__(self, count: int, size: int):
         self.size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE  # two slots never share a page that is locked
-        self.memory = BufferWrapper(count * self.size + mmap.PAGESIZE)
+        try:
+            self.memory = _reserved(count * self.size + mmap.PAGESIZE)
+        except OSError:  # another process was faster; now `multiprocessing` sees that too little is free
+            self.memory = _reserved(count * self.size + mmap.PAGESIZE)
         whole = torch.frombuffer(self.memory.create_memoryview(), dtype=torch.uint8)
         self.start = -whole.data_ptr() % mmap.PAGESIZE
         self.bytes = whole[self.start :][: count * self.size].view(count, self.size)
@@ -170,6 +175,17 @@ class _Ring:
             return found.too_large
         count = torch.Size(found.shape).numel()
         return self.bytes[slot, :count].view(found.shape).permute(0, 3, 1, 2)
+
+
+def _reserved(size: int) -> BufferWrapper:
+    """So many bytes, which nobody else may take if 16 loaders like this one would use up what is free."""
+    memory = BufferWrapper(size)
+    arena = memory._state[0][0]
+    if hasattr(os, "posix_fallocate"):
+        free = os.fstatvfs(arena.fd)
+        if free.f_bavail * free.f_frsize < 16 * size:
+            os.posix_fallocate(arena.fd, 0, arena.size)
+    return memory
 
 
 def _tasks(batches, ring: _Ring) -> Iterator[tuple]:

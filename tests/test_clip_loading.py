@@ -1,10 +1,12 @@
 """Many clips through worker processes: the processor's pixels, the model's scores, nothing lost or left behind."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from modeling_videomamba import (
     VideoMambaVideoProcessor,
     predict_clips,
 )
+from modeling_videomamba.clip_loading import _Ring
 from video_files import write_video
 
 
@@ -124,6 +127,37 @@ def test_what_the_model_raises_arrives(files, processor):
 def test_bad_arguments(files, processor):
     with pytest.raises(ValueError, match="`batch_size` is 0"):
         ClipLoader(files, processor, 0)
+
+
+def test_little_shared_memory_is_the_loader_s_own(files, processor, monkeypatch):
+    """Else two loaders would count on the same memory, and a worker would die of a bus error. Of much, none is taken
+    before it is used: that would take time."""
+
+    def taken(free):
+        pages, reserve = [], os.posix_fallocate
+        monkeypatch.setattr(os, "fstatvfs", lambda _: SimpleNamespace(f_bavail=free, f_frsize=1))
+        monkeypatch.setattr(os, "posix_fallocate", lambda *where: pages.append(where[-1]) or reserve(*where))
+        ring = _Ring(2, 2**22)
+        monkeypatch.undo()
+        return sum(pages) >= ring.bytes.nbytes, 512 * os.fstat(ring.memory._state[0][0].fd).st_blocks
+
+    asked, held = taken(2**26)
+    assert asked and held >= 2**23
+    asked, held = taken(2**33)
+    assert not asked and held < 2**23
+
+
+def test_where_another_process_was_faster_the_memory_is_looked_for_once_more(monkeypatch):
+    calls = []
+
+    def full(*where):
+        calls.append(where)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fstatvfs", lambda _: SimpleNamespace(f_bavail=2**26, f_frsize=1))
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    assert _Ring(2, 2**22).bytes.shape == (2, 2**22) and len(calls) == 2
 
 
 class SlowFirst(list):
