@@ -49,7 +49,8 @@ class ClipLoader:
     A batch consists of the same clips in every run. Batches come when they are complete, in about their order: a clip
     that takes long holds up its own batch, and that of the clip that waits for the same worker, and no other. Clips
     that cannot be read are left out of their batch, with the reason. Pixels are those that the processor makes of the
-    file; where a GPU resizes, some differ by one level of 255.
+    file; where a GPU resizes, some differ by one level of 255, and whether pictures repeat (`sampling_fps`) is seen in
+    frames as they were decoded.
 
     Memory is bounded: `2 * num_workers + 5` slots, and the clips of batches that are not complete, resized.
 

@@ -220,6 +220,27 @@ def test_data_sets_with_lists_of_labels(coloured, tmp_path):
         load(**folders | {"validation_dir": strange / "validation"})
 
 
+def test_numbers_of_a_short_list_are_those_of_a_long_one(tmp_path):
+    """They have as many digits as the largest, which the validation clips need not have."""
+    root = tmp_path / "videos"
+    touch(root / "a.mp4", root / "b.mp4")
+    (tmp_path / "train.txt").write_text("a.mp4 2 11\nb.mp4 3\n")
+    (tmp_path / "validation.txt").write_text("a.mp4 3 2\nb.mp4\n")
+    lists = {f"{split}_list": str(tmp_path / f"{split}.txt") for split in ("train", "validation")}
+    options = {"video_root": str(root), "list_columns": "path,labels", "allow_missing_classes": True}
+    splits, names = load(**lists, **options)
+    assert names == ["02", "03", "11"] and splits["validation"]["label"][:] == [[0, 1], []]
+    with pytest.raises(ValueError, match="labels \\['02'\\], but"):
+        data.match_labels(splits["train"], ["3", "11"])
+
+
+def test_clips_of_which_none_has_a_label_are_refused(tmp_path):
+    touch(tmp_path / "videos" / "a.mp4")
+    (tmp_path / "train.csv").write_text("video,labels\na.mp4,\n")
+    with pytest.raises(ValueError, match="None of the train clips has a label"):
+        load(["train"], train_list=str(tmp_path / "train.csv"), video_root=str(tmp_path / "videos"))
+
+
 def test_turned_clips_take_all_their_swapped_labels():
     args = DataArguments(jitter=0.0, min_crop_area=1.0)
     train = data.TrainTransform(None, tiny_processor(), args, [1, 0, 2], None, num_labels=3)

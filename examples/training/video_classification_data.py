@@ -92,6 +92,8 @@ def load_clips(args, wanted, seed, failures):
                 )
             clips = number_labels(clips, sorted(labels_that_occur(clips)))
         names = names or label_names(clips)
+        if not names:
+            raise ValueError(f"None of the {split} clips has a label.")
         clips = match_labels(clips, names)
         limit = getattr(args, "max_train_samples" if split == "train" else "max_eval_samples")
         if limit is not None and args.streaming:
@@ -149,6 +151,9 @@ def first_line(error):
 def match_labels(clips, names):
     """Numbers the labels of `clips` as in `names`."""
     own = label_names(clips)
+    if all(map(str.isdecimal, [*own, *names])):  # of a list, with as many digits as its largest number has
+        known = {int(name): name for name in names}
+        own = [label if label in names else known.get(int(label), label) for label in own]
     unknown = set(own) - set(names)
     if unknown:
         raise ValueError(
