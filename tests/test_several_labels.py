@@ -29,6 +29,9 @@ import video_classification_data as data
 from finetune import DecodeFailures
 from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassification, VideoMambaImageProcessor
 from modeling_videomamba.video_decoding import decode_video
+from segments import Window, to_moments, to_segments
+from tag_outputs import write_tables
+from taggers import make_tagger
 from tool_models import CAMERA_MOTION
 from training_clips import COLOURS, tiny_processor, touch, write_coloured_clips
 from video_classification_arguments import DataArguments, ModelArguments
@@ -475,14 +478,14 @@ def test_segments_of_several_labels_overlap(tmp_path):
     """Worked out by hand: "a" holds in two windows of a shot and again in the next, "b" in the second and third."""
     scores = [{"a": 0.9, "b": 0.1}, {"b": 0.8, "a": 0.5}, {"b": 0.6, "a": 0.4}, {"a": 0.3, "b": 0.2}, {"a": 0.7}]
     places = [(0, 0, 2), (0, 1, 3), (0, 2, 4), (0, 3, 5), (1, 5, 7)]
-    windows = [tag_video.Window(*place, own) for place, own in zip(places, scores, strict=True)]
-    segments = tag_video.to_segments(windows, several=True)
+    windows = [Window(*place, own) for place, own in zip(places, scores, strict=True)]
+    segments = to_segments(windows, several=True)
     found = [(s.start, s.end, s.shot, s.label, round(s.score, 4)) for s in segments]
     assert found == [(0, 2.5, 0, "a", 0.7), (1.5, 3.5, 0, "b", 0.7), (5, 7, 1, "a", 0.7)]
-    moments = tag_video.to_moments(windows)
+    moments = to_moments(windows)
     parts = [(0, 1.5, "a"), (1.5, 2.5, "b; a"), (2.5, 3.5, "b"), (3.5, 5, ""), (5, 7, "a")]
     assert [(s.start, s.end, s.label) for s in moments] == parts
-    tag_video.write_tables(tmp_path, "film.mp4", "model", segments, windows, moments)
+    write_tables(tmp_path, "film.mp4", "model", segments, windows, moments)
     assert (tmp_path / "chapters.vtt").read_text() == (
         "WEBVTT\n\n1\n00:00:00.000 --> 00:00:01.500\na\n\n2\n00:00:01.500 --> 00:00:02.500\nb; a\n\n"
         "3\n00:00:02.500 --> 00:00:03.500\nb\n\n4\n00:00:05.000 --> 00:00:07.000\na\n"
@@ -501,7 +504,7 @@ def test_tag_video_writes_all_that_hold(several, tmp_path, monkeypatch, capsys):
     wanted = {label for window in content["windows"] for label, score in window["scores"].items() if score >= 0.5}
     assert {segment["label"] for segment in content["segments"]} == wanted
     logits = torch.tensor([[3.0, 2, 1, 0.5, 0.4, 0.3, -0.2, -1, -2], [-1.0] * 9])
-    found = tag_video.make_tagger(folder, "cpu", 25).best(logits)  # five labels, and more if more hold
+    found = make_tagger(folder, "cpu", 25).best(logits)  # five labels, and more if more hold
     assert list(found[0].values()) == pytest.approx(logits[0, :6].sigmoid().tolist(), abs=1e-4) and len(found[1]) == 5
     (task,) = read(tmp_path / "out" / "label_studio.json")
     assert len(task["predictions"][0]["result"]) == len(content["segments"])
@@ -512,7 +515,7 @@ def test_tag_video_writes_all_that_hold(several, tmp_path, monkeypatch, capsys):
 
 
 def test_a_film_in_which_nothing_holds(several, tmp_path, monkeypatch):
-    monkeypatch.setattr(tag_video, "THRESHOLD", 1.1)
+    monkeypatch.setattr("segments.THRESHOLD", 1.1)
     film = write_video(tmp_path / "film.mp4", 30)
     command = [film, "--model", several[0], "--output", tmp_path / "out", "--no_cuts", "--overlay", "--device", "cpu"]
     run(monkeypatch, tag_video, *command)
