@@ -30,6 +30,7 @@ from finetune import DecodeFailures
 from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassification, VideoMambaImageProcessor
 from modeling_videomamba.video_decoding import decode_video
 from segments import Window, to_moments, to_segments
+from several_labels import has_several, precisions
 from tag_outputs import write_tables
 from taggers import make_tagger
 from tool_models import CAMERA_MOTION
@@ -86,7 +87,7 @@ def test_average_precisions_are_those_of_scikit_learn(ties):
         scores = np.round(scores)
         scores[:, 1] = 0
         scores[:2, 0] = np.inf
-    found = finetune.precisions(scores, labels)
+    found = precisions(scores, labels)
     finite = np.nan_to_num(scores)  # of which scikit-learn takes no others
     expected = [average_precision_score(labels, finite, average=how) for how in ("macro", "micro")]
     names = ("mean_average_precision", "micro_average_precision")
@@ -94,7 +95,7 @@ def test_average_precisions_are_those_of_scikit_learn(ties):
     assert found["measured_labels"] == 5
 
     labels[:, 2] = 0  # scikit-learn counts 0 for this one, and warns
-    found = finetune.precisions(scores, labels)
+    found = precisions(scores, labels)
     others = [0, 1, 3, 4]
     expected = average_precision_score(labels[:, others], finite[:, others])
     assert found["mean_average_precision"] == pytest.approx(expected, rel=1e-12) and found["measured_labels"] == 4
@@ -107,12 +108,12 @@ def test_average_precisions_are_those_of_scikit_learn(ties):
 def test_average_precision_by_hand():
     """Right at ranks 1 and 3: (1 / 1 + 2 / 3) / 2. A clip that could not be read does not count."""
     scores = np.array([[3.0], [2.0], [1.0], [9.0]])
-    found = finetune.precisions(scores, np.array([[1.0], [0.0], [1.0], [-100.0]]))
+    found = precisions(scores, np.array([[1.0], [0.0], [1.0], [-100.0]]))
     assert found["mean_average_precision"] == pytest.approx((1 + 2 / 3) / 2)
     with pytest.raises(ValueError, match="no clip with a label"):
-        finetune.precisions(scores, np.zeros((4, 1)))
+        precisions(scores, np.zeros((4, 1)))
     with pytest.raises(ValueError, match="scores are NaN"):
-        finetune.precisions(np.full((4, 1), np.nan), np.ones((4, 1)))
+        precisions(np.full((4, 1), np.nan), np.ones((4, 1)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,7 +126,7 @@ def listed(source, root, *options, limit=0):
         str(source), str(root), "train", 1, DecodeFailures(str(root.parent / "log"), limit), *options
     )
     names = data.label_names(clips)
-    assert data.has_several(clips)
+    assert has_several(clips)
     return {
         Path(v["path"]).name: [names[n] for n in own] for v, own in zip(clips["video"], clips["label"], strict=True)
     }
