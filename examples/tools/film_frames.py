@@ -82,9 +82,16 @@ class NoCuts:
     event_buffer_length = 0
 
 
-def find_cuts(frames, rate, make_detector=None):
+def adaptive_detector():
+    try:
+        from scenedetect.detectors import AdaptiveDetector
+    except ModuleNotFoundError:
+        sys.exit("Finding cuts needs PySceneDetect: pip install scenedetect")
+    return AdaptiveDetector()
+
+
+def find_cuts(frames, rate, make_detector=adaptive_detector):
     """Yields (frame, whether a shot begins with it, whether a part does), a few frames after they came in."""
-    make_detector = make_detector or adaptive_detector
     detector, waiting, cuts, part = make_detector(), collections.deque(), set(), None
     for frame in itertools.chain(frames, [None]):
         if frame is not None:
@@ -102,14 +109,6 @@ def find_cuts(frames, rate, make_detector=None):
                     _feed(detector, again, rate)
             yield first, is_cut, new_part
             cuts.discard(first.index)
-
-
-def adaptive_detector():
-    try:
-        from scenedetect.detectors import AdaptiveDetector
-    except ModuleNotFoundError:
-        sys.exit("Finding cuts needs PySceneDetect: pip install scenedetect")
-    return AdaptiveDetector()
 
 
 def _feed(detector, frame, rate):

@@ -89,7 +89,7 @@ class Journal:
         self.point, self.finished = point, point is None
 
 
-def tag_parts(film, tagger, point, batch_size, progress, make_detector=None):
+def tag_parts(film, tagger, point, batch_size, progress, make_detector=adaptive_detector):
     """Yields, part by part, its `Window`s and the `Point` at which the next part begins, None at the film's end."""
     shot, origin = tagger.shot(tagger, point.shot), point.origin
     windows, places, clips = [], [], []
