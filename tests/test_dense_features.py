@@ -8,14 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
+import classify_clips
+import dense_features
 from modeling_videomamba.video_decoding import decode_video
+from tool_models import CAMERA_MOTION
 from video_files import write_video
-
-
-pytest.importorskip("scenedetect", reason="tag_video.py's module is used")
-import classify_clips  # noqa: E402
-import dense_features  # noqa: E402
-from tool_models import CAMERA_MOTION  # noqa: E402
 
 
 def run(monkeypatch, source, output, *options):

@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 from transformers import AutoImageProcessor, AutoModelForVideoClassification, AutoVideoProcessor, TrainingArguments
 
 import finetune
+import several_labels
 from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassification, VideoMambaVideoProcessor
 from training_clips import NAMES
 from video_classification_arguments import ModelArguments
@@ -36,9 +37,10 @@ def start(tmp_path_factory):
     return folder
 
 
-def test_the_script_alone_trains_and_pushes(bars, start, hub, python, tmp_path):
-    """Copied alone into an empty folder: from labels of its own to the clips', and to the Hub, whence it loads."""
-    shutil.copy(finetune.__file__, tmp_path)
+def test_a_copied_script_trains_and_pushes(bars, start, hub, python, tmp_path):
+    """In an empty folder, with what its first lines name: from other labels to the clips', and to the Hub and back."""
+    for copied in (finetune, several_labels):
+        shutil.copy(copied.__file__, tmp_path)
     command = ["finetune.py", "--model_name_or_path", start, "--dataset", bars, "--output_dir", "my-classifier"]
     command += ["--num_train_epochs", 2, "--learning_rate", 1e-2, "--use_cpu", "--push_to_hub"]
     command += ["--warmup_steps", 0]  # else the first of two steps, which may be the best one, changes nothing

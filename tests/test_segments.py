@@ -5,6 +5,7 @@ import json
 import pytest
 
 import segments
+import tag_outputs
 from segments import Segment
 
 
@@ -14,7 +15,7 @@ def at(*rows):
 
 def test_a_task_has_frames_from_one_and_all_that_a_region_needs():
     found = at((0.0, 2.0, "walk", 0.75), (2.0, 2.01, "run", 0.25))
-    task = segments.label_studio_task("film.mp4", "you/model", found, rate=25.0)
+    task = tag_outputs.label_studio_task("film.mp4", "you/model", found, rate=25.0)
     assert json.loads(json.dumps(task)) == task and task["data"] == {"video": "film.mp4"}
     (prediction,) = task["predictions"]
     assert (prediction["model_version"], prediction["score"]) == ("you/model", 0.5)

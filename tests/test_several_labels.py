@@ -29,6 +29,10 @@ import video_classification_data as data
 from finetune import DecodeFailures
 from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassification, VideoMambaImageProcessor
 from modeling_videomamba.video_decoding import decode_video
+from segments import Window, to_moments, to_segments
+from several_labels import has_several, precisions
+from tag_outputs import write_tables
+from taggers import make_tagger
 from tool_models import CAMERA_MOTION
 from training_clips import COLOURS, tiny_processor, touch, write_coloured_clips
 from video_classification_arguments import DataArguments, ModelArguments
@@ -83,7 +87,7 @@ def test_average_precisions_are_those_of_scikit_learn(ties):
         scores = np.round(scores)
         scores[:, 1] = 0
         scores[:2, 0] = np.inf
-    found = finetune.precisions(scores, labels)
+    found = precisions(scores, labels)
     finite = np.nan_to_num(scores)  # of which scikit-learn takes no others
     expected = [average_precision_score(labels, finite, average=how) for how in ("macro", "micro")]
     names = ("mean_average_precision", "micro_average_precision")
@@ -91,7 +95,7 @@ def test_average_precisions_are_those_of_scikit_learn(ties):
     assert found["measured_labels"] == 5
 
     labels[:, 2] = 0  # scikit-learn counts 0 for this one, and warns
-    found = finetune.precisions(scores, labels)
+    found = precisions(scores, labels)
     others = [0, 1, 3, 4]
     expected = average_precision_score(labels[:, others], finite[:, others])
     assert found["mean_average_precision"] == pytest.approx(expected, rel=1e-12) and found["measured_labels"] == 4
@@ -104,12 +108,12 @@ def test_average_precisions_are_those_of_scikit_learn(ties):
 def test_average_precision_by_hand():
     """Right at ranks 1 and 3: (1 / 1 + 2 / 3) / 2. A clip that could not be read does not count."""
     scores = np.array([[3.0], [2.0], [1.0], [9.0]])
-    found = finetune.precisions(scores, np.array([[1.0], [0.0], [1.0], [-100.0]]))
+    found = precisions(scores, np.array([[1.0], [0.0], [1.0], [-100.0]]))
     assert found["mean_average_precision"] == pytest.approx((1 + 2 / 3) / 2)
     with pytest.raises(ValueError, match="no clip with a label"):
-        finetune.precisions(scores, np.zeros((4, 1)))
+        precisions(scores, np.zeros((4, 1)))
     with pytest.raises(ValueError, match="scores are NaN"):
-        finetune.precisions(np.full((4, 1), np.nan), np.ones((4, 1)))
+        precisions(np.full((4, 1), np.nan), np.ones((4, 1)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,7 +126,7 @@ def listed(source, root, *options, limit=0):
         str(source), str(root), "train", 1, DecodeFailures(str(root.parent / "log"), limit), *options
     )
     names = data.label_names(clips)
-    assert data.has_several(clips)
+    assert has_several(clips)
     return {
         Path(v["path"]).name: [names[n] for n in own] for v, own in zip(clips["video"], clips["label"], strict=True)
     }
@@ -496,14 +500,14 @@ def test_segments_of_several_labels_overlap(tmp_path):
     """Worked out by hand: "a" holds in two windows of a shot and again in the next, "b" in the second and third."""
     scores = [{"a": 0.9, "b": 0.1}, {"b": 0.8, "a": 0.5}, {"b": 0.6, "a": 0.4}, {"a": 0.3, "b": 0.2}, {"a": 0.7}]
     places = [(0, 0, 2), (0, 1, 3), (0, 2, 4), (0, 3, 5), (1, 5, 7)]
-    windows = [tag_video.Window(*place, own) for place, own in zip(places, scores, strict=True)]
-    segments = tag_video.to_segments(windows, several=True)
+    windows = [Window(*place, own) for place, own in zip(places, scores, strict=True)]
+    segments = to_segments(windows, several=True)
     found = [(s.start, s.end, s.shot, s.label, round(s.score, 4)) for s in segments]
     assert found == [(0, 2.5, 0, "a", 0.7), (1.5, 3.5, 0, "b", 0.7), (5, 7, 1, "a", 0.7)]
-    moments = tag_video.to_moments(windows)
+    moments = to_moments(windows)
     parts = [(0, 1.5, "a"), (1.5, 2.5, "b; a"), (2.5, 3.5, "b"), (3.5, 5, ""), (5, 7, "a")]
     assert [(s.start, s.end, s.label) for s in moments] == parts
-    tag_video.write_tables(tmp_path, "film.mp4", "model", segments, windows, moments)
+    write_tables(tmp_path, "film.mp4", "model", segments, windows, moments)
     assert (tmp_path / "chapters.vtt").read_text() == (
         "WEBVTT\n\n1\n00:00:00.000 --> 00:00:01.500\na\n\n2\n00:00:01.500 --> 00:00:02.500\nb; a\n\n"
         "3\n00:00:02.500 --> 00:00:03.500\nb\n\n4\n00:00:05.000 --> 00:00:07.000\na\n"
@@ -522,7 +526,7 @@ def test_tag_video_writes_all_that_hold(several, tmp_path, monkeypatch, capsys):
     wanted = {label for window in content["windows"] for label, score in window["scores"].items() if score >= 0.5}
     assert {segment["label"] for segment in content["segments"]} == wanted
     logits = torch.tensor([[3.0, 2, 1, 0.5, 0.4, 0.3, -0.2, -1, -2], [-1.0] * 9])
-    found = tag_video.make_tagger(folder, "cpu", 25).best(logits)  # five labels, and more if more hold
+    found = make_tagger(folder, "cpu", 25).best(logits)  # five labels, and more if more hold
     assert list(found[0].values()) == pytest.approx(logits[0, :6].sigmoid().tolist(), abs=1e-4) and len(found[1]) == 5
     (task,) = read(tmp_path / "out" / "label_studio.json")
     assert len(task["predictions"][0]["result"]) == len(content["segments"])
@@ -533,7 +537,7 @@ def test_tag_video_writes_all_that_hold(several, tmp_path, monkeypatch, capsys):
 
 
 def test_a_film_in_which_nothing_holds(several, tmp_path, monkeypatch):
-    monkeypatch.setattr(tag_video, "THRESHOLD", 1.1)
+    monkeypatch.setattr("segments.THRESHOLD", 1.1)
     film = write_video(tmp_path / "film.mp4", 30)
     command = [film, "--model", several[0], "--output", tmp_path / "out", "--no_cuts", "--overlay", "--device", "cpu"]
     run(monkeypatch, tag_video, *command)

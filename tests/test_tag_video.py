@@ -9,6 +9,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -28,18 +29,14 @@ from video_files import numbered_frame, read_number, write_video
 
 
 pytest.importorskip("scenedetect", reason="needs PySceneDetect: pip install scenedetect")
+import film_frames  # noqa: E402
+import live_camera  # noqa: E402
 import tag_video  # noqa: E402
-from tag_video import (  # noqa: E402
-    Journal,
-    Point,
-    Sampler,
-    Segment,
-    Shot,
-    StreamTagger,
-    Tagger,
-    Window,
-    make_tagger,
-)
+from film_frames import Frame, Point, read_frames  # noqa: E402
+from segments import Segment, Window, boundary_errors, to_segments  # noqa: E402
+from tag_outputs import write_tables  # noqa: E402
+from tag_video import Journal  # noqa: E402
+from taggers import Sampler, Shot, StreamTagger, Tagger, make_tagger  # noqa: E402
 from tool_models import CAMERA_MOTION  # noqa: E402
 
 
@@ -59,7 +56,7 @@ class NumberTagger:
 
 
 def as_frames(pictures, first=0):
-    return [tag_video.Frame(i, i, i / 25, picture, None) for i, picture in enumerate(pictures, first)]
+    return [Frame(i, i, i / 25, picture, None) for i, picture in enumerate(pictures, first)]
 
 
 @pytest.mark.parametrize(
@@ -90,40 +87,40 @@ def shots_film(path, lengths, height=96, width=128, rate=25, **options):
 
 
 def cuts_of(frames):
-    return [(frame.index, is_cut, new_part) for frame, is_cut, new_part in tag_video.find_cuts(frames, 25)]
+    return [(frame.index, is_cut, new_part) for frame, is_cut, new_part in film_frames.find_cuts(frames, 25)]
 
 
 def test_cuts_are_found_and_a_later_part_finds_the_same(tmp_path, monkeypatch):
     film = shots_film(tmp_path / "film.mp4", [40, 30, 50, 35])
-    frames = list(tag_video.read_frames(film, Point()))
+    frames = list(read_frames(film, Point()))
     assert [index for index, is_cut, _ in cuts_of(frames) if is_cut] == [40, 70, 120]
     assert [frame.index for frame in frames] == list(range(155))
 
-    monkeypatch.setattr(tag_video, "PART", 2.0)
+    monkeypatch.setattr(film_frames, "PART", 2.0)
     whole = cuts_of(frames)
     assert [index for index, _, new_part in whole if new_part] == [70, 120]
     assert cuts_of(frames[70:])[1:] == whole[71:]
 
 
 def test_a_film_of_one_shot_has_no_cuts(tmp_path, monkeypatch):
-    monkeypatch.setattr(tag_video, "LONGEST_PART", 1.0)
-    frames = tag_video.read_frames(shots_film(tmp_path / "film.mp4", [40, 20]), Point())
-    found = list(tag_video.find_cuts(frames, 25, tag_video.NoCuts))
+    monkeypatch.setattr(film_frames, "LONGEST_PART", 1.0)
+    frames = read_frames(shots_film(tmp_path / "film.mp4", [40, 20]), Point())
+    found = list(film_frames.find_cuts(frames, 25, film_frames.NoCuts))
     assert [frame.index for frame, _, _ in found] == list(range(60))
     assert [frame.index for frame, is_cut, new_part in found if is_cut or new_part] == [25, 50]
 
 
 def test_errors_of_boundaries():
-    truth = [(0, 2, "a"), (2, 3, "a"), (3, 5, "b"), (5, 8, "a"), (8, 9, "c")]
+    rows = ((0, 2, "a"), (2, 3, "a"), (3, 5, "b"), (5, 8, "a"), (8, 9, "c"))
     parts = ((0, 3.5, "a"), (3.5, 4, "b"), (4, 4.25, "a"), (4.25, 5.5, "b"), (5.5, 9, "a"))
-    segments = [Segment(start, end, 0, label, 1.0) for start, end, label in parts]
-    assert tag_video.boundary_errors(truth, segments) == [0.5, 0.5, float("inf")]
+    truth, found = ([Segment(*row) for row in each] for each in (rows, parts))
+    assert boundary_errors(truth, found) == [0.5, 0.5, float("inf")]
 
 
 def test_a_part_without_a_cut_ends_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(tag_video, "LONGEST_PART", 1.0)
+    monkeypatch.setattr(film_frames, "LONGEST_PART", 1.0)
     film = shots_film(tmp_path / "film.mp4", [60])
-    marks = cuts_of(tag_video.read_frames(film, Point()))
+    marks = cuts_of(read_frames(film, Point()))
     assert [index for index, is_cut, new_part in marks if new_part] == [25, 50]
     assert not any(is_cut for _, is_cut, _ in marks)
 
@@ -140,11 +137,11 @@ def test_a_part_without_a_cut_ends_too(tmp_path, monkeypatch):
 )
 def test_reading_goes_on_at_the_same_frame(tmp_path, name, options):
     film = write_video(tmp_path / name, 60, **options)
-    whole = list(tag_video.read_frames(film, Point()))
+    whole = list(read_frames(film, Point()))
     assert [read_number(frame.picture) for frame in whole] == list(range(60))
     for start in (1, 25, 59):
         point = Point(start, whole[start].pts, whole[start].time, whole[0].pts, 0)
-        rest = list(tag_video.read_frames(film, point))
+        rest = list(read_frames(film, point))
         assert [read_number(frame.picture) for frame in rest] == list(range(start, 60))
         assert [frame[:3] for frame in rest] == [frame[:3] for frame in whole[start:]]
 
@@ -152,7 +149,7 @@ def test_reading_goes_on_at_the_same_frame(tmp_path, name, options):
 def test_a_film_on_its_side_is_turned(tmp_path):
     film = write_video(tmp_path / "side.mp4", 5, rotation=90)
     expected, _ = decode_video(film)
-    frames = list(tag_video.read_frames(film, Point()))
+    frames = list(read_frames(film, Point()))
     assert frames[0].picture.shape == (96, 64, 3)
     np.testing.assert_array_equal([frame.picture for frame in frames], expected)
 
@@ -167,8 +164,8 @@ def tag_all(film, tagger, journal, parts=None):
 
 
 def test_going_on_gives_the_same_result_to_the_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(tag_video, "PART", 1.5)
-    monkeypatch.setattr(tag_video, "LONGEST_PART", 3.0)
+    monkeypatch.setattr(film_frames, "PART", 1.5)
+    monkeypatch.setattr(film_frames, "LONGEST_PART", 3.0)
     film = shots_film(tmp_path / "film.mp4", [45, 100, 20, 45])
     tagger = Tagger(str(CAMERA_MOTION), "cpu", 25, step=1.0)
     whole = Journal(tmp_path / "whole.jsonl", {})
@@ -276,8 +273,8 @@ def test_a_film_shorter_than_a_step_has_a_label(streaming, tmp_path):
 
 
 def test_a_stream_goes_on_to_the_bit(streaming, tmp_path, monkeypatch):
-    monkeypatch.setattr(tag_video, "PART", 1.5)
-    monkeypatch.setattr(tag_video, "LONGEST_PART", 3.0)
+    monkeypatch.setattr(film_frames, "PART", 1.5)
+    monkeypatch.setattr(film_frames, "LONGEST_PART", 3.0)
     film = shots_film(tmp_path / "film.mp4", [45, 100, 20, 45])
     tagger = make_tagger(streaming, "cpu", 25)
     expected = tag_all(film, tagger, Journal(tmp_path / "whole.jsonl", {}))
@@ -298,16 +295,16 @@ WINDOWS = [
     Window(1, 4.5, 3725.5, {"b & <c>": 0.6}),
 ]
 SEGMENTS = [
-    Segment(0.0, 2.5, 0, "a", 0.6),
-    Segment(2.5, 4.0, 0, "b & <c>", 0.9),
-    Segment(4.0, 3725.5, 1, "b & <c>", 0.7),
+    Segment(0.0, 2.5, "a", 0.6, 0),
+    Segment(2.5, 4.0, "b & <c>", 0.9, 0),
+    Segment(4.0, 3725.5, "b & <c>", 0.7, 1),
 ]
 
 
 def test_segments_and_tables(tmp_path):
-    segments = tag_video.to_segments(WINDOWS)
+    segments = to_segments(WINDOWS)
     assert segments == SEGMENTS
-    tag_video.write_tables(tmp_path, "film.mp4", "model", segments, WINDOWS)
+    write_tables(tmp_path, "film.mp4", "model", segments, WINDOWS)
     with open(tmp_path / "tags.csv", newline="") as file:
         assert list(csv.DictReader(file))[1] == {
             "start": "2.500", "end": "4.000", "shot": "0", "label": "b & <c>", "score": "0.9000"
@@ -322,7 +319,7 @@ def test_segments_and_tables(tmp_path):
 
 def test_a_player_shows_the_chapters(tmp_path):
     """Chromium, as the player, reads the chapters of a film on a page."""
-    tag_video.write_tables(tmp_path, "film.mp4", "model", SEGMENTS, WINDOWS)
+    write_tables(tmp_path, "film.mp4", "model", SEGMENTS, WINDOWS)
     write_video(tmp_path / "film.mp4", 10)
     (tmp_path / "index.html").write_text(
         '<video src="film.mp4"><track default kind="chapters" src="chapters.vtt"></video>'
@@ -365,7 +362,7 @@ def test_command_overlay_and_timeline(tmp_path, monkeypatch, capsys):
     original, _ = decode_video(film)
     difference = np.abs(overlay.astype(int) - original[:, :, :126]).mean((0, 3))
     assert difference[:60].mean() < 6 < difference[75:, 6:60].mean()  # only the corner changed
-    with tag_video.av.open(str(out / "overlay.mp4")) as container:
+    with av.open(str(out / "overlay.mp4")) as container:
         assert [stream.codec_context.name for stream in container.streams] == ["aac", "h264"]
 
     tag_video.main()  # all is done: nothing is tagged again
@@ -373,7 +370,7 @@ def test_command_overlay_and_timeline(tmp_path, monkeypatch, capsys):
 
 
 def test_ctrl_c_keeps_what_is_done(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tag_video, "PART", 1.0)
+    monkeypatch.setattr(film_frames, "PART", 1.0)
     film = shots_film(tmp_path / "film.mp4", [30, 40])
     add, added = Journal.add, []
 
@@ -442,8 +439,8 @@ def test_live_source(streams, streaming, tmp_path, monkeypatch, capsys, request)
 def test_live_skips_while_it_is_late_and_forgives_a_pause(monkeypatch):
     """A camera with 25 frames a second. Decoding takes too long for a while; later the camera stands still for 3 s."""
     clock, skips = [0.0], []
-    monkeypatch.setattr(tag_video.time, "monotonic", lambda: clock[0])
-    live = tag_video.Live.__new__(tag_video.Live)
+    monkeypatch.setattr(live_camera.time, "monotonic", lambda: clock[0])
+    live = live_camera.Live.__new__(live_camera.Live)
     live.rate, live.received, live.lag, live.ended = 25.0, 0, 0.0, False
     live.stream = SimpleNamespace(codec_context=SimpleNamespace(skip_frame="DEFAULT"))
     live.lock, live.frames = threading.Lock(), collections.deque(maxlen=31)

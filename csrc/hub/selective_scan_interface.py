@@ -163,13 +163,15 @@ class _Scan(torch.autograd.Function):
             if stateful:
                 call.begin_with(None)
             kept = call.scan(int(keep))
+            last_state = call.end.permute(1, 0, 2, 3).flatten(1, 2) if stateful else None
+            del rows, call  # the scan is queued: what is turned next may take their memory
             if z is None:
                 out = _columns(y, like=u)
             else:
                 out = _columns(y, z, like=z if _channels_last(z) else u)
         ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, proj, kept, None if z is None else y)
         ctx.set_materialize_grads(False)
-        return out, call.end.permute(1, 0, 2, 3).flatten(1, 2) if stateful else None
+        return out, last_state
 
     @staticmethod
     @once_differentiable

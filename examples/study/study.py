@@ -333,7 +333,8 @@ def read_config(path):
 def check_data(common, training):
     from transformers import HfArgumentParser
 
-    from finetune import DecodeFailures, has_several
+    from finetune import DecodeFailures
+    from several_labels import has_several
     from video_classification_arguments import DataArguments
     from video_classification_data import load_clips
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from film_frames import Point, frame_rate, read_frames
 from modeling_videomamba.video_decoding import open_pyav
-from tag_video import Point, Shot, Tagger, frame_rate, read_frames
+from taggers import Shot, Tagger
 
 
 class FeatureTagger(Tagger):

@@ -1,48 +1,75 @@
-"""Segments (start and end in seconds, label, score) of films: for Label Studio, and how good they are.
+"""Segments of a film: joined from the labels of its windows, and how good they are against the truth."""
 
-`tag_video.py` writes the first, and prints the second if it is told the truth.
-"""
-
+import csv
+import itertools
 import math
 from collections import Counter
 from typing import NamedTuple
+
+import numpy as np
+
+from tool_models import THRESHOLD
+
+
+TIOU = [0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95]  # over which ActivityNet takes the mean
+
+
+class Window(NamedTuple):
+    shot: int
+    start: float  # seconds
+    end: float
+    scores: dict[str, float]  # of the TOP_K labels, the best first
 
 
 class Segment(NamedTuple):
     start: float  # seconds
     end: float
     label: str
-    score: float = 1.0
+    score: float = 1.0  # mean over its windows
+    shot: int = 0
 
 
-TIOU = [0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95]  # over which ActivityNet takes the mean
+def labels_that_hold(scores, several):
+    """Of a window's scores, those of the labels that hold: the best; or of `several`, all that reach THRESHOLD."""
+    if several:
+        return {label: score for label, score in scores.items() if score >= THRESHOLD}
+    return dict(itertools.islice(scores.items(), 1))
 
 
-def label_studio_task(film, model, segments, rate):
+def name_all(scores):
+    """All labels that hold in a text, and the least of their scores."""
+    held = labels_that_hold(scores, several=True)
+    return "; ".join(held), min(held.values(), default=0.0)
+
+
+def to_segments(windows, several=False):
     """
-    A task with the segments as predictions, as Label Studio imports it for `<Video name="video" value="$video"/>` and
-    `<TimelineLabels name="label" toName="video">`.
-
-    Args:
-        film (`str`), model (`str`): the video's address, and who made the predictions.
-        segments (sequence of `Segment`).
-        rate (`float`): frames a second, by which Label Studio counts, from 1.
-
-    Returns:
-        `dict`, an entry of the list that a file for import holds.
+    Joins neighbouring windows of one shot and one label. Between two windows the border lies in the middle. Of several
+    labels a window, the segments of one may overlap those of another.
     """
-    result = []
-    for number, segment in enumerate(segments, 1):
-        first = round(segment.start * rate) + 1
-        frames = {"start": first, "end": max(first, round(segment.end * rate))}
-        region = {"id": f"segment-{number}", "from_name": "label", "to_name": "video", "type": "timelinelabels"}
-        region["value"] = {"ranges": [frames], "timelinelabels": [segment.label]}
-        result.append({**region, "score": round(segment.score, 4)})
-    mean = sum(segment.score for segment in segments) / len(segments) if segments else 0.0
-    return {
-        "data": {"video": str(film)},
-        "predictions": [{"model_version": str(model), "score": round(mean, 4), "result": result}],
-    }
+    segments, scores, last, start = [], [], {}, windows[0].start if windows else 0.0
+    for i, window in enumerate(windows):
+        after = windows[i + 1] if i + 1 < len(windows) else None
+        end = window.end
+        if after is not None:
+            same_shot = after.shot == window.shot
+            end = (window.start + window.end + after.start + after.end) / 4 if same_shot else after.start
+        before, last = last, {}
+        for label, score in labels_that_hold(window.scores, several).items():
+            place = before.get((window.shot, label), len(segments))
+            if place == len(segments):
+                segments.append(Segment(start, end, label, score, window.shot))
+                scores.append([])
+            scores[place].append(score)
+            segments[place] = segments[place]._replace(end=end, score=sum(scores[place]) / len(scores[place]))
+            last[window.shot, label] = place
+        start = end
+    return segments
+
+
+def to_moments(windows):
+    """Segments that name all labels that hold, which do not overlap: for what shows one thing at a time."""
+    return to_segments([window._replace(scores=dict([name_all(window.scores)])) for window in windows])
 
 
 def iou(a, b):
@@ -136,3 +163,51 @@ def report(truth, found):
     at_half = mean_average_precision(*films, 0.5)
     mean = sum(mean_average_precision(*films, threshold) for threshold in TIOU) / len(TIOU)
     return f"F1@10/25/50 {f1}, edit {edit_score(truth, found):.3f}, mAP {at_half:.3f} at tIoU 0.5, mean {mean:.3f}"
+
+
+def boundary_errors(truth, found):
+    """
+    For each change of label in the truth, the seconds to the nearest change of `found` to the same label; infinity if
+    there is none.
+    """
+
+    def changes(segments):
+        return [(s.start, s.label) for before, s in itertools.pairwise(segments) if s.label != before.label]
+
+    places = changes(found)
+    return [
+        min((abs(start - s) for s, other in places if other == label), default=math.inf)
+        for start, label in changes(truth)
+    ]
+
+
+def compare(table, segments, several=False):
+    """
+    Prints the share of seconds in which the label is that of a CSV file with start, end, label, each second at its
+    middle, and what `report` says. Of several labels at a time, that alone.
+    """
+    with open(table, newline="", encoding="utf-8") as file:
+        truth = [Segment(float(row["start"]), float(row["end"]), row["label"]) for row in csv.DictReader(file)]
+    if several:
+        print(report(truth, segments))
+        return
+
+    def labels(segments, seconds):
+        following, found, current = iter(segments), [], Segment(0, 0, None)
+        for second in seconds:
+            while current is not None and second >= current.end:
+                current = next(following, None)
+            found.append(current and current.label)
+        return found
+
+    seconds = np.arange(int(segments[-1].end)) + 0.5
+    right = [a == b for a, b in zip(labels(segments, seconds), labels(truth, seconds), strict=True)]
+    cuts = {round(segment.start, 2) for segment in truth[1:]}
+    found = {round(s.start, 2) for before, s in itertools.pairwise(segments) if s.shot != before.shot}
+    print(
+        f"{sum(right) / len(right):.1%} of {len(right)} seconds have the right label. {len(cuts & found)} of "
+        f"{len(cuts)} cuts were found at the right frame. False cuts: {len(found - cuts)}."
+    )
+    if errors := boundary_errors(truth, segments):
+        print(f"{len(errors)} changes of the label: found {np.median(errors):.2f} s off in the median.")
+    print(report(truth, segments))

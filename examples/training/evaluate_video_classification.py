@@ -51,9 +51,10 @@ from accelerate.utils import gather_object
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from finetune import IGNORED, DecodeFailures, has_several, multi_hot
+from finetune import DecodeFailures
 from modeling_videomamba import ClipLoader, predict_clips
 from modeling_videomamba.video_decoding import DecodedVideoMetadata
+from several_labels import IGNORED, has_several, multi_hot
 from video_classification_data import (
     Normalize,
     clip_name,

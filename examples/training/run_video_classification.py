@@ -35,15 +35,8 @@ import torch
 from torch.utils.data import default_collate
 from transformers import Trainer, TrainerCallback, set_seed
 
-from finetune import (
-    IGNORED,
-    DecodeFailures,
-    has_several,
-    keep_settings,
-    multi_label_loss,
-    refuse_smoothing,
-    tell_place,
-)
+from finetune import DecodeFailures, keep_settings, tell_place
+from several_labels import IGNORED, has_several, multi_label_loss, refuse_smoothing
 from video_classification_data import (
     Stopwatch,
     load_clips,

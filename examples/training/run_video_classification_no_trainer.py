@@ -66,7 +66,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from finetune import DecodeFailures, has_several, keep_settings, main_metric, multi_label_loss, refuse_smoothing
+from finetune import DecodeFailures, keep_settings, main_metric
+from several_labels import has_several, multi_label_loss, refuse_smoothing
 from video_classification_data import (
     Stopwatch,
     load_clips,

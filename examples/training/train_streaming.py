@@ -60,7 +60,7 @@ from transformers import (
     set_seed,
 )
 
-from finetune import IGNORED, DecodeFailures, has_several, keep_settings
+from finetune import DecodeFailures, keep_settings
 from modeling_videomamba import (
     VideoMambaConfig,
     VideoMambaForVideoClassification,
@@ -68,6 +68,7 @@ from modeling_videomamba import (
     VideoMambaImageProcessor,
 )
 from modeling_videomamba.configuration_videomamba import unstreamable_reason
+from several_labels import IGNORED, has_several
 from video_classification_data import load_clips, match_labels, transform_clips
 from video_classification_model import parameter_groups, save_for_users, write_results
 

@@ -16,7 +16,16 @@ from datasets import ClassLabel, List, Video, load_dataset
 from torchvision.transforms import v2
 from transformers.utils import logging
 
-from finetune import IGNORED, clip_name, has_several, is_text, labels_that_occur, multi_hot, number_labels, precisions
+from finetune import clip_name
+from several_labels import (
+    IGNORED,
+    has_several,
+    is_text,
+    labels_that_occur,
+    multi_hot,
+    number_labels,
+    precisions,
+)
 from video_classification_lists import read_list
 
 

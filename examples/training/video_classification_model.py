@@ -24,8 +24,6 @@ from transformers import (
 )
 
 from finetune import (
-    IGNORED,
-    average_precision,
     fit_processor,
     for_decoded_frames,
     licence,
@@ -34,6 +32,7 @@ from finetune import (
 )
 from modeling_videomamba import VideoMambaConfig, VideoMambaImageProcessor, VideoMambaVideoProcessor
 from modeling_videomamba.loading_videomamba import unloadable_reason
+from several_labels import IGNORED, average_precision
 from video_classification_data import first_line
 
 
