@@ -90,3 +90,17 @@ def test_a_film_without_frames_is_named(monkeypatch):
     tagger = dense_features.FeatureTagger(str(CAMERA_MOTION), "cpu", 25)
     with pytest.raises(ValueError, match="a.mp4: no frame can be decoded"):
         dense_features.slide("a.mp4", tagger, 2)
+
+
+def test_frames_that_cannot_be_decoded_move_no_feature(films, monkeypatch):
+    """In their places the one before them is seen: else all later features would be of another time."""
+    tagger = dense_features.FeatureTagger(str(CAMERA_MOTION), "cpu", 24)
+    tagger.step = 16
+    whole, count = dense_features.slide(films / "long.mp4", tagger, 8)
+    read = dense_features.read_frames
+    gap = range(3, 15)  # in the first window
+    monkeypatch.setattr(dense_features, "read_frames", lambda *a: (f for f in read(*a) if f.index not in gap))
+    found, same_count = dense_features.slide(films / "long.mp4", tagger, 8)
+    assert same_count == count == 120 and found.shape == whole.shape
+    np.testing.assert_array_equal(found[1:], whole[1:])
+    assert np.abs(found[0] - whole[0]).max() > 1e-3

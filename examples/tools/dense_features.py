@@ -17,6 +17,9 @@ from modeling_videomamba.video_decoding import open_pyav
 from taggers import Shot, Tagger
 
 
+LONGEST_GAP = 60  # seconds in which no frame can be decoded; time stamps that jump further are wrong
+
+
 class FeatureTagger(Tagger):
     """In a tagger's place: of windows, what the classifier reads."""
 
@@ -30,7 +33,7 @@ class FeatureTagger(Tagger):
 def slide(film, tagger, batch_size):
     """
     The features of a film, (T, C) float32, and how many frames it has. No window crosses the film's end; a film that
-    is shorter than a window is one window.
+    is shorter than a window is one window. Where frames cannot be decoded, the one before them is seen again.
     """
     shot, clips, features, count = Shot(tagger, 0), [], [], 0
 
@@ -40,8 +43,15 @@ def slide(film, tagger, batch_size):
             features.append(tagger.classify(clips[:batch_size]))
             del clips[:batch_size]
 
-    for count, frame in enumerate(read_frames(film, Point()), 1):  # noqa: B007
+    before = None
+    for frame in read_frames(film, Point()):
+        missing = round(frame.time * tagger.rate) - count
+        if before is not None and missing <= LONGEST_GAP * tagger.rate:
+            for _ in range(missing):  # else all later features would be of another time
+                take(shot.add(before._replace(time=count / tagger.rate)))
+                count += 1
         take(shot.add(frame))
+        before, count = frame, count + 1
     take(shot.end() if count < tagger.length else shot.resize())
     if clips:
         features.append(tagger.classify(clips))
