@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -352,6 +353,20 @@ def test_two_processes_train_and_evaluate_as_one(bars, python, tmp_path):
     with open(tmp_path / "together" / "predictions.csv", newline="") as file:
         rows = [row["clip"] for row in csv.DictReader(file)]
     assert len(rows) == len(set(rows)) == 3
+
+
+def test_processes_without_a_gpu_know_of_each_other(monkeypatch, tmp_path):
+    """Without `cpu`, Accelerate would let each of them train or evaluate alone, on the same files."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(plain_loop, "Accelerator", lambda **options: options)
+    monkeypatch.setattr(evaluation, "PartialState", lambda cpu: sys.exit(f"cpu={cpu}"))
+    flags = dict.fromkeys(("bf16", "fp16", "use_cpu"), False)
+    arguments = SimpleNamespace(report_to="none", output_dir=str(tmp_path), seed=0, **flags)
+    assert plain_loop.make_accelerator(arguments)["cpu"]
+    command = ["script", "--model_name_or_path", "m", "--validation_dir", "v", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match="cpu=True"):
+        evaluation.main()
 
 
 @pytest.mark.slow

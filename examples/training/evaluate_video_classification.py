@@ -255,7 +255,8 @@ def main():
         raise ValueError(f"--num_clips {args.num_clips} and --num_crops {args.num_crops} must both be at least 1.")
     if data_args.streaming:
         raise ValueError("Evaluation shares the clips among processes by their numbers: leave out --streaming.")
-    process = PartialState(cpu=args.use_cpu)
+    # Without `cpu`, two processes on a machine without a GPU would not know of each other.
+    process = PartialState(cpu=args.use_cpu or not torch.accelerator.is_available())
     os.makedirs(args.output_dir, exist_ok=True)
     failures = DecodeFailures(args.output_dir, data_args.max_decode_failures)
     with process.main_process_first():  # it writes the caches that the others read

@@ -248,7 +248,7 @@ class Training:
 def make_accelerator(args):
     return Accelerator(
         mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else None,
-        cpu=args.use_cpu,
+        cpu=args.use_cpu or not torch.accelerator.is_available(),  # else processes would not know of each other
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output_dir,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed, non_blocking=True),
