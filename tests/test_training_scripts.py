@@ -30,6 +30,9 @@ from transformers import (
 from transformers.video_utils import VideoMetadata
 
 import evaluate_video_classification as evaluation
+import finetune
+import run_image_classification
+import run_video_classification
 import run_video_classification_no_trainer as plain_loop
 import video_classification_data as data
 import video_classification_model as models
@@ -367,6 +370,14 @@ def test_processes_without_a_gpu_know_of_each_other(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit, match="cpu=True"):
         evaluation.main()
+    for script in (finetune, run_image_classification, run_video_classification):  # the Trainer's
+        monkeypatch.setattr(
+            finetune.HfArgumentParser,
+            "parse_args_into_dataclasses",
+            lambda self, *_: sys.exit(f"cpu={self.get_default('use_cpu')}"),
+        )
+        with pytest.raises(SystemExit, match="cpu=True"):
+            script.main()
 
 
 @pytest.mark.slow

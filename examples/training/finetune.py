@@ -442,6 +442,7 @@ def multi_label_metrics(prediction):
 def main():
     parser = make_parser()
     parser.set_defaults(bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+    parser.set_defaults(use_cpu=not torch.accelerator.is_available())  # else processes would not know of each other
     args, training_args = parser.parse_args_into_dataclasses()
     training_args.remove_unused_columns = False  # the transforms need the column `video`
     set_seed(training_args.seed)

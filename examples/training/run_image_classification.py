@@ -174,6 +174,7 @@ def load_model(args, names):
 def main():
     parser = make_parser()
     parser.set_defaults(bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+    parser.set_defaults(use_cpu=not torch.accelerator.is_available())  # else processes would not know of each other
     args, training_args = parser.parse_args_into_dataclasses()
     set_seed(training_args.seed)
     train, validation, names = load_pictures(args.dataset)

@@ -207,7 +207,10 @@ def evaluate(trainer, clips, names):
 
 
 def main():
-    model_args, data_args, training_args = parse_arguments(ModelArguments, DataArguments, TrainingArguments)
+    # On a CPU unless there is a GPU: else several processes would not know of each other there.
+    defaults = {"use_cpu": not torch.accelerator.is_available()}
+    kinds = ModelArguments, DataArguments, TrainingArguments
+    model_args, data_args, training_args = parse_arguments(*kinds, **defaults)
     check(model_args, data_args, training_args)
     settings = {**vars(model_args), **vars(data_args), **training_args.to_dict()}
     output_dir, token = training_args.output_dir, training_args.hub_token

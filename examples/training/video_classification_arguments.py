@@ -158,7 +158,7 @@ class ModelArguments:
     )
 
 
-def parse_arguments(*kinds):
+def parse_arguments(*kinds, **defaults):
     """The command line as objects of the given dataclasses; of two values, a flag goes before a recipe."""
     option = {
         "metavar": "FILE",
@@ -170,6 +170,7 @@ def parse_arguments(*kinds):
     if recipe.recipe is not None:
         flags = shlex.split(Path(recipe.recipe).read_text(encoding="utf-8"), comments=True) + flags
     parser = HfArgumentParser(kinds)
+    parser.set_defaults(**defaults)
     parser.add_argument("--recipe", **option)  # for --help
     return parser.parse_args_into_dataclasses(flags)[: len(kinds)]
 
