@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from datasets import ClassLabel, Dataset, Features, List, Video, load_dataset
+from datasets import ClassLabel, Dataset, Features, List, Value, Video, load_dataset
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from sklearn.metrics import average_precision_score
 from transformers import AutoModelForVideoClassification, AutoVideoProcessor, pipeline
@@ -22,6 +22,7 @@ import evaluate_video_classification as evaluation
 import finetune
 import run_video_classification as with_trainer
 import run_video_classification_no_trainer as plain_loop
+import several_labels
 import study
 import tag_video
 import train_streaming
@@ -236,6 +237,22 @@ def test_numbers_of_a_short_list_are_those_of_a_long_one(tmp_path):
     assert names == ["02", "03", "11"] and splits["validation"]["label"][:] == [[0, 1], []]
     with pytest.raises(ValueError, match="labels \\['02'\\], but"):
         data.match_labels(splits["train"], ["3", "11"])
+
+
+@pytest.mark.parametrize("labels", [[-1], [0, None]])
+def test_a_label_that_is_not_known_is_no_other(labels):
+    """-1 is the Hub's number for it; as an index, it is the last label, and None is all of them."""
+    with pytest.raises(ValueError, match="of which each must be a number from 0 to 2"):
+        several_labels.multi_hot(labels, 3)
+    assert several_labels.multi_hot([2, 0, 2], 3).tolist() == [1, 0, 1]
+    for kind, column, found in (
+        (List(ClassLabel(names=["b", "a"])), [labels, [1]], [[-1] if labels == [-1] else [1, None], [0]]),
+        (ClassLabel(names=["b", "a"]), [-1, 1], [-1, 0]),
+    ):
+        clips = Dataset.from_dict({"label": column}, Features(label=kind))
+        assert data.match_labels(clips, ["a", "b"])["label"][:] == found
+    clips = Dataset.from_dict({"label": [["b", None], None]}, Features(label=List(Value("string"))))
+    assert several_labels.labels_that_occur(clips) == {"b"}
 
 
 def test_clips_of_which_none_has_a_label_are_refused(tmp_path):

@@ -24,7 +24,7 @@ def is_text(kind):
 
 def labels_that_occur(clips):
     """The `set` of all labels in lists."""
-    return {label for labels in clips["label"] for label in labels or []}
+    return {label for labels in clips["label"] for label in labels or [] if label is not None}
 
 
 def number_labels(clips, names):
@@ -38,6 +38,8 @@ def multi_hot(labels, count):
     """A list of label numbers as float32 (count,): 1 for these, else 0. -100 throughout if `labels` is that number."""
     if labels == IGNORED:
         return torch.full((count,), float(IGNORED))
+    if any(label is None or not 0 <= label < count for label in labels or []):
+        raise ValueError(f"A clip has the labels {labels}, of which each must be a number from 0 to {count - 1}.")
     vector = torch.zeros(count)
     vector[labels or []] = 1
     return vector

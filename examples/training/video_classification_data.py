@@ -170,14 +170,16 @@ def match_labels(clips, names):
         )
     if own == names:
         return clips
-    new, features = [names.index(name) for name in own], clips.features.copy()
+    new, features = {number: names.index(name) for number, name in enumerate(own)}, clips.features.copy()
     if has_several(clips):
         features["label"] = List(ClassLabel(names=names))
         return clips.map(
-            lambda labels: {"label": [new[label] for label in labels or []]}, input_columns="label", features=features
+            lambda labels: {"label": [new.get(label, label) for label in labels or []]},
+            input_columns="label",
+            features=features,
         )
     features["label"] = ClassLabel(names=names)
-    return clips.map(lambda label: {"label": new[label]}, input_columns="label", features=features)
+    return clips.map(lambda label: {"label": new.get(label, label)}, input_columns="label", features=features)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
