@@ -104,3 +104,13 @@ def test_frames_that_cannot_be_decoded_move_no_feature(films, monkeypatch):
     assert same_count == count == 120 and found.shape == whole.shape
     np.testing.assert_array_equal(found[1:], whole[1:])
     assert np.abs(found[0] - whole[0]).max() > 1e-3
+
+
+def test_after_ctrl_c_it_says_how_to_go_on(films, tmp_path, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dense_features, "write_features", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, films, tmp_path / "out")
+    assert stop.value.code == 130 and "Run the same command to do the rest" in capsys.readouterr().out

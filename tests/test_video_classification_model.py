@@ -166,3 +166,9 @@ def test_keeps_the_newest_and_the_best_checkpoints(tmp_path):
     assert keep(13, 1) == [13] and keep(13, 1) == [13]
     assert models.newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-13")
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-13"}
+
+
+def test_a_field_may_be_a_list():
+    text = "merge_layers=[1, 2],image_size=[32,48], backward_scan=spatial"
+    expected = {"merge_layers": [1, 2], "image_size": [32, 48], "backward_scan": "spatial"}
+    assert models.parse_overrides(text, VideoMambaConfig()) == expected

@@ -34,6 +34,8 @@ from tool_models import THRESHOLD, add_model, gives_several, to_scores
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".ts", ".flv", ".3gp"}
 
+STOPPED = "Stopped. Run the same command to do the rest."
+
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -373,6 +375,9 @@ def main():
             return write_dense(args, state)
         except (ValueError, StrictDataclassError) as error:
             sys.exit(str(error))
+        except KeyboardInterrupt:
+            print(STOPPED)
+            sys.exit(130)
     try:
         clips, data = list_clips(args.source, args.split)
         if not clips:
@@ -396,7 +401,7 @@ def main():
         spent = classify_parts(args, clips, data, classifier, parts, state)
         spent = gather_object([spent])
     except KeyboardInterrupt:
-        print("Stopped. Run the same command to do the rest.")
+        print(STOPPED)
         sys.exit(130)
     if state.is_main_process:
         report(args, args.output, clips, spent)

@@ -145,9 +145,9 @@ def load_processors(args, config, stride):
 
 
 def parse_overrides(text, config):
-    """'field=value,field=value' as a `dict`: numbers, true, false, null or text, for fields that `config` has."""
+    """'field=value,field=value' as a `dict`: JSON (numbers, lists, null) or text, for fields that `config` has."""
     values = {}
-    for pair in filter(None, (text or "").split(",")):
+    for pair in filter(None, re.split(r",(?![^\[]*\])", text or "")):  # not within a list
         name, equals, value = (part.strip() for part in pair.partition("="))
         if not equals or not hasattr(config, name):
             raise ValueError(
