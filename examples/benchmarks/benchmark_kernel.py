@@ -21,6 +21,23 @@ import statistics
 import sys
 from pathlib import Path
 
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("repository", help="a folder that `make kernel-repo` wrote")
+    parser.add_argument("--output", default=".", help="folder for kernel.csv")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--batch", type=int, default=64, help="sequences of the scan and of the block")
+    parser.add_argument("--tokens", type=int, default=1569, help="their length")
+    parser.add_argument("--prompts", type=int, default=4, help="sequences of MambaModel")
+    parser.add_argument("--prompt-tokens", type=int, default=2048, help="their length")
+    parser.add_argument("--parts", nargs="+", default=["scan", "block", "model"], choices=["scan", "block", "model"])
+    return parser.parse_args()
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    parse_arguments()  # before the imports below, which take seconds
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -247,16 +264,7 @@ def time_mamba(scans, repository, convolution, arguments):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("repository", help="a folder that `make kernel-repo` wrote")
-    parser.add_argument("--output", default=".", help="folder for kernel.csv")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--batch", type=int, default=64, help="sequences of the scan and of the block")
-    parser.add_argument("--tokens", type=int, default=1569, help="their length")
-    parser.add_argument("--prompts", type=int, default=4, help="sequences of MambaModel")
-    parser.add_argument("--prompt-tokens", type=int, default=2048, help="their length")
-    parser.add_argument("--parts", nargs="+", default=["scan", "block", "model"], choices=["scan", "block", "model"])
-    arguments = parser.parse_args()
+    arguments = parse_arguments()
     repository = load_repository(arguments.repository)
     scans = {"ours": repository.selective_scan_fn}
     theirs = installed("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")

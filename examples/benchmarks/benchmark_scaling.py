@@ -90,7 +90,7 @@ class Scaling:
     def add(self, task, how, count, speed, decode=None):
         row = {"task": task, "how": how, "processes": count, "clips_per_s": f"{speed:.4g}"}
         alone = [r for r in self.rows if (r["task"], r["processes"]) == (task, 1) and how.startswith(r["how"])]
-        row["efficiency"] = f"{speed / count / float(alone[0]['clips_per_s']):.3f}" if alone else "1"
+        row["efficiency"] = f"{speed / count / float(alone[0]['clips_per_s']):.3g}" if alone else "1"
         row["decode_per_s"] = f"{decode:.4g}" if decode else ""
         self.rows.append(row)
         print(*(f"{row[column]!s:>{width}}" for column, width in zip(COLUMNS, (26, 24, 10, 12, 12, 13), strict=True)))
