@@ -240,22 +240,35 @@ class Benchmark:
             torch.cuda.empty_cache()
 
 
-def plot(rows, path, title):
-    """Speedup by the number of processes, a panel for each task, beside the ideal."""
+def curves_of(rows):
+    """What `plot` takes, of the rows of the table."""
+    speedups = {row["task"]: {} for row in rows if row["median_ms"]}
+    for row in sorted(rows, key=lambda row: row["frames"]):
+        if row["task"] in speedups:
+            curve = speedups[row["task"]].setdefault(f"{row['frames']:,} frames", [])
+            curve.append((row["processes"], float(row["speedup"] or 1)))
+    return speedups
+
+
+def plot(speedups, path, title):
+    """
+    How many times as fast as one process several are, a panel for each task, beside the ideal.
+
+    Args:
+        speedups (`dict`): of each task the curves by their labels, each a list of (processes, times as fast as one).
+        path (`Path`), title (`str`): of the picture.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    tasks = dict.fromkeys(r["task"] for r in rows if r["median_ms"])
-    figure, axes = pyplot.subplots(1, len(tasks), figsize=(4.6 * len(tasks), 4), squeeze=False)
-    for axis, task in zip(axes[0], tasks, strict=True):
-        found = [r for r in rows if r["task"] == task]
-        counts = sorted({r["processes"] for r in found})
+    figure, axes = pyplot.subplots(1, len(speedups), figsize=(4.6 * len(speedups), 4), squeeze=False)
+    counts = sorted({count for curves in speedups.values() for points in curves.values() for count, _ in points})
+    for axis, (task, curves) in zip(axes[0], speedups.items(), strict=True):
         axis.plot(counts, counts, "--", color="0.6", label="ideal")
-        for frames in sorted({r["frames"] for r in found}):
-            points = [(r["processes"], float(r["speedup"] or 1)) for r in found if r["frames"] == frames]
-            axis.plot(*zip(*points, strict=True), "o-", label=f"{frames:,} frames")
+        for label, points in curves.items():
+            axis.plot(*zip(*points, strict=True), "o-", label=label)
         axis.set(xlabel="GPUs", ylabel="times as fast as one", title=task, xticks=counts)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
@@ -286,7 +299,7 @@ def work(rank, arguments, port):
         return
     name = torch.cuda.get_device_name() if gpu else "CPU"
     title = f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, {time.strftime('%Y-%m-%d')}"
-    plot(rows, arguments.output / "parallel.png", title)
+    plot(curves_of(rows), arguments.output / "parallel.png", title)
     print(f"\n{title}\nWrote {arguments.output / 'parallel.csv'} and parallel.png")
     errors = [float(r[column]) for r in rows for column in ("logits_error", "gradient_error") if r[column]]
     if any(not error <= TOLERANCE for error in errors):

@@ -62,6 +62,7 @@ import transformers
 
 from benchmark import LABELS
 from benchmark_files import decode_alone
+from benchmark_parallel import plot
 from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassification, VideoMambaVideoProcessor
 
 
@@ -200,31 +201,14 @@ def speeds_of(text):
     return statistics.median(speeds[2:]) if len(speeds) > 2 else None
 
 
-def plot(rows, path, title):
-    """Speed against that of one GPU, by the number of GPUs, a panel for each task."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    figure, axes = pyplot.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 4), squeeze=False)
-    counts = sorted({row["processes"] for row in rows})
-    for axis, task in zip(axes[0], tasks, strict=True):
-        found = [row for row in rows if row["task"] == task]
-        axis.plot(counts, counts, "--", color="0.6", label="ideal")
-        for how in dict.fromkeys(row["how"] for row in found):
-            own = [row for row in found if how.startswith(row["how"])]
-            points = [(row["processes"], row["processes"] * float(row["efficiency"])) for row in own]
-            if len(points) > 1:
-                axis.plot(*zip(*points, strict=True), "o-", label=how)
-        axis.set(xlabel="GPUs", ylabel="times as fast as one", title=task, xticks=counts)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.suptitle(title, fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+def curves_of(rows):
+    """What `plot` takes, of the rows of the table: each way to run on several GPUs, from its row on one."""
+    speedups = {row["task"]: {} for row in rows}
+    for task, how in dict.fromkeys((row["task"], row["how"]) for row in rows):
+        own = [row for row in rows if row["task"] == task and how.startswith(row["how"])]
+        if len(own) > 1:
+            speedups[task][how] = [(row["processes"], row["processes"] * float(row["efficiency"])) for row in own]
+    return speedups
 
 
 def main():
@@ -241,7 +225,7 @@ def main():
     scaling.run()
     name = "CPU, a tiny model" if arguments.tiny else torch.cuda.get_device_name()
     title = f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, {time.strftime('%Y-%m-%d')}"
-    plot(scaling.rows, scaling.output / "scaling.png", title)
+    plot(curves_of(scaling.rows), scaling.output / "scaling.png", title)
     print(f"\n{title}\nWrote {scaling.output / 'scaling.csv'} and scaling.png")
 
 
