@@ -110,10 +110,10 @@ except ModuleNotFoundError as error:
 
 from several_labels import (
     IGNORED,
+    encode_label,
     has_several,
     is_text,
     labels_that_occur,
-    multi_hot,
     multi_label_loss,
     number_labels,
     precisions,
@@ -319,9 +319,6 @@ class ClipTransform:
         self.processor, self.augment = processor, augment
         self.num_labels = num_labels  # None: each clip has one
 
-    def encode(self, label):
-        return label if self.num_labels is None else multi_hot(label, self.num_labels)
-
     def read(self, video):
         frames, _ = self.processor.fetch_videos(video, sample_indices_fn=self.processor.sample_frames)
         frames = frames.permute(0, 3, 1, 2)  # (T, C, H, W) uint8
@@ -330,7 +327,7 @@ class ClipTransform:
     def __call__(self, rows):
         # Clips may differ in size, so that the processor takes them one by one.
         clips = [self.processor(self.read(video), return_tensors="pt") for video in rows["video"]]
-        labels = [self.encode(label) for label in rows["label"]]
+        labels = [encode_label(label, self.num_labels) for label in rows["label"]]
         return {"pixel_values": [clip["pixel_values"][0] for clip in clips], "labels": labels}
 
 
@@ -392,7 +389,7 @@ class Clips(torch.utils.data.Dataset):
                 processor = self.transform.processor
                 size = (processor.crop_size["height"], processor.crop_size["width"])
                 black = torch.zeros(processor.num_frames, 3, *size)
-                return {"pixel_values": black, "labels": self.transform.encode(IGNORED)}
+                return {"pixel_values": black, "labels": encode_label(IGNORED, self.transform.num_labels)}
         raise RuntimeError(f"None of the {len(self)} clips can be read; they are named in {self.failures.path}.")
 
 

@@ -45,6 +45,11 @@ def multi_hot(labels, count):
     return vector
 
 
+def encode_label(label, num_labels):
+    """What a model is given of a clip's label: itself, or `multi_hot` of a list; then `num_labels` is given."""
+    return label if num_labels is None else multi_hot(label, num_labels)
+
+
 def multi_label_loss(outputs, labels, num_items_in_batch=None):
     """For a `Trainer`, of any architecture: binary cross-entropy, without clips that could not be read."""
     logits, kind = outputs["logits"], SimpleNamespace(problem_type="multi_label_classification")

@@ -19,10 +19,10 @@ from transformers.utils import logging
 from finetune import clip_name
 from several_labels import (
     IGNORED,
+    encode_label,
     has_several,
     is_text,
     labels_that_occur,
-    multi_hot,
     number_labels,
     precisions,
 )
@@ -388,7 +388,7 @@ class TrainTransform:
         if torch.rand(()) < self.repeat_frames:
             frames = frames[filmed_at(0.25 ** torch.rand(()), torch.rand(()), len(frames))]
         frames = self.crop(frames)
-        label = label if self.num_labels is None else multi_hot(label, self.num_labels)
+        label = encode_label(label, self.num_labels)
         if self.defers:
             return {self.key: frames, "labels": label, "random_state": torch.get_rng_state().numpy().tobytes()}
         return {self.key: self.augment(frames), "labels": label}
@@ -422,7 +422,7 @@ class EvalTransform:
             frames = read_frames(self.reader, video).flip(self.flip)
             label = label if self.swaps is None else swap(label, self.swaps)
         frames = self.processor(frames, return_tensors="pt", do_rescale=False, do_normalize=False)[self.key][0]
-        label = label if self.num_labels is None else multi_hot(label, self.num_labels)
+        label = encode_label(label, self.num_labels)
         return {self.key: frames, "labels": label}
 
 
