@@ -279,3 +279,14 @@ def test_the_notebook_runs_from_top_to_bottom(python, tmp_path):
     accuracy = float(printed.split("'eval_accuracy': ")[-1].split(",")[0])
     assert accuracy > 0.8, "of two labels"
     assert (tmp_path / "my-classifier" / "model.safetensors").exists() and printed.count("is called") == 2
+
+
+def test_one_process_that_sees_several_gpus_is_told_so(monkeypatch):
+    told = []
+    monkeypatch.setattr(finetune.logger, "warning", lambda text, *values: told.append(text % values))
+    arguments = TrainingArguments(use_cpu=True, per_device_train_batch_size=8, report_to="none")
+    finetune.warn_of_threads(arguments)
+    assert not told
+    arguments._n_gpu = 4
+    finetune.warn_of_threads(arguments)
+    assert len(told) == 1 and "sees 4 GPUs" in told[0] and "32 clips" in told[0] and "--nproc_per_node 4" in told[0]

@@ -101,10 +101,12 @@ class Scaling:
             writer.writeheader()
             writer.writerows(self.rows)
 
-    def command(self, name, *words, launcher=()):
-        """What a command prints; None if it fails, and then its last lines are printed."""
+    def command(self, name, count, *words, launcher=()):
+        """What a command prints that sees `count` GPUs; None if it fails, and then its last lines are printed."""
         command = [sys.executable, *map(str, [*launcher, *words])]
-        environment = os.environ | ({"OMP_NUM_THREADS": "1"} if self.arguments.tiny else {})
+        # One process that saw more would let the Trainer use them all, in threads.
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(count)))}
+        environment |= {"OMP_NUM_THREADS": "1"} if self.arguments.tiny else {}
         log = self.output / "log.txt"
         with open(log, "w", encoding="utf-8") as file:
             try:
@@ -146,7 +148,7 @@ class Scaling:
                     words += ["--fsdp", "full_shard", "--fsdp_config", CONFIG] if sharding == "FSDP2" else []
                     words += ["--ddp_find_unused_parameters", "False"] if sharding == "DDP" else []
                 launcher = self.launcher(count, sharding == "FSDP2" and script)
-                text = self.command(f"{name}, {sharding}, {count}", *words, launcher=launcher)
+                text = self.command(f"{name}, {sharding}, {count}", count, *words, launcher=launcher)
                 if speeds := speeds_of(text or ""):
                     self.add("training", f"{name}{f', {sharding}' if count > 1 else ''}", count, speeds)
 
@@ -168,7 +170,7 @@ class Scaling:
             words += ["--device", "cpu", "--frames", 16, "--repeats", 2]
         else:
             words += ["--frames", 2048, 4096]
-        if self.command("one clip", *words) is None:
+        if self.command("one clip", count, *words) is None:
             return
         with open(self.output / "parallel.csv", newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
@@ -183,7 +185,7 @@ class Scaling:
         words = [HERE.parent / "tools" / "classify_clips.py", listing, "--model", self.output / "model"]
         words += ["--output", self.output / name, "--num_workers", arguments.num_workers, "--dtype"]
         words += ["float32" if arguments.tiny else "bfloat16"]
-        text = self.command(name, *words, launcher=self.launcher(count))
+        text = self.command(name, count, *words, launcher=self.launcher(count))
         if found := re.search(r": ([\d.]+) clips a second", text or ""):
             workers = argparse.Namespace(num_workers=count * arguments.num_workers)
             start = time.perf_counter()

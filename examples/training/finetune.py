@@ -312,6 +312,16 @@ def tell_place(checkpoint):
     return step >= total
 
 
+def warn_of_threads(training_args):
+    """Of one process with several GPUs: the `Trainer` then divides each batch among them, in threads."""
+    if training_args.n_gpu > 1:
+        logger.warning(
+            "This one process sees %d GPUs, which the Trainer lets share each batch in threads: slower than one GPU "
+            "alone, and a step has %d clips. Start it with torchrun --nproc_per_node %d, or with CUDA_VISIBLE_DEVICES=0.",
+            *(training_args.n_gpu, training_args.train_batch_size, training_args.n_gpu),
+        )
+
+
 class ClipTransform:
     """A batch of rows in, `pixel_values` and `labels` out. (A class: workers that are spawned can take no lambda.)"""
 
@@ -445,6 +455,7 @@ def main():
     set_seed(training_args.seed)
     if reason := unloadable_reason(args.model_name_or_path):
         sys.exit(reason)
+    warn_of_threads(training_args)
 
     clips = load_clips(args.dataset, args.validation_fraction, training_args.seed)
     several, label = has_several(clips["train"]), clips["train"].features["label"]

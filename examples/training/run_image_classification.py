@@ -85,7 +85,16 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"{error}. Install the extra `train`: pip install '.[train]' in a clone of videomamba-transformers.")
 
-from finetune import FineTuner, accuracy, fit_head, keep_settings, load_data_set, logits_alone, tell_place
+from finetune import (
+    FineTuner,
+    accuracy,
+    fit_head,
+    keep_settings,
+    load_data_set,
+    logits_alone,
+    tell_place,
+    warn_of_threads,
+)
 
 
 def load_pictures(name):
@@ -176,6 +185,7 @@ def main():
     parser.set_defaults(bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported())
     parser.set_defaults(use_cpu=not torch.accelerator.is_available())  # else processes would not know of each other
     args, training_args = parser.parse_args_into_dataclasses()
+    warn_of_threads(training_args)
     set_seed(training_args.seed)
     train, validation, names = load_pictures(args.dataset)
     settings = {**vars(args), **training_args.to_dict(), "labels": names, "train_clips": len(train)}

@@ -35,7 +35,7 @@ import torch
 from torch.utils.data import default_collate
 from transformers import Trainer, TrainerCallback, set_seed
 
-from finetune import DecodeFailures, keep_settings, tell_place
+from finetune import DecodeFailures, keep_settings, tell_place, warn_of_threads
 from several_labels import IGNORED, has_several, multi_label_loss, refuse_smoothing
 from video_classification_data import (
     Stopwatch,
@@ -212,6 +212,7 @@ def main():
     kinds = ModelArguments, DataArguments, TrainingArguments
     model_args, data_args, training_args = parse_arguments(*kinds, **defaults)
     check(model_args, data_args, training_args)
+    warn_of_threads(training_args)
     settings = {**vars(model_args), **vars(data_args), **training_args.to_dict()}
     output_dir, token = training_args.output_dir, training_args.hub_token
     # The Trainer would push in the background and write its own card; here it is one commit at the end.
