@@ -29,6 +29,7 @@ logger = logging.get_logger(__name__)
 SLOT_BYTES = 2**24  # of a clip that is handed over as it was decoded: 16 frames of up to 720 x 480 pixels, say
 PREFETCH = 2  # clips that each worker has been given
 SPARE_SLOTS = 4  # from which the GPU may still copy while the workers fill the others
+TOGETHER = 4  # clips of one size that a device resizes at once
 
 
 @dataclass
@@ -52,7 +53,7 @@ class ClipLoader:
     file; where a GPU resizes, some differ by one level of 255, and whether pictures repeat (`sampling_fps`) is seen in
     frames as they were decoded.
 
-    Memory is bounded: `2 * num_workers + 5` slots, and the clips of batches that are not complete, resized.
+    Memory is bounded: `2 * num_workers + 5` slots, and the clips of batches that are not complete, all but four resized.
 
     Args:
         clips: paths, URLs, bytes of files, or rows of datasets: a list, or a column or other object with `len` that a
@@ -113,23 +114,23 @@ class ClipLoader:
         with torch.device("cpu"):  # in the workers, too, whatever the default is here
             arrivals = iter(workers)  # starts the processes
         device = _Device(self.device, self.processor, ring)
-        begun: dict[int, tuple[ClipBatch, dict[int, torch.Tensor]]] = {}
+        begun: dict[int, tuple[ClipBatch, dict[int, _Clip]]] = {}
         try:
             for (index, place, slot), found, seconds in arrivals:
-                batch, frames = begun.setdefault(index, (ClipBatch(index), {}))
+                batch, read = begun.setdefault(index, (ClipBatch(index), {}))
                 numbers, copied = self.batches[index], None
                 batch.seconds += seconds
                 if isinstance(found, str):
                     batch.errors[numbers[place]] = found
                 else:
-                    frames[place], copied = device.take(slot, found)
+                    read[place], copied = device.take(slot, found)
                 ring.free.append((slot, copied))
-                if len(frames) + len(batch.errors) == len(numbers):
+                if len(read) + len(batch.errors) == len(numbers):
                     del begun[index]
-                    places = sorted(frames)
+                    places = sorted(read)
                     batch.clips = [numbers[place] for place in places]
                     if places:
-                        batch.pixel_values = device.finish([frames.pop(place) for place in places])
+                        batch.pixel_values = device.finish([read.pop(place) for place in places])
                     yield batch
         finally:
             del arrivals
@@ -244,6 +245,13 @@ class _Reader(Dataset):
         return _Frames(tuple(frames.permute(0, 2, 3, 1).shape), is_resized, None if fits else frames)
 
 
+@dataclass
+class _Clip:
+    """Frames (T, C, H, W) uint8 on the device, perhaps not resized yet."""
+
+    frames: torch.Tensor
+
+
 class _Device:
     """Copies frames out of the ring and makes `pixel_values` of them: on a GPU, on a stream of its own."""
 
@@ -252,15 +260,31 @@ class _Device:
         self.resize_and_crop = processor.frame_transform(device=device)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.locked: dict[int, bool] = {}  # of each slot that has been used: whether its memory is page-locked
+        self.large: list[_Clip] = []  # clips that are to be resized
 
     def take(self, slot: int, found: _Frames) -> tuple:
-        """The (T, C, H, W) uint8 frames in a slot, on the device and resized; and the event that frees the slot."""
+        """The clip in a slot, on the device; and the event that frees the slot."""
         if self.stream is not None and slot not in self.locked:
             self.lock(slot)
         with torch.cuda.stream(self.stream):  # of a CPU, None: nothing
-            frames = self.ring.read(slot, found).to(self.device, non_blocking=True, copy=True)
+            clip = _Clip(self.ring.read(slot, found).to(self.device, non_blocking=True, copy=True))
             copied = self.stream and self.stream.record_event()
-            return frames if found.is_resized else self.resize_and_crop(frames), copied
+            if not found.is_resized:
+                self.large.append(clip)
+            if len(self.large) == TOGETHER:
+                self.resize()
+        return clip, copied
+
+    def resize(self) -> None:
+        """Clips of one size at once: for each alone, the host takes longer than the GPU."""
+        by_shape: dict[torch.Size, list[_Clip]] = {}
+        for clip in self.large:
+            by_shape.setdefault(clip.frames.shape, []).append(clip)
+        for shape, clips in by_shape.items():
+            resized = self.resize_and_crop(torch.cat([clip.frames for clip in clips]))
+            for clip, frames in zip(clips, resized.split(shape[0]), strict=True):
+                clip.frames = frames
+        self.large.clear()
 
     def lock(self, slot: int) -> None:
         """Of one slot at its first use, while workers fill others: of all at the beginning, they would wait for it."""
@@ -271,13 +295,14 @@ class _Device:
             with contextlib.suppress(RuntimeError):  # the next kernel would report it as its own error
                 torch.zeros(1, device=self.device).add_(1)
 
-    def finish(self, clips: list[torch.Tensor]) -> torch.Tensor:
+    def finish(self, clips: list[_Clip]) -> torch.Tensor:
         """`pixel_values` that the caller's stream may use."""
         options = {"do_sample_frames": False, "do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
         options |= {"start_seconds": None, "stop_seconds": None}  # of files, which these were
         options |= {"input_data_format": "channels_first", "device": self.device}
         with torch.cuda.stream(self.stream):
-            pixel_values = self.processor(clips, **options)["pixel_values"]
+            self.resize()
+            pixel_values = self.processor([clip.frames for clip in clips], **options)["pixel_values"]
         if self.stream is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(self.stream)

@@ -46,7 +46,7 @@ def parse_arguments():
     choices = ["scores", "pooled", "tokens"]
     parser.add_argument("--columns", nargs="+", choices=choices, default=["scores"], help="what to keep of each clip")
     parser.add_argument("--dense", type=int, metavar="FRAMES", help="features of windows so many frames apart")
-    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--part_size", type=int, default=256, help="clips per file, and the most that a kill loses")
     share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of the launcher's processes
     parser.add_argument(

@@ -485,8 +485,9 @@ def transform_clips(splits, names, args, reader, processor, failures, seed, devi
     make, clips, augment = ClipStream if args.streaming else Clips, {}, None
     num_labels = len(names) if any(map(has_several, splits.values())) else None
     if "train" in splits:
-        # Accelerate joins and splits the batches of a stream, which must be tensors.
-        defers = device.type == "cuda" and not args.streaming
+        # Accelerate joins and splits the batches of a stream, which must be tensors. Workers that need not decode have
+        # time to augment, and the host then has less to launch.
+        defers = device.type == "cuda" and not args.streaming and args.frame_cache is None
         transform = TrainTransform(reader, processor, args, mirror, reversal, defers, num_labels)
         clips["train"] = make(splits["train"], transform, failures, seed, training=True)
         augment = transform.augment if defers else None
