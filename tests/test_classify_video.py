@@ -3,14 +3,29 @@
 import csv
 import io
 import json
+import os
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import classify_video
 from modeling_videomamba.loading_videomamba import unloadable_reason
 from tool_models import CAMERA_MOTION
+
+
+# Runs the script and says, on the last line, how often garbage was looked for with PyTorch's objects not yet set
+# aside, how many objects are, whether garbage is looked for again, and what was imported.
+WATCHED = """
+import gc, json, runpy, sys
+looks = []
+gc.callbacks.append(lambda phase, _: looks.append("torch" in sys.modules and not gc.get_freeze_count()))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+print(json.dumps([sum(looks), gc.get_freeze_count(), gc.isenabled(), sorted(sys.modules)]))
+"""
 
 
 @pytest.fixture
@@ -67,6 +82,24 @@ def test_a_mistyped_model_is_no_question_to_the_hub(run, tmp_path, monkeypatch):
         assert str(name) in message and not printed
         assert message.endswith(hint or "config.json." if name == "empty" else hint or "of the form owner/name.")
     assert unloadable_reason("you/videomamba-k400") is None and unloadable_reason("models/my-classifier") is None
+
+
+def test_a_cold_start_does_only_what_one_clip_needs():
+    """
+    No search for garbage among what the imports bring, and no import of what other tools use. (Of the extras,
+    transformers imports accelerate, if it is there.)
+    """
+    script = Path(classify_video.__file__)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(script.parent), str(script.parents[2])])}
+    command = [sys.executable, "-c", WATCHED, str(script), "--top_k", "1"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    *_, label, watched = done.stdout.splitlines()
+    looks, set_aside, looks_again, modules = json.loads(watched)
+    assert label.endswith("pan right") and {"torch", "modeling_videomamba"} <= set(modules)
+    assert looks == 0 and set_aside > 100_000 and looks_again
+    others = {"datasets", "evaluate", "gradio", "matplotlib", "onnxruntime", "pandas", "peft", "pyarrow", "sklearn"}
+    assert others & set(modules) == set()
 
 
 def test_outside_a_clone_one_sentence_says_what_to_give(monkeypatch, capsys, tmp_path):
