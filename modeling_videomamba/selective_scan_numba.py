@@ -209,7 +209,12 @@ def _shared_arguments(conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_
 
 
 def _project(xz, for_convolution, before, after, x_proj_weight, dt_proj_weight, u, delta):
-    """Fill u, delta (2, B, L, E), `after`; returns time steps (2, B L, R) before `dt_proj`, and BC (2, B, L, 2N)."""
+    """
+    Fill u, delta (2, B, L, E), `after`; returns time steps (2, B L, R) before `dt_proj`, and BC (2, B, L, 2N).
+
+    delta, before its bias, has the type of u, as in Mamba's own code: that rounds it no more than the time steps that
+    it is made of. BC is float32.
+    """
     run_kernel(convolve, 2 * xz.shape[0] * ((xz.shape[1] + ROWS - 1) // ROWS), xz, *for_convolution, before, u, after)
     rank = dt_proj_weight.shape[2]
     projected = torch.bmm(u.flatten(1, 2), x_proj_weight.to(u.dtype).transpose(1, 2))
