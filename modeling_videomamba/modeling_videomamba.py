@@ -32,7 +32,7 @@ from .context_parallel import ContextParallel
 from .loading_videomamba import VideoMambaLoadingMixin
 from .loss_videomamba import classification_loss, labelled_steps
 from .maps_videomamba import VideoMambaDeltaMapsMixin, VideoMambaReadingMapsMixin
-from .rms_norm_cuda import can_fuse_rms_norm, fused_add_rms_norm, fused_rms_norm
+from .rms_norm import can_fuse_rms_norm, fused_add_rms_norm, fused_rms_norm
 from .selective_scan import ScanOrder, bidirectional_selective_scan
 from .tokens_videomamba import (
     backward_order,
@@ -500,7 +500,7 @@ class VideoMambaModel(VideoMambaDeltaMapsMixin, VideoMambaPreTrainedModel):
     def encode(self, embed, grid, cache=None, **kwargs):
         """
         The residual stream after all layers, of what `embed()` gives, which nobody else shall hold on to. In inference
-        on a GPU, each sum is made with the norm after it.
+        on a GPU, or on a CPU with Numba, each sum is made with the norm after it.
         """
         hidden_states, order = embed()
         layers, merges = list(self.layers), self.config.merge_layers or ()

@@ -6,10 +6,12 @@ parallel loops would not do: its thread pools abort after a fork, or when two Py
 the cut into units does not depend on the number of threads, neither do the results.
 """
 
+import contextlib
 import ctypes
 import functools
 import itertools
 import math
+import mmap
 import os
 import threading
 import time
@@ -39,6 +41,7 @@ from .selective_scan_torch import add_gradient_of_inputs_after
 logger = logging.get_logger(__name__)
 
 WORKSPACE = 2**27  # bytes
+HUGE_PAGE = 2**21
 
 
 def unusable_reason(device, dtype):
@@ -87,15 +90,15 @@ def _forget_threads():
     _threads = _on_torch_threads = None
 
 
-def _run(kernel, units, *arrays):
-    """`kernel(unit, *arrays)` for every unit, on as many threads as PyTorch uses."""
+def run_kernel(kernel, units, *arguments):
+    """`kernel(unit, *arguments)` for every unit, on as many threads as PyTorch uses; of tensors, it gets arrays."""
     global _threads
-    arrays = [_array(t) for t in arrays]
+    arguments = [_array(t) if isinstance(t, torch.Tensor) else t for t in arguments]
     remaining = iter(range(units))
 
     def work():
         for unit in remaining:
-            kernel(unit, *arrays)
+            kernel(unit, *arguments)
 
     threads = min(torch.get_num_threads(), units)
     if threads <= 1:
@@ -132,7 +135,7 @@ class _Workspace(threading.local):
         ends = list(itertools.accumulate(-(-size // 64) * 64 for size in sizes))
         memory = self.memory
         if memory.numel() < ends[-1]:
-            memory = torch.empty(ends[-1], dtype=torch.uint8, device="cpu")
+            memory = _fresh_memory(ends[-1])
             if ends[-1] <= WORKSPACE:
                 self.memory = memory
         starts = [0, *ends[:-1]]
@@ -140,6 +143,20 @@ class _Workspace(threading.local):
             memory[start : start + size].view(dtype).view(shape)
             for start, size, (shape, dtype) in zip(starts, sizes, wanted, strict=True)
         ]
+
+
+def _fresh_memory(size):
+    """
+    Bytes, on Linux in pages of 2 MiB if it has them: a unit reads a column of a table, where each row or two lie on
+    another page of 4 KiB.
+    """
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
+    mapped = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # of a kernel without them
+        mapped.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(mapped, dtype=torch.uint8)
+    return memory[-memory.data_ptr() % HUGE_PAGE :][:size]
 
 
 _workspace = _Workspace()
@@ -192,13 +209,18 @@ def _shared_arguments(conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_
 
 
 def _project(xz, for_convolution, before, after, x_proj_weight, dt_proj_weight, u, delta):
-    """Fill u, delta (2, B, L, E), `after`; returns time steps (2, B L, R) before `dt_proj`, and BC (2, B, L, 2N)."""
-    _run(convolve, 2 * xz.shape[0] * ((xz.shape[1] + ROWS - 1) // ROWS), xz, *for_convolution, before, u, after)
+    """
+    Fill u, delta (2, B, L, E), `after`; returns time steps (2, B L, R) before `dt_proj`, and BC (2, B, L, 2N).
+
+    delta, before its bias, has the type of u, as in Mamba's own code: that rounds it no more than the time steps that
+    it is made of. BC is float32.
+    """
+    run_kernel(convolve, 2 * xz.shape[0] * ((xz.shape[1] + ROWS - 1) // ROWS), xz, *for_convolution, before, u, after)
     rank = dt_proj_weight.shape[2]
-    projected = torch.bmm(u.flatten(1, 2), x_proj_weight.to(u.dtype).transpose(1, 2)).float()
+    projected = torch.bmm(u.flatten(1, 2), x_proj_weight.to(u.dtype).transpose(1, 2))
     time_step, BC = projected[..., :rank], projected[..., rank:]
-    torch.bmm(time_step, dt_proj_weight.float().transpose(1, 2), out=delta.flatten(1, 2))
-    return time_step, BC.contiguous().view(*u.shape[:3], -1)
+    torch.bmm(time_step, dt_proj_weight.to(u.dtype).transpose(1, 2), out=delta.flatten(1, 2))
+    return time_step, BC.float().contiguous().view(*u.shape[:3], -1)
 
 
 def _by_clip(tensor, batch, dtype=torch.float32):
@@ -219,10 +241,10 @@ def _forward(xz, *rest):
     after, ends = torch.empty_like(inputs), torch.empty_like(starts)
     for clips in _groups(xz, 2):
         shape = (2, *out[clips].shape)
-        u, delta = _workspace.take((shape, xz.dtype), (shape, torch.float32))
+        u, delta = _workspace.take(*[(shape, xz.dtype)] * 2)
         kept = inputs[clips], after[clips]
         _, BC = _project(xz[clips], for_convolution, *kept, x_proj_weight, dt_proj_weight, u, delta)
-        _run(
+        run_kernel(
             scan, shape[1] * _blocks(shape[3]), xz[clips], u, delta, BC, *for_scan, starts[clips],
             out[clips], states[clips], ends[clips],
         )  # fmt: skip
@@ -253,25 +275,25 @@ def _backward(grad, d_after, d_end, states, xz, *rest):
     d_starts = d_ends.new_empty((batch, 2, 0, 0) if before is None else (batch, 2, channels, num_states))
     for clips in _groups(xz, 4):
         shape = (2, *grad[clips].shape)
-        u, delta, d_u, d_delta = _workspace.take((shape, xz.dtype), *[(shape, torch.float32)] * 3)
+        u, delta, d_u, d_delta = _workspace.take(*[(shape, xz.dtype)] * 2, *[(shape, torch.float32)] * 2)
         kept = inputs[clips], _by_clip(None, 0, xz.dtype)
         time_step, BC = _project(xz[clips], for_convolution, *kept, x_proj_weight, dt_proj_weight, u, delta)
         d_BC, d_params = BC.new_empty(blocks, *BC.shape), BC.new_empty(shape[1], 2, num_states + 2, channels)
-        _run(
+        run_kernel(
             scan_backward, shape[1] * blocks, xz[clips], grad[clips], u, delta, BC, *for_scan, states[clips],
             d_ends[clips], d_xz[clips], d_u, d_delta, d_BC, d_params, d_starts[clips],
         )  # fmt: skip
         d_scan = d_scan + d_params.sum(0)
 
         d_delta, u = d_delta.flatten(1, 2), u.flatten(1, 2)
-        d_dt_proj = d_dt_proj + torch.bmm(d_delta.transpose(1, 2), time_step)
+        d_dt_proj = d_dt_proj + torch.bmm(d_delta.transpose(1, 2), time_step.float())
         d_time_step = torch.bmm(d_delta, dt_proj_weight.float())
         d_projected = torch.cat([d_time_step, d_BC.sum(0).flatten(1, 2)], dim=-1).to(u.dtype)
         d_x_proj = d_x_proj + torch.bmm(d_projected.transpose(1, 2), u)
         d_u.flatten(1, 2).add_(torch.bmm(d_projected, x_proj_weight.to(u.dtype)))
 
         d_params = BC.new_empty(shape[1], 2, taps + 1, channels)
-        _run(
+        run_kernel(
             convolve_backward, shape[1] * blocks, xz[clips], *for_convolution, inputs[clips], d_u,
             d_xz[clips], d_params, d_inputs[clips],
         )  # fmt: skip

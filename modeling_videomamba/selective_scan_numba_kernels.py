@@ -27,6 +27,7 @@ BLOCK = 64  # channels of a unit
 CHUNK = 32  # tokens between two kept states
 AHEAD = 8  # tokens by which loads run ahead of their use
 ROWS = 256  # tokens of a unit of the convolution
+NORM_ROWS = 64  # tokens of a unit of the norm
 
 # --------------------------------------------------------------------------------------------------------------------
 # Functions of one number, inlined into the kernels. Errors are relative and below 4e-7, but for one.
@@ -330,6 +331,13 @@ def _copy(source, target):
 
 
 @_row
+def _copy_block(source, target):
+    _disjoint()
+    for c in range(BLOCK):
+        target[c] = source[c]
+
+
+@_row
 def _load_state(state, h):
     """Of a block's channels, (E, N) to a row a state."""
     for c in range(state.shape[0]):
@@ -356,7 +364,7 @@ def _discretize(u, delta, bias, D, size, size_u, y):
     _disjoint()
     for c in range(u.size):
         value = _to_float(u[c])
-        step = _softplus(delta[c] + bias[c])
+        step = _softplus(_to_float(delta[c]) + bias[c])
         size[c] = step
         size_u[c] = step * value
         y[c] = D[c] * value
@@ -396,7 +404,7 @@ def _discretize_backward(u, delta, bias, D, size, d_y, d_size, d_size_u, d_u, d_
     for c in range(u.size):
         value = _to_float(u[c])
         d_u[c] = d_size_u[c] * size[c] + d_y[c] * D[c]
-        d_raw = (d_size[c] * LN2 + d_size_u[c] * value) * _sigmoid(delta[c] + bias[c])
+        d_raw = (d_size[c] * LN2 + d_size_u[c] * value) * _sigmoid(_to_float(delta[c]) + bias[c])
         d_delta[c] = d_raw
         d_D[c] += d_y[c] * value
         d_bias[c] += d_raw
@@ -414,6 +422,28 @@ def _add(x, total):
     _disjoint()
     for c in range(x.size):
         total[c] += x[c]
+
+
+@_row
+def _sum(a, b, total):
+    _disjoint()
+    for c in range(total.size):
+        total[c] = a[c] + _to_float(b[c])
+
+
+@_compiled("contract", "reassoc", forceinline=True)
+def _sum_of_squares(x):
+    total = np.float32(0)
+    for c in range(x.size):
+        total += x[c] * x[c]
+    return total
+
+
+@_row
+def _scale(x, weight, scale, out):
+    _disjoint()
+    for c in range(out.size):
+        out[c] = _to_type_of(x[c] * scale * _to_float(weight[c]), out)
 
 
 @_row
@@ -439,11 +469,65 @@ def _round(x, out):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Chunks. By themselves, so that Numba sees that it need not count references to the rows. They are of the tokens that
+# one direction of a clip visits in `steps` steps from `begin` on, and of the channels from `first` to `last`.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@_compiled()
+def _load_chunk(begin, steps, visits, first, last, u, delta, BC, bias, D, size, size_u, y, BC_chunk):
+    _hot()
+    for k in range(steps):
+        token, ahead = visits[begin + k], visits[min(begin + k + AHEAD, visits.size - 1)]
+        _fetch(u[ahead, first:last])
+        _fetch(delta[ahead, first:last])
+        _copy(BC[token], BC_chunk[k])
+        _discretize(u[token, first:last], delta[token, first:last], bias, D, size[k], size_u[k], y[k])
+
+
+@_compiled()
+def _keep_chunk(begin, steps, visits, y, y_forward):
+    _hot()
+    for k in range(steps):
+        _copy_block(y[k], y_forward[visits[begin + k]])
+
+
+@_compiled()
+def _gate_chunk(begin, steps, visits, first, last, xz, y_forward, y, out):
+    _hot()
+    channels = out.shape[1]
+    for k in range(steps):
+        token, ahead = visits[begin + k], visits[min(begin + k + AHEAD, visits.size - 1)]
+        _fetch(y_forward[ahead])
+        _fetch(xz[ahead, channels + first : channels + last])
+        _fetch(out[ahead, first:last])
+        z = xz[token, channels + first : channels + last]
+        _gate(z, y_forward[token], y[k], out[token, first:last])
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Kernels. Each call does one unit. xz (B, L, 2E) and what else has the activations' type is float32, or uint16 with
 # the bits of bfloat16; `visits` (2, L) lists the tokens in the order in which each direction visits them. Of a state,
 # `before` (B, 2, K - 1, E) are the inputs before the first step, and `start` (B, 2, E, N) is h before it; without one,
 # they and what is written of a state are empty.
 # --------------------------------------------------------------------------------------------------------------------
+
+
+@_kernel
+def rms_norm(unit, x, update, total, out, weight, eps):
+    """
+    out (rows, D) = root-mean-square norm of x (rows, D), in `NORM_ROWS` rows; weight (D,) has the type of `out`. With
+    an update (rows, D) of that type, it is of x + update instead, which goes to `total`; without, both have no rows.
+    """
+    _hot()
+    rows, channels = out.shape
+    for row in range(unit * NORM_ROWS, min((unit + 1) * NORM_ROWS, rows)):
+        source = x[row]
+        if update.shape[0] > 0:
+            _sum(x[row], update[row], total[row])
+            source = total[row]
+        scale = np.float32(1) / np.sqrt(_sum_of_squares(source) / np.float32(channels) + np.float32(eps))
+        _scale(source, weight, scale, out[row])
 
 
 @_kernel
@@ -459,6 +543,9 @@ def convolve(unit, xz, weight, bias, visits, before, u, after):
     direction, clip, tile = unit // tiles // batch, unit // tiles % batch, unit % tiles
     total = np.empty(channels, np.float32)
     for step in range(tile * ROWS, min((tile + 1) * ROWS, length)):
+        ahead = visits[direction, min(step + 4, length - 1)]
+        _fetch(xz[clip, ahead, :channels])
+        _fetch(u[direction, clip, ahead])
         _copy(bias[direction], total)
         skipped = max(0, taps - 1 - step)
         for tap in range(skipped):
@@ -483,8 +570,7 @@ def scan(unit, xz, u, delta, BC, A, D, delta_bias, visits, start, out, states, e
 
     u (2, B, L, E), delta (2, B, L, E) before bias and softplus, BC (2, B, L, 2N), A (2, N, E) times log2(e), D and
     delta_bias (2, E). Writes out (B, L, E), into `states` (B, 2, ceil(L / CHUNK), N, E) the state that each chunk
-    starts from, unless it has no chunks, and into `end` h after the last step. Spoils delta[0], which holds the
-    forward direction's y for a while.
+    starts from, unless it has no chunks, and into `end` h after the last step.
     """
     _hot()
     _, batch, length, channels = u.shape
@@ -495,7 +581,7 @@ def scan(unit, xz, u, delta, BC, A, D, delta_bias, visits, start, out, states, e
     by_state, by_token = _tables(2, num_states), _tables(3, CHUNK)
     A_block, h = by_state[0], by_state[1]
     size, size_u, y = by_token[0], by_token[1], by_token[2]
-    BC_chunk = np.empty((CHUNK, 2 * num_states), np.float32)
+    BC_chunk, y_forward = np.empty((CHUNK, 2 * num_states), np.float32), np.empty((length, BLOCK), np.float32)
     for direction in range(2):
         D_block, bias_block = D[direction, first:last], delta_bias[direction, first:last]
         for n in range(num_states):
@@ -508,27 +594,15 @@ def scan(unit, xz, u, delta, BC, A, D, delta_bias, visits, start, out, states, e
             if states.shape[2] > 0:
                 for n in range(num_states):
                     _copy(h[n], states[clip, direction, begin // CHUNK, n, first:last])
-            for k in range(steps):
-                token = visits[direction, begin + k]
-                ahead = visits[direction, min(begin + k + AHEAD, length - 1)]
-                _fetch(u[direction, clip, ahead, first:last])
-                _fetch(delta[direction, clip, ahead, first:last])
-                _copy(BC[direction, clip, token], BC_chunk[k])
-                u_k, delta_k = u[direction, clip, token, first:last], delta[direction, clip, token, first:last]
-                _discretize(u_k, delta_k, bias_block, D_block, size[k], size_u[k], y[k])
+            _load_chunk(
+                begin, steps, visits[direction], first, last, u[direction, clip], delta[direction, clip],
+                BC[direction, clip], bias_block, D_block, size, size_u, y, BC_chunk,
+            )  # fmt: skip
             _walk(steps, size, size_u, y, BC_chunk, A_block, h, xz)
-            for k in range(steps):
-                token = visits[direction, begin + k]
-                y_forward = delta[0, clip, token, first:last]
-                if direction == 0:
-                    _copy(y[k], y_forward)
-                    continue
-                ahead = visits[direction, min(begin + k + AHEAD, length - 1)]
-                _fetch(delta[0, clip, ahead, first:last])
-                _fetch(xz[clip, ahead, channels + first : channels + last])
-                _fetch(out[clip, ahead, first:last])
-                z = xz[clip, token, channels + first : channels + last]
-                _gate(z, y_forward, y[k], out[clip, token, first:last])
+            if direction == 0:
+                _keep_chunk(begin, steps, visits[direction], y, y_forward)
+            else:
+                _gate_chunk(begin, steps, visits[direction], first, last, xz[clip], y_forward, y, out[clip])
         if end.size > 0:
             _store_state(h, end[clip, direction, first:last])
 
@@ -538,7 +612,7 @@ def scan_backward(
     unit, xz, grad, u, delta, BC, A, D, delta_bias, visits, states, d_end, d_xz, d_u, d_delta, d_BC, d_params, d_start
 ):
     """
-    Gradients of `scan`, whose arguments it takes and spoils, given `grad`, that of `out`, and that of `end`.
+    Gradients of `scan`, whose arguments it takes, given `grad`, that of `out`, and that of `end`.
 
     Writes the half of d_xz (B, L, 2E) that is the gate's; d_u and d_delta (2, B, L, E); and partial sums: d_BC
     (blocks, 2, B, L, 2N) of this block of channels, d_params (B, 2, N + 2, E) of this clip: A's, D's, delta_bias'.
@@ -557,7 +631,7 @@ def scan_backward(
     d_y, d_size, d_size_u = by_token[3], by_token[4], by_token[5]
     kept = _tables(2, (CHUNK + 1) * num_states)
     h, decay, d_D, d_bias = kept[0], kept[1], sums[0], sums[1]
-    BC_chunk = np.empty((CHUNK, 2 * num_states), np.float32)
+    BC_chunk, y_forward = np.empty((CHUNK, 2 * num_states), np.float32), np.empty((length, BLOCK), np.float32)
     d_BC_chunk = np.empty_like(BC_chunk)
     for direction in range(2):
         D_block, bias_block = D[direction, first:last], delta_bias[direction, first:last]
@@ -596,13 +670,12 @@ def scan_backward(
                     u_k, delta_k, bias_block, D_block, size[k], d_y[k], d_size[k], d_size_u[k], d_u_k, d_delta_k, d_D,
                     d_bias,
                 )  # fmt: skip
-                y_forward = delta[0, clip, token, first:last]
                 if direction == 0:
-                    _copy(y[k], y_forward)
+                    _copy_block(y[k], y_forward[token])
                     continue
                 z = xz[clip, token, channels + first : channels + last]
                 d_z = d_xz[clip, token, channels + first : channels + last]
-                _gate_gradient(z, grad[clip, token, first:last], y_forward, y[k], d_z)
+                _gate_gradient(z, grad[clip, token, first:last], y_forward[token], y[k], d_z)
         for n in range(num_states):
             _copy(d_A[n], d_params[clip, direction, n, first:last])
         _copy(d_D, d_params[clip, direction, num_states, first:last])

@@ -156,7 +156,7 @@ def parsed(folder):
 # The parts of the package, and what each may import besides itself. A module belongs to the first pattern that fits.
 PARTS = {
     r"forked_process": ("process", set()),
-    r"selective_scan.*|rms_norm_cuda": ("scan", {"process"}),
+    r"selective_scan.*|rms_norm.*": ("scan", {"process"}),
     r"(frames|image_processing|video_processing)_videomamba": ("processors", {"decoder"}),
     r".*_videomamba|context_parallel": ("model", {"scan"}),
     r"video_.*|clip_loading": ("decoder", {"process"}),

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import modeling_videomamba
-from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassification, use_scan_backend
+from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassification, rms_norm_numba, use_scan_backend
 from modeling_videomamba import selective_scan as seam
 from modeling_videomamba import selective_scan_numba as backend
 from modeling_videomamba import selective_scan_numba_kernels as kernels
@@ -331,3 +331,31 @@ print(selective_scan_numba.bidirectional_selective_scan(xz, *parameters).sum().i
     assert first.stdout == second.stdout
     kept = tmp_path / "cache" if place == "site-packages" else package
     assert {path.is_relative_to(kept) for path in tmp_path.rglob("*.nbi")} == {True}
+
+
+# ---- the norm of the residual stream
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 97, 36), (1, 5, 1), (3, 0, 8), (64, 20)])
+def test_rms_norm(shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, update = 3 * torch.randn(shape, generator=generator), torch.randn(shape, generator=generator).to(dtype)
+    weight = torch.linspace(-1, 2, shape[-1]).to(dtype)
+    tolerance = 1e-6 if dtype == torch.float32 else 3e-3
+    total, found_of_sum = rms_norm_numba.fused_add_rms_norm(x, update, weight, 1e-5)
+    torch.testing.assert_close(total, x + update, rtol=0, atol=0)
+    for found, of in ((rms_norm_numba.fused_rms_norm(x, weight, 1e-5), x), (found_of_sum, total)):
+        expected = torch.nn.functional.rms_norm(of.double(), shape[-1:], weight.double(), 1e-5)
+        assert found.dtype == dtype and found.shape == of.shape
+        assert (found.double() - expected).norm() <= tolerance * expected.norm()
+
+
+def test_rms_norm_is_left_to_pytorch_where_more_than_its_values_are_wanted():
+    x, weight = torch.randn(4, 8), torch.nn.Parameter(torch.ones(8))
+    fits = rms_norm_numba.can_fuse_rms_norm
+    assert not fits(x, weight)  # gradients
+    with torch.no_grad():
+        assert fits(x, weight) and fits(x, weight.bfloat16())
+        assert not fits(x, weight.half()) and not fits(x.double(), weight.double())
+        assert not fits(x.T.contiguous().T, weight) and not fits(x.to("meta"), weight.to("meta"))
