@@ -80,13 +80,21 @@ def test_bfloat16_loses_no_more_than_its_rounding(step_bias):
 
 def test_short_exponential():
     """Against float64; near 1, what counts is how far from 1 a decay is, which many steps multiply."""
-    exponents = torch.cat([torch.linspace(-126, 0, 4001), -torch.logspace(-7, -0.31, 400)])
+    exponents = torch.cat([torch.linspace(-100, 0, 4001), -torch.logspace(-7, -0.31, 400)])
     found = torch.tensor([kernels._rough_exp2(x) for x in exponents.numpy()], dtype=torch.float64)
     expected = torch.exp2(exponents.double())
     assert ((found - expected).abs() < 2.7e-4 * expected).all() and found[4000] == 1
     small = (exponents > -0.5) & (exponents < -1e-3)  # nearer to 1, float32 has too few digits to tell
     lacking = -torch.expm1(exponents[small].double() * math.log(2))
     assert ((1 - found[small] - lacking).abs() < 3.5e-4 * lacking).all()
+
+
+def test_steps_so_large_that_nothing_stays():
+    """Decays have a floor far above the smallest normal number, 2**-126: the products of states with it are normal."""
+    for power in (kernels._exp2, kernels._rough_exp2):
+        assert power(torch.tensor(-1000.0).numpy()[()]) == 2.0**-100
+    inputs = random_inputs(1, 40, 70, step_bias=9)
+    assert_matches_reference(backend.bidirectional_selective_scan, inputs, None, 1e-5, 1e-4)
 
 
 def test_takes_strided_inputs():
