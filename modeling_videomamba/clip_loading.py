@@ -11,7 +11,7 @@ import mmap
 import multiprocessing
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.heap import BufferWrapper
@@ -53,7 +53,8 @@ class ClipLoader:
     file; where a GPU resizes, some differ by one level of 255, and whether pictures repeat (`sampling_fps`) is seen in
     frames as they were decoded.
 
-    Memory is bounded: `2 * num_workers + 5` slots, and the clips of batches that are not complete, all but four resized.
+    Memory is bounded: `2 * num_workers + 5` slots, and the clips of batches that are not complete, resized but for up
+    to four.
 
     Args:
         clips: paths, URLs, bytes of files, or rows of datasets: a list, or a column or other object with `len` that a
@@ -115,6 +116,7 @@ class ClipLoader:
             arrivals = iter(workers)  # starts the processes
         device = _Device(self.device, self.processor, ring)
         begun: dict[int, tuple[ClipBatch, dict[int, _Clip]]] = {}
+        arrived: Counter[int] = Counter()  # clips of each of these, those that cannot be read among them
         try:
             for (index, place, slot), found, seconds in arrivals:
                 batch, read = begun.setdefault(index, (ClipBatch(index), {}))
@@ -125,8 +127,9 @@ class ClipLoader:
                 else:
                     read[place], copied = device.take(slot, found)
                 ring.free.append((slot, copied))
-                if len(read) + len(batch.errors) == len(numbers):
-                    del begun[index]
+                arrived[index] += 1
+                if arrived[index] == len(numbers):
+                    del begun[index], arrived[index]
                     places = sorted(read)
                     batch.clips = [numbers[place] for place in places]
                     if places:

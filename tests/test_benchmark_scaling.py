@@ -17,6 +17,11 @@ def test_speeds_are_those_that_the_scripts_log():
     assert benchmark_scaling.speeds_of("".join(logged[:2])) is None
 
 
+def test_gpus_are_the_first_of_those_allowed():
+    found = [benchmark_scaling.first_devices(2, {"CUDA_VISIBLE_DEVICES": text}) for text in ("4,6,7", "3", "")]
+    assert found == ["4,6", "3", ""] and benchmark_scaling.first_devices(2, {}) == "0,1"
+
+
 TRAINING = [("training", name, "1") for name in ("plain loop", "Trainer")]
 TRAINING += [("training", f"{name}, DDP", "2") for name in ("plain loop", "Trainer")]
 CLIP = [(f"{task} of one clip", "16 frames", count) for task in ("inference", "training") for count in "12"]

@@ -88,6 +88,9 @@ def test_after_a_kill_the_same_command_does_what_is_missing(clips, features, tmp
         assert (output / name).read_bytes() == (features / name).read_bytes()
     with pytest.raises(SystemExit, match="was begun with another columns"):
         classify(monkeypatch, clips, output)
+    # As with a default that has changed: what is printed says what to give.
+    with pytest.raises(SystemExit, match=r"another batch_size \(3, now 4\)\. Give the one that it was begun with"):
+        classify(monkeypatch, clips, output, *options, "--batch_size", "4")
 
 
 def test_one_clip_stored_in_many_ways_gets_the_same_scores(stored, tmp_path, monkeypatch):

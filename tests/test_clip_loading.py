@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,7 @@ from modeling_videomamba import (
     VideoMambaVideoProcessor,
     predict_clips,
 )
-from modeling_videomamba.clip_loading import _Ring
+from modeling_videomamba.clip_loading import _Device, _Ring
 from video_files import write_video
 
 
@@ -76,6 +77,27 @@ def test_pixels_are_those_of_the_processor(files, processor, slot_bytes):
     assert len(loader) == 4
     check_pixels(files, processor, loader)
     check_pixels(files, processor, loader)  # and once more
+
+
+def test_clips_of_one_size_are_resized_together(files, processor, monkeypatch):
+    """Of the first four, three have one size; of the next four, two have one and two another, in turns."""
+    batches, together, resize = [[0, 4, 1, 8, 9], [2, 12, 6, 4, 3], [13]], [], _Device.resize
+
+    def watched(device):
+        together.append(sorted(Counter(clip.frames.shape for clip in device.large).values()))
+        resize(device)
+
+    monkeypatch.setattr(_Device, "resize", watched)
+    for batch in ClipLoader(files, processor, batch_sampler=batches, slot_bytes=2**20):
+        assert batch.clips == batches[batch.index]
+        expected = processor([files[i] for i in batch.clips], return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(batch.pixel_values, expected, rtol=0, atol=0)
+    assert together == [[1, 3], [1], [2, 2], [1], [1]]
+
+
+def test_a_clip_that_cannot_be_read_and_is_asked_for_twice(files, processor):
+    batches = list(ClipLoader(files, processor, batch_sampler=[[BAD, 0, BAD], [1]]))
+    assert [(batch.clips, list(batch.errors)) for batch in batches] == [([0], [BAD]), ([1], [])]
 
 
 @pytest.mark.slow

@@ -289,4 +289,4 @@ def test_one_process_that_sees_several_gpus_is_told_so(monkeypatch):
     assert not told
     arguments._n_gpu = 4
     finetune.warn_of_threads(arguments)
-    assert len(told) == 1 and "sees 4 GPUs" in told[0] and "32 clips" in told[0] and "--nproc_per_node 4" in told[0]
+    assert len(told) == 1 and "sees 4 GPUs" in told[0] and "32 examples" in told[0] and "--nproc_per_node 4" in told[0]

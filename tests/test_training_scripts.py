@@ -160,7 +160,7 @@ def test_recipes_of_long_videos_train_and_are_tested_as_their_authors_do(
     reader = models.load_model(model, ["a", "b"], training=True)[2]
     plain = dataclasses.replace(clips, rand_augment=0, random_erasing=0.0)
     splits, names = data.load_clips(plain, ["train"], 0, DecodeFailures(str(tmp_path), 0))
-    seen = data.transform_clips(splits, names, plain, reader, tiny_processor(), None, 0, CPU)[0]["train"][0]
+    seen = data.transform_clips(splits, names, plain, reader, tiny_processor(), None, 0, 0, CPU)[0]["train"][0]
     numbers = frame_numbers(seen["pixel_values"])
     assert len(numbers) == 32 and (numbers[0], numbers[-1]) == (0, count - 1)
     assert set(numbers.diff().tolist()) == {1, 2}  # 56 / 31 apart
@@ -242,7 +242,7 @@ def test_recipes_train_as_the_paper_says(name, mirrored, tmp_path, monkeypatch):
     plain = dataclasses.replace(clips, rand_augment=0, random_erasing=0.0, min_crop_area=1.0)
     row = {"video": {"path": write_video(tmp_path / "bar.mp4", 8), "bytes": None}, "label": 0}
     splits = {"train": Dataset.from_list([row] * 40).cast_column("label", ClassLabel(names=["a", "b"]))}
-    seen = data.transform_clips(splits, ["a", "b"], plain, reader, reader, None, 0, CPU)[0]["train"]
+    seen = data.transform_clips(splits, ["a", "b"], plain, reader, reader, None, 0, 0, CPU)[0]["train"]
     clips = (seen[index]["pixel_values"].int() for index in range(40))
     red_is_left = {bool(clip[0, 0, 4, 1] > clip[0, 0, 4, -2] + 60) for clip in clips}
     assert red_is_left == ({True, False} if mirrored else {True})

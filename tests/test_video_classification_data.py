@@ -359,6 +359,20 @@ def test_says_that_frames_are_repeated(tmp_path, caplog):
     assert caplog.text.count("fewer frames than the 4 of the model") == 1
 
 
+@pytest.mark.parametrize(
+    "device, options, num_workers, on_the_device",
+    [
+        ("cpu", {}, 8, False),
+        ("cuda", {}, 8, True),
+        ("cuda", {"streaming": True}, 8, False),
+        ("cuda", {"frame_cache": "frames"}, 8, False),
+        ("cuda", {"frame_cache": "frames"}, 0, True),
+    ],
+)
+def test_who_augments(device, options, num_workers, on_the_device):
+    assert data.augments_there(DataArguments(**options), num_workers, torch.device(device)) is on_the_device
+
+
 def test_workers_of_a_stream_augment_their_clips_differently():
     rows = IterableDataset.from_generator(
         lambda files: ({"video": None, "label": 0} for _ in files), gen_kwargs={"files": list(range(8))}

@@ -66,6 +66,12 @@ from benchmark_parallel import plot
 from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassification, VideoMambaVideoProcessor
 
 
+def first_devices(count, environment):
+    """`CUDA_VISIBLE_DEVICES` for the first `count` GPUs of those that `environment` allows."""
+    devices = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count))))
+    return ",".join(devices.split(",")[:count])
+
+
 class Scaling:
     """The table, and what the commands are given."""
 
@@ -105,7 +111,7 @@ class Scaling:
         """What a command prints that sees `count` GPUs; None if it fails, and then its last lines are printed."""
         command = [sys.executable, *map(str, [*launcher, *words])]
         # One process that saw more would let the Trainer use them all, in threads.
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(count)))}
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": first_devices(count, os.environ)}
         environment |= {"OMP_NUM_THREADS": "1"} if self.arguments.tiny else {}
         log = self.output / "log.txt"
         with open(log, "w", encoding="utf-8") as file:

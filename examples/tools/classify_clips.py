@@ -299,8 +299,8 @@ def check_settings(folder, settings):
         for name, value in settings.items():
             if before.get(name) != value:
                 raise ValueError(
-                    f"{folder} was begun with another {name} ({before.get(name)}, now {value}). Name another "
-                    "--output, or delete that folder."
+                    f"{folder} was begun with another {name} ({before.get(name)}, now {value}). Give the one that it "
+                    "was begun with, name another --output, or delete that folder."
                 )
     write_json(path, settings)
 

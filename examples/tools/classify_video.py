@@ -44,15 +44,14 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
 # Half a million objects come with the imports, and stay. Looking for garbage among them would take a second on the way
 # in, and another at the end, so they are set aside.
 gc.disable()
+try:
+    from transformers import pipeline
 
-from transformers import pipeline
-
-import modeling_videomamba  # noqa: F401  registers VideoMamba in transformers' Auto classes
-from modeling_videomamba.loading_videomamba import unloadable_reason
-
-
-gc.freeze()
-gc.enable()
+    import modeling_videomamba  # noqa: F401  registers VideoMamba in transformers' Auto classes
+    from modeling_videomamba.loading_videomamba import unloadable_reason
+finally:
+    gc.freeze()
+    gc.enable()
 
 
 def choose(answers, top_k, several):

@@ -316,8 +316,8 @@ def warn_of_threads(training_args):
     """Of one process with several GPUs: the `Trainer` then divides each batch among them, in threads."""
     if training_args.n_gpu > 1:
         logger.warning(
-            "This one process sees %d GPUs, which the Trainer lets share each batch in threads: slower than one GPU "
-            "alone, and a step has %d clips. Start it with torchrun --nproc_per_node %d, or with CUDA_VISIBLE_DEVICES=0.",
+            "This one process sees %d GPUs. The Trainer lets them share each batch, of %d examples, in threads, which "
+            "is slower than one GPU alone. Start it with torchrun --nproc_per_node %d or with CUDA_VISIBLE_DEVICES=0.",
             *(training_args.n_gpu, training_args.train_batch_size, training_args.n_gpu),
         )
 

@@ -244,9 +244,8 @@ def main():
     refuse_smoothing(several, training_args.label_smoothing_factor)
     model, names, reader, *processors = load_model(model_args, names, training_args.do_train, several)
     splits = {split: match_labels(clips, names) for split, clips in splits.items()}
-    clips, finish = transform_clips(
-        splits, names, data_args, reader, processors[0], failures, training_args.seed, training_args.device
-    )
+    how = training_args.seed, training_args.dataloader_num_workers, training_args.device
+    clips, finish = transform_clips(splits, names, data_args, reader, processors[0], failures, *how)
     if training_args.do_train:
         model = add_adapters(model, model_args.lora_rank)
 

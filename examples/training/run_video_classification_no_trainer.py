@@ -287,8 +287,8 @@ def load(model_args, data_args, args, accelerator, fresh):
     refuse_smoothing(several, args.label_smoothing_factor)
     model, names, reader, *processors = load_model(model_args, names, True, several)
     splits = {split: match_labels(clips, names) for split, clips in splits.items()}
-    settings = (data_args, reader, processors[0], failures, args.seed, accelerator.device)
-    clips, finish = transform_clips(splits, names, *settings)
+    how = args.seed, args.dataloader_num_workers, accelerator.device
+    clips, finish = transform_clips(splits, names, data_args, reader, processors[0], failures, *how)
     model = add_adapters(model, model_args.lora_rank)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()

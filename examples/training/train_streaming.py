@@ -171,7 +171,7 @@ def main():
         raise ValueError("Streams are trained with one label a clip, but these clips have lists of labels.")
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
     splits["train"] = match_labels(splits["train"], names)
-    how = data_args, processor, processor, failures, args.seed, device
+    how = data_args, processor, processor, failures, args.seed, args.dataloader_num_workers, device
     clips, finish = transform_clips(splits, names, *how)
 
     training = StreamTraining(model, finish, args)

@@ -473,7 +473,15 @@ class DeviceTransform:
         return batch
 
 
-def transform_clips(splits, names, args, reader, processor, failures, seed, device):
+def augments_there(args, num_workers, device):
+    """
+    Whether clips are augmented on the device. Not those of a stream: Accelerate joins and splits its batches, which
+    must be tensors. Nor where workers need not decode: they have the time, and the host then has less to launch.
+    """
+    return device.type == "cuda" and not args.streaming and not (args.frame_cache and num_workers)
+
+
+def transform_clips(splits, names, args, reader, processor, failures, seed, num_workers, device):
     """
     The clips of each split as a data set that reads them, and augments those for training, when they are asked for;
     of the validation clips also "mirrored" and "reversed", where `args` says what these do to the labels.
@@ -485,9 +493,7 @@ def transform_clips(splits, names, args, reader, processor, failures, seed, devi
     make, clips, augment = ClipStream if args.streaming else Clips, {}, None
     num_labels = len(names) if any(map(has_several, splits.values())) else None
     if "train" in splits:
-        # Accelerate joins and splits the batches of a stream, which must be tensors. Workers that need not decode have
-        # time to augment, and the host then has less to launch.
-        defers = device.type == "cuda" and not args.streaming and args.frame_cache is None
+        defers = augments_there(args, num_workers, device)
         transform = TrainTransform(reader, processor, args, mirror, reversal, defers, num_labels)
         clips["train"] = make(splits["train"], transform, failures, seed, training=True)
         augment = transform.augment if defers else None
