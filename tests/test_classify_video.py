@@ -84,6 +84,7 @@ def test_a_mistyped_model_is_no_question_to_the_hub(run, tmp_path, monkeypatch):
     assert unloadable_reason("you/videomamba-k400") is None and unloadable_reason("models/my-classifier") is None
 
 
+@pytest.mark.slow
 def test_a_cold_start_does_only_what_one_clip_needs():
     """
     No search for garbage among what the imports bring, and no import of what other tools use. (Of the extras,
