@@ -94,6 +94,7 @@ def test_torch_backend_matches_reference(grid, class_token, batch, channels, rev
     )
 
 
+@pytest.mark.slow
 def test_torch_backend_matches_reference_past_10_000_tokens():
     inputs = random_inputs(1, 10_241, 2, states=3, rank=1)
     assert_matches_reference(selective_scan_torch.bidirectional_selective_scan, inputs)
