@@ -11,7 +11,7 @@ import mmap
 import multiprocessing
 import os
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.heap import BufferWrapper
@@ -115,25 +115,23 @@ class ClipLoader:
         with torch.device("cpu"):  # in the workers, too, whatever the default is here
             arrivals = iter(workers)  # starts the processes
         device = _Device(self.device, self.processor, ring)
-        begun: dict[int, tuple[ClipBatch, dict[int, _Clip]]] = {}
-        arrived: Counter[int] = Counter()  # clips of each of these, those that cannot be read among them
+        begun: dict[int, tuple[ClipBatch, dict[int, _Clip | None]]] = {}  # by place; None: it cannot be read
         try:
             for (index, place, slot), found, seconds in arrivals:
-                batch, read = begun.setdefault(index, (ClipBatch(index), {}))
-                numbers, copied = self.batches[index], None
+                batch, clips = begun.setdefault(index, (ClipBatch(index), {}))
+                numbers, clips[place], copied = self.batches[index], None, None
                 batch.seconds += seconds
                 if isinstance(found, str):
                     batch.errors[numbers[place]] = found
                 else:
-                    read[place], copied = device.take(slot, found)
+                    clips[place], copied = device.take(slot, found)
                 ring.free.append((slot, copied))
-                arrived[index] += 1
-                if arrived[index] == len(numbers):
-                    del begun[index], arrived[index]
-                    places = sorted(read)
+                if len(clips) == len(numbers):
+                    del begun[index]
+                    places = [place for place in sorted(clips) if clips[place] is not None]
                     batch.clips = [numbers[place] for place in places]
                     if places:
-                        batch.pixel_values = device.finish([read.pop(place) for place in places])
+                        batch.pixel_values = device.finish([clips.pop(place) for place in places])
                     yield batch
         finally:
             del arrivals
