@@ -335,6 +335,7 @@ def _copy(source, target):
 
 @_row
 def _copy_block(source, target):
+    """`_copy` of rows whose length the compiler knows: with `_copy`, the scan in float32 takes 4 % longer."""
     _disjoint()
     for c in range(BLOCK):
         target[c] = source[c]
@@ -546,7 +547,7 @@ def convolve(unit, xz, weight, bias, visits, before, u, after):
     direction, clip, tile = unit // tiles // batch, unit // tiles % batch, unit % tiles
     total = np.empty(channels, np.float32)
     for step in range(tile * ROWS, min((tile + 1) * ROWS, length)):
-        ahead = visits[direction, min(step + 4, length - 1)]
+        ahead = visits[direction, min(step + AHEAD, length - 1)]
         _fetch(xz[clip, ahead, :channels])
         _fetch(u[direction, clip, ahead])
         _copy(bias[direction], total)
